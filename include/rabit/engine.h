@@ -1,0 +1,83 @@
+// The runtime: load a GGUF model, packed or ordinary, and run it on the CPU. Token ids in, logits
+// out; text is the tokenizer's business. No torch, no CUDA, no intrinsics behind this header.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "rabit/result.h"
+
+namespace rabit {
+
+struct EngineOptions {
+  int threads = 0;            ///< 0: as many as the process may use
+  bool dense_as_f32 = false;  ///< dense weights in F32 (exact) instead of F16
+  std::string kernels;        ///< name of a kernel table, empty: the best that runs here
+};
+
+/// A model in memory with its thread pool. Sessions on one model must not run at the same time.
+class Model {
+ public:
+  /// Errors: what the file reader refuses, an unknown architecture, a missing tensor, a tensor type
+  /// that cannot be used where it stands.
+  static Result<std::shared_ptr<Model>> load(const std::filesystem::path& path,
+                                             const EngineOptions& options);
+  virtual ~Model() = default;
+
+  virtual int64_t vocab_size() const = 0;
+  virtual int64_t context_length() const = 0;  ///< positions it was trained for
+  virtual int threads() const = 0;
+  virtual std::string kernels() const = 0;     ///< name of the kernel table in use
+  virtual uint64_t weight_bytes() const = 0;   ///< bytes of weights read for one token
+};
+
+/// One sequence: its KV cache and position.
+class Session {
+ public:
+  /// `capacity`: most positions it can hold. Errors: capacity < 1, or memory that cannot be had.
+  static Result<std::unique_ptr<Session>> create(std::shared_ptr<Model> model, int64_t capacity);
+  virtual ~Session() = default;
+
+  /// Called with logits of `count` consecutive positions of the input: (count, vocab).
+  using LogitSink = std::function<void(int64_t first, int64_t count, const float* logits)>;
+
+  /// Appends the tokens and hands on the logits after each. Long inputs are split inside. Errors:
+  /// no tokens, an id outside the vocabulary, more positions than capacity; nothing is appended.
+  virtual Status forward_all(std::span<const int32_t> tokens, const LogitSink& sink) = 0;
+
+  /// Appends the tokens and returns the logits after the last, valid until the next call.
+  virtual Result<std::span<const float>> forward(std::span<const int32_t> tokens) = 0;
+
+  virtual int64_t position() const = 0;
+  /// Forgets all positions from `position` on.
+  virtual void truncate(int64_t position) = 0;
+};
+
+/// How the next token is drawn; names and defaults as llama.cpp's.
+struct SamplingOptions {
+  float temperature = 0.8F;  ///< <= 0: the most likely token
+  int64_t top_k = 40;        ///< <= 0: all
+  float top_p = 0.95F;       ///< >= 1: all
+  float min_p = 0.05F;       ///< <= 0: all
+  uint64_t seed = 0;
+};
+
+/// Draws tokens: top-k, then top-p, then min-p, then temperature. The same seed and logits
+/// give the same tokens on every machine.
+class Sampler {
+ public:
+  explicit Sampler(const SamplingOptions& options);
+  ~Sampler();
+  int32_t sample(std::span<const float> logits);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace rabit

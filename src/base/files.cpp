@@ -1,0 +1,204 @@
+#include "base/files.h"
+
+#include <fcntl.h>
+#include <openssl/evp.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+namespace rabit {
+namespace {
+
+Error system_error(const std::string& what, const std::filesystem::path& path) {
+  return Error{what + " " + path.string() + ": " + std::strerror(errno)};
+}
+
+std::string digest_to_hex(EVP_MD_CTX* context) {
+  unsigned char digest[EVP_MAX_MD_SIZE];
+  unsigned int size = 0;
+  EVP_DigestFinal_ex(context, digest, &size);
+  static constexpr char kHex[] = "0123456789abcdef";
+  std::string out;
+  for (unsigned int i = 0; i < size; ++i) {
+    out += kHex[digest[i] >> 4];
+    out += kHex[digest[i] & 15];
+  }
+  return out;
+}
+
+std::string sha256_of(std::span<const std::byte> bytes) {
+  std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context(EVP_MD_CTX_new(),
+                                                                  &EVP_MD_CTX_free);
+  EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr);
+  EVP_DigestUpdate(context.get(), bytes.data(), bytes.size());
+  return digest_to_hex(context.get());
+}
+
+}  // namespace
+
+Result<std::shared_ptr<MappedFile>> MappedFile::open(const std::filesystem::path& path) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) {
+    return system_error("cannot open", path);
+  }
+  struct stat info {};
+  if (::fstat(fd, &info) != 0) {
+    const Error error = system_error("cannot stat", path);
+    ::close(fd);
+    return error;
+  }
+  if (!S_ISREG(info.st_mode)) {
+    ::close(fd);
+    return Error{"cannot open " + path.string() + ": not a regular file"};
+  }
+  std::shared_ptr<MappedFile> file(new MappedFile);
+  file->path_ = path;
+  file->size_ = static_cast<size_t>(info.st_size);
+  if (file->size_ > 0) {
+    void* data = ::mmap(nullptr, file->size_, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (data == MAP_FAILED) {
+      const Error error = system_error("cannot map", path);
+      ::close(fd);
+      file->size_ = 0;
+      return error;
+    }
+    file->data_ = static_cast<const std::byte*>(data);
+  }
+  ::close(fd);
+  return file;
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) {
+    ::munmap(const_cast<std::byte*>(data_), size_);
+  }
+}
+
+Result<AtomicFile> AtomicFile::create(const std::filesystem::path& path) {
+  AtomicFile file;
+  file.path_ = path;
+  file.partial_ = path;
+  file.partial_ += ".partial";
+  if (std::filesystem::is_directory(path)) {
+    return Error{"cannot write " + path.string() + ": it is a directory"};
+  }
+  file.fd_ = ::open(file.partial_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  if (file.fd_ < 0) {
+    return system_error("cannot create", file.partial_);
+  }
+  return file;
+}
+
+AtomicFile::AtomicFile(AtomicFile&& other) noexcept
+    : path_(std::move(other.path_)),
+      partial_(std::move(other.partial_)),
+      fd_(std::exchange(other.fd_, -1)),
+      position_(other.position_) {}
+
+AtomicFile::~AtomicFile() {
+  if (fd_ >= 0) {
+    ::close(fd_);
+    ::unlink(partial_.c_str());
+  }
+}
+
+Status AtomicFile::write(std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t written = ::write(fd_, bytes.data(), bytes.size());
+    if (written < 0) {
+      if (errno == EINTR) {
+        continue;
+      }
+      return system_error("cannot write", partial_);
+    }
+    position_ += static_cast<uint64_t>(written);
+    bytes = bytes.subspan(static_cast<size_t>(written));
+  }
+  return {};
+}
+
+Status AtomicFile::write(std::string_view text) {
+  return write(std::as_bytes(std::span(text.data(), text.size())));
+}
+
+Status AtomicFile::commit() {
+  if (::fsync(fd_) != 0) {
+    return system_error("cannot flush", partial_);
+  }
+  if (::close(std::exchange(fd_, -1)) != 0) {
+    const Error error = system_error("cannot close", partial_);
+    ::unlink(partial_.c_str());
+    return error;
+  }
+  if (::rename(partial_.c_str(), path_.c_str()) != 0) {
+    const Error error = system_error("cannot rename to", path_);
+    ::unlink(partial_.c_str());
+    return error;
+  }
+  const std::filesystem::path folder = path_.has_parent_path() ? path_.parent_path() : ".";
+  if (const int dir = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); dir >= 0) {
+    ::fsync(dir);  // makes the rename itself durable; some file systems refuse, and may
+    ::close(dir);
+  }
+  return {};
+}
+
+Result<std::string> read_file(const std::filesystem::path& path) {
+  RABIT_ASSIGN(const auto file, MappedFile::open(path));
+  const auto bytes = file->bytes();
+  return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+}
+
+Result<std::string> read_text_file(const std::filesystem::path& path) {
+  RABIT_ASSIGN(std::string text, read_file(path));
+  if (text.empty()) {
+    return Error{path.string() + ": the file is empty; give a plain UTF-8 text"};
+  }
+  if (const size_t bad = first_invalid_utf8(text); bad != text.size()) {
+    return Error{path.string() + ": not UTF-8 at byte " + std::to_string(bad) +
+                 "; convert the file to plain UTF-8 text first"};
+  }
+  return text;
+}
+
+size_t first_invalid_utf8(std::string_view text) {
+  const auto byte = [&](size_t i) {
+    return i < text.size() ? static_cast<unsigned char>(text[i]) : 0U;
+  };
+  const auto in = [](unsigned value, unsigned low, unsigned high) {
+    return low <= value && value <= high;
+  };
+  size_t i = 0;
+  while (i < text.size()) {
+    const unsigned a = byte(i), b = byte(i + 1), c = byte(i + 2), d = byte(i + 3);
+    const bool tail2 = in(c, 0x80, 0xBF), tail3 = in(d, 0x80, 0xBF);
+    if (a < 0x80) {
+      i += 1;
+    } else if (in(a, 0xC2, 0xDF) && in(b, 0x80, 0xBF)) {
+      i += 2;
+    } else if (tail2 && in(b, a == 0xE0 ? 0xA0 : 0x80, a == 0xED ? 0x9F : 0xBF) &&
+               in(a, 0xE0, 0xEF)) {
+      i += 3;
+    } else if (tail2 && tail3 && in(a, 0xF0, 0xF4) &&
+               in(b, a == 0xF0 ? 0x90 : 0x80, a == 0xF4 ? 0x8F : 0xBF)) {
+      i += 4;
+    } else {
+      return i;
+    }
+  }
+  return text.size();
+}
+
+Result<std::string> sha256_file(const std::filesystem::path& path) {
+  RABIT_ASSIGN(const auto file, MappedFile::open(path));
+  return sha256_of(file->bytes());
+}
+
+std::string sha256_hex(std::string_view bytes) {
+  return sha256_of(std::as_bytes(std::span(bytes.data(), bytes.size())));
+}
+
+}  // namespace rabit

@@ -1,0 +1,72 @@
+// Files: read-only memory maps, and writes that appear under their final name whole or not at all.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "rabit/result.h"
+
+namespace rabit {
+
+/// A read-only memory map of a whole file; unmapped when the last owner goes.
+class MappedFile {
+ public:
+  static Result<std::shared_ptr<MappedFile>> open(const std::filesystem::path& path);
+  ~MappedFile();
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+
+  std::span<const std::byte> bytes() const { return {data_, size_}; }
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  MappedFile() = default;
+  std::filesystem::path path_;
+  const std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+/// Writes to `<path>.partial`, then fsync and rename on `commit`. Dropped without a commit, it
+/// removes the partial file, so a crash, a full disk or Ctrl-C never leaves half a file as `path`.
+class AtomicFile {
+ public:
+  static Result<AtomicFile> create(const std::filesystem::path& path);
+  AtomicFile(AtomicFile&& other) noexcept;
+  AtomicFile& operator=(AtomicFile&&) = delete;
+  ~AtomicFile();
+
+  Status write(std::span<const std::byte> bytes);
+  Status write(std::string_view text);
+  uint64_t position() const { return position_; }
+  Status commit();
+
+ private:
+  AtomicFile() = default;
+  std::filesystem::path path_, partial_;
+  int fd_ = -1;
+  uint64_t position_ = 0;
+};
+
+/// Whole file as bytes. Errors: missing, a directory, unreadable.
+Result<std::string> read_file(const std::filesystem::path& path);
+
+/// Whole file as text. Errors: as read_file, and an empty file, or bytes that are not UTF-8 (with
+/// the offset of the first bad byte).
+Result<std::string> read_text_file(const std::filesystem::path& path);
+
+/// Offset of the first byte that does not begin or continue a well-formed UTF-8 sequence
+/// (Unicode 15, table 3-7), or text.size() if there is none.
+size_t first_invalid_utf8(std::string_view text);
+
+/// SHA-256 of a whole file, 64 lower-case hex digits.
+Result<std::string> sha256_file(const std::filesystem::path& path);
+
+/// SHA-256 of a byte string, 64 lower-case hex digits.
+std::string sha256_hex(std::string_view bytes);
+
+}  // namespace rabit

@@ -1,0 +1,39 @@
+// Perplexity over non-overlapping windows (the protocol of quantization papers).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+
+#include "eval/logit_source.h"
+#include "rabit/result.h"
+
+namespace rabit {
+
+struct PerplexityOptions {
+  int64_t ctx = 2048;
+  int64_t max_windows = 0;  // 0: all
+};
+
+struct PerplexityResult {
+  double perplexity = 0;         // exp(mean nll)
+  double perplexity_stderr = 0;  // delta method on the mean nll over tokens
+  double mean_nll = 0;           // nats a token
+  int64_t tokens_scored = 0;
+  int64_t tokens_total = 0;  // in the text
+  int64_t windows = 0;
+  int64_t ctx = 0;
+};
+
+/// One line that names the protocol, for every output.
+std::string perplexity_protocol(int64_t ctx);
+
+/// Splits `tokens` into windows of ctx, scores all tokens of each but its first, drops a short last
+/// window. `progress(done, total, nll_so_far)` after each window. Errors: fewer tokens than one
+/// window, ctx < 2, an interrupt, a failing model, a loss that is not finite.
+Result<PerplexityResult> perplexity(LogitSource& model, std::span<const int32_t> tokens,
+                                    const PerplexityOptions& options,
+                                    const std::function<void(int64_t, int64_t, double)>& progress);
+
+}  // namespace rabit

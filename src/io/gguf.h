@@ -1,0 +1,134 @@
+// GGUF v3 files, read through a memory map and written whole.
+// Layout: header (magic, version, counts), metadata key/value pairs, tensor infos, padding to
+// `general.alignment` (32 unless said), tensor data. Everything is little-endian. A file is hostile
+// until checked: open() verifies every length, count, offset and size with checked arithmetic
+// against the file's own size before anything is allocated for it or pointed at.
+// Format: the ggml project's docs/gguf.md.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "base/files.h"
+#include "rabit/result.h"
+
+namespace rabit {
+
+/// Tensor element types that we can read the data of, with ggml's numbers. Other numbers known to
+/// ggml are refused by name, numbers unknown to it as such.
+enum class TensorType : uint32_t {
+  kF32 = 0,
+  kF16 = 1,
+  kQ4_0 = 2,
+  kQ4_1 = 3,
+  kQ5_0 = 6,
+  kQ5_1 = 7,
+  kQ8_0 = 8,
+  kQ4_K = 12,
+  kQ5_K = 13,
+  kQ6_K = 14,
+  kI32 = 26,
+  kBF16 = 30,
+};
+
+/// "Q4_1" and so on.
+std::string_view tensor_type_name(TensorType type);
+/// Elements a block: 1, 32 or 256.
+int64_t block_elements(TensorType type);
+/// Bytes a block.
+int64_t block_bytes(TensorType type);
+
+enum class MetaType : uint32_t {
+  kUint8 = 0, kInt8 = 1, kUint16 = 2, kInt16 = 3, kUint32 = 4, kInt32 = 5, kFloat32 = 6,
+  kBool = 7, kString = 8, kArray = 9, kUint64 = 10, kInt64 = 11, kFloat64 = 12,
+};
+
+/// One metadata value. Scalars are widened (all unsigned to uint64_t, signed to int64_t, floats to
+/// double) and `type` keeps what the file said, so that a value can be written back as it was.
+/// Arrays are one of the four vectors: integers and bools as int64_t (uint64 above 2^63 is refused),
+/// floats as double, strings; nested arrays are refused.
+struct MetaValue {
+  MetaType type = MetaType::kUint32;
+  MetaType item_type = MetaType::kUint32;  // of an array's items
+  std::variant<uint64_t, int64_t, double, bool, std::string, std::vector<int64_t>,
+               std::vector<double>, std::vector<std::string>>
+      value;
+
+  static MetaValue u32(uint32_t v);
+  static MetaValue u64(uint64_t v);
+  static MetaValue i64(int64_t v);
+  static MetaValue f32(float v);
+  static MetaValue f64(double v);
+  static MetaValue boolean(bool v);
+  static MetaValue string(std::string v);
+  static MetaValue strings(std::vector<std::string> v);
+};
+
+struct TensorInfo {
+  std::string name;
+  TensorType type = TensorType::kF32;
+  std::vector<int64_t> ne;  // 1 to 4 extents, fastest first, each >= 1
+  std::span<const std::byte> data;
+
+  int64_t elements() const;
+};
+
+/// An open GGUF file. Spans and string views into it live as long as it does.
+class GgufFile {
+ public:
+  /// Errors: missing, not GGUF, another version, big-endian, truncated, any count, length, type,
+  /// duplicate name, extent, alignment or offset that does not hold.
+  static Result<std::shared_ptr<GgufFile>> open(const std::filesystem::path& path);
+
+  const std::filesystem::path& path() const { return file_->path(); }
+  uint64_t file_bytes() const { return file_->bytes().size(); }
+
+  /// Metadata in file order.
+  const std::vector<std::pair<std::string, MetaValue>>& metadata() const { return metadata_; }
+  const MetaValue* find_meta(std::string_view key) const;
+
+  /// Typed look-ups; the error names file and key, and says missing or of another type.
+  Result<int64_t> get_int(std::string_view key) const;
+  Result<double> get_float(std::string_view key) const;  // integers accepted
+  Result<bool> get_bool(std::string_view key) const;
+  Result<std::string> get_string(std::string_view key) const;
+  Result<std::vector<std::string>> get_strings(std::string_view key) const;
+  Result<std::vector<int64_t>> get_ints(std::string_view key) const;
+
+  const std::vector<TensorInfo>& tensors() const { return tensors_; }
+  const TensorInfo* find_tensor(std::string_view name) const;
+  /// The tensor, or an error if it is missing or its extents are not `ne`.
+  Result<const TensorInfo*> get_tensor(std::string_view name, std::span<const int64_t> ne) const;
+
+ private:
+  GgufFile() = default;
+  std::shared_ptr<MappedFile> file_;
+  std::vector<std::pair<std::string, MetaValue>> metadata_;
+  std::vector<TensorInfo> tensors_;
+};
+
+/// Collects metadata and tensors, then writes the file atomically. Tensor bytes are borrowed: they
+/// must live until write() returns.
+class GgufWriter {
+ public:
+  /// Sets a key, replacing an earlier value under it.
+  void set(std::string key, MetaValue value);
+  /// Errors: a name that is there already, extents that do not fit the data.
+  Status add_tensor(std::string name, TensorType type, std::vector<int64_t> ne,
+                    std::span<const std::byte> data);
+  Status write(const std::filesystem::path& path) const;
+
+ private:
+  std::vector<std::pair<std::string, MetaValue>> metadata_;
+  std::vector<TensorInfo> tensors_;
+};
+
+}  // namespace rabit

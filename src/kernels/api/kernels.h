@@ -1,0 +1,68 @@
+// One table of operations that a backend fills in. Kernels take raw pointers and sizes, allocate
+// nothing and never fail; callers split work over threads by row or token ranges.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+namespace rabit {
+
+enum class WeightFormat { kF32, kF16, kResidualBinary };
+
+/// A linear layer's weights as they lie in memory, (d_out, d_in) row-major.
+struct LinearWeights {
+  WeightFormat format = WeightFormat::kF32;
+  int64_t d_out = 0;
+  int64_t d_in = 0;
+  int64_t paths = 0;                     // kResidualBinary only, as all below but `dense`
+  const void* dense = nullptr;           // float or F16, (d_out, d_in)
+  const uint32_t* signs = nullptr;       // (k, d_out, ceil(d_in/32)), see quant/residual_binary.h
+  const uint16_t* row_scale = nullptr;   // F16 (k, d_out)
+  const uint16_t* col_scale = nullptr;   // F16 (k, d_in)
+};
+
+struct KernelTable {
+  std::string_view name;
+
+  /// y[t, r] = sum_c W[r, c] x[t, c] for rows [row_begin, row_end) of all tokens.
+  /// x: (tokens, d_in); y: (tokens, d_out), only columns [row_begin, row_end) written.
+  /// `scratch`: this thread's own, matmul_scratch() floats, 64-byte aligned.
+  void (*matmul)(const LinearWeights& w, const float* x, int64_t tokens, float* y,
+                 int64_t row_begin, int64_t row_end, float* scratch);
+  /// Floats of scratch that matmul needs for any call with at most d_in columns and `tokens` tokens.
+  int64_t (*matmul_scratch)(int64_t d_in, int64_t tokens, int64_t paths);
+  /// Rows that one thread's range should be a multiple of.
+  int64_t matmul_row_grain;
+
+  /// y[t, :] = x[t, :] / sqrt(mean(x[t, :]^2) + epsilon) * weight. x, y: (tokens, d)
+  void (*rms_norm)(const float* x, const float* weight, int64_t tokens, int64_t d, float epsilon,
+                   float* y);
+  /// In place on x (tokens, heads, head_dim): pairs (2i, 2i+1) of each head, GGUF's interleaved
+  /// order for "llama", turned by angle position * theta^(-2i/head_dim); cos_sin holds, for each
+  /// token, head_dim/2 pairs (cos, sin).
+  void (*rope)(float* x, const float* cos_sin, int64_t tokens, int64_t heads, int64_t head_dim);
+  /// Causal attention for query heads [head_begin, head_end) of `tokens` queries at positions
+  /// first_position + t. q, out: (tokens, heads, head_dim). Cache k, v: F16 (kv_heads, capacity,
+  /// head_dim), filled up to and including the last query. `scores`: this thread's own,
+  /// attention_scratch() floats.
+  void (*attention)(const float* q, const uint16_t* k, const uint16_t* v, int64_t tokens,
+                    int64_t first_position, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                    int64_t capacity, int64_t head_begin, int64_t head_end, float* scores,
+                    float* out);
+  int64_t (*attention_scratch)(int64_t positions, int64_t head_dim);
+  /// gate[i] = silu(gate[i]) * up[i].
+  void (*swiglu)(float* gate, const float* up, int64_t count);
+  /// -log softmax(logits)[target], in double inside. logits: (vocab)
+  double (*cross_entropy)(const float* logits, int64_t vocab, int32_t target);
+};
+
+/// The scalar reference: plain loops, sums in double. The oracle of every other table.
+const KernelTable& reference_kernels();
+
+/// Portable vector code, compiled once per instruction set that the compiler targets here.
+/// Best first; every entry runs on this machine.
+std::vector<const KernelTable*> cpu_kernels();
+
+}  // namespace rabit
