@@ -7,7 +7,6 @@
 
 #include "io/gguf.h"
 #include "rabit/result.h"
-#include "text/tokenizer.h"
 
 namespace rabit {
 
@@ -54,8 +53,5 @@ std::string linear_name(int64_t layer, Role role);
 /// list of those that are), a missing or impossible size, rope scaling (not supported), tensors
 /// missing or of sizes that contradict it.
 Result<ModelConfig> read_model_config(const GgufFile& file);
-
-/// The tokenizer's description in the file's metadata.
-Result<TokenizerSpec> read_tokenizer_spec(const GgufFile& file);
 
 }  // namespace rabit
