@@ -1,4 +1,5 @@
-// GGUF v3 files, read through a memory map and written whole.
+// GGUF v3 files, read through a memory map and written whole (v2, which has the same layout, is
+// read too).
 // Layout: header (magic, version, counts), metadata key/value pairs, tensor infos, padding to
 // `general.alignment` (32 unless said), tensor data. Everything is little-endian. A file is hostile
 // until checked: open() verifies every length, count, offset and size with checked arithmetic
@@ -39,17 +40,30 @@ enum class TensorType : uint32_t {
   kBF16 = 30,
 };
 
+/// The type of this number. Errors (without a place: the caller knows it): a type that ggml knows
+/// and we do not read, by name, and a number that it does not know; both list what we read.
+Result<TensorType> tensor_type_from_number(uint32_t number);
 /// "Q4_1" and so on.
 std::string_view tensor_type_name(TensorType type);
 /// Elements a block: 1, 32 or 256.
 int64_t block_elements(TensorType type);
 /// Bytes a block.
 int64_t block_bytes(TensorType type);
+/// Bytes of a tensor with these extents. Errors (without a place: the caller knows it): not 1 to 4
+/// extents, one below 1, ne[0] not a multiple of the block, more than 2^63 - 1 elements or bytes.
+Result<uint64_t> tensor_bytes(TensorType type, std::span<const int64_t> ne);
+
+/// Text that comes from a file, in double quotes and fit for a one-line message: control characters
+/// and bytes that are not UTF-8 as \xNN, cut after about 100 bytes.
+std::string quote_untrusted(std::string_view text);
 
 enum class MetaType : uint32_t {
   kUint8 = 0, kInt8 = 1, kUint16 = 2, kInt16 = 3, kUint32 = 4, kInt32 = 5, kFloat32 = 6,
   kBool = 7, kString = 8, kArray = 9, kUint64 = 10, kInt64 = 11, kFloat64 = 12,
 };
+
+/// "uint32" and so on.
+std::string_view meta_type_name(MetaType type);
 
 /// One metadata value. Scalars are widened (all unsigned to uint64_t, signed to int64_t, floats to
 /// double) and `type` keeps what the file said, so that a value can be written back as it was.
@@ -71,6 +85,10 @@ struct MetaValue {
   static MetaValue string(std::string v);
   static MetaValue strings(std::vector<std::string> v);
 };
+
+/// The value of `general.alignment`: a uint32 power of two, at least 8 (below, float data could lie
+/// where a CPU may not read it) and at most 65536 (padding stays small). Errors: anything else.
+Result<uint64_t> checked_alignment(const MetaValue& value);
 
 struct TensorInfo {
   std::string name;
@@ -105,7 +123,8 @@ class GgufFile {
 
   const std::vector<TensorInfo>& tensors() const { return tensors_; }
   const TensorInfo* find_tensor(std::string_view name) const;
-  /// The tensor, or an error if it is missing or its extents are not `ne`.
+  /// The tensor, or an error if it is missing or its extents are not `ne` (extents of 1 at the end
+  /// may be left out or added: some writers drop them).
   Result<const TensorInfo*> get_tensor(std::string_view name, std::span<const int64_t> ne) const;
 
  private:
@@ -121,9 +140,13 @@ class GgufWriter {
  public:
   /// Sets a key, replacing an earlier value under it.
   void set(std::string key, MetaValue value);
-  /// Errors: a name that is there already, extents that do not fit the data.
+  /// Errors: a name that is there already, empty, not UTF-8 or over 63 bytes (ggml's limit),
+  /// extents that do not fit the data.
   Status add_tensor(std::string name, TensorType type, std::vector<int64_t> ne,
                     std::span<const std::byte> data);
+  /// Writes the file. Errors: those of AtomicFile; a key or value that GGUF cannot hold (a variant
+  /// that is not of the value's type, an array item out of its type's range).
+  /// `general.alignment`, where set, is obeyed; else data is aligned to 32 bytes.
   Status write(const std::filesystem::path& path) const;
 
  private:
