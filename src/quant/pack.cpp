@@ -1,1 +1,61 @@
-// placeholder
+// One trained layer as the file stores it: signs of the coupled forward under the float scales that
+// were trained, and those scales in F16.
+
+#include <cmath>
+#include <string>
+
+#include "base/half.h"
+#include "quant/residual_binary.h"
+
+namespace rabit::quant {
+namespace {
+
+constexpr float kHalfMax = 65504.0F;
+
+float largest(std::span<const float> values) {
+  float largest = 0.0F;
+  for (const float v : values) {
+    largest = std::isfinite(v) ? std::max(largest, std::fabs(v)) : v;
+    if (!std::isfinite(largest)) {
+      break;
+    }
+  }
+  return largest;
+}
+
+}  // namespace
+
+Result<PackedLinear> pack(const Shape& shape, const float* w, const Scales& scales) {
+  PackedLinear packed{shape, coupled_signs(shape, w, scales), {}, {}};
+  packed.row_scale.resize(scales.g.size());
+  packed.col_scale.resize(scales.h.size());
+  for (int64_t i = 0; i < shape.paths; ++i) {
+    const std::span g(scales.g.data() + i * shape.d_out, static_cast<size_t>(shape.d_out));
+    const std::span h(scales.h.data() + i * shape.d_in, static_cast<size_t>(shape.d_in));
+    const float g_largest = largest(g);
+    const float h_largest = largest(h);
+    if (!std::isfinite(g_largest) || !std::isfinite(h_largest)) {
+      return Error{"path " + std::to_string(i + 1) + " has a scale that is not finite"};
+    }
+    // Move a power of two from h to g so that both stay far from F16's subnormals: h's largest comes
+    // to lie in [1, 2). The product is unchanged to the bit.
+    const int shift = h_largest > 0.0F ? std::ilogb(h_largest) : 0;
+    if (std::ldexp(g_largest, shift) > kHalfMax) {
+      return Error{"path " + std::to_string(i + 1) + " has a scale of " +
+                   std::to_string(std::ldexp(g_largest, shift)) + ", past F16's largest 65504"};
+    }
+    for (int64_t r = 0; r < shape.d_out; ++r) {
+      packed.row_scale[i * shape.d_out + r] = float_to_half(std::ldexp(g[r], shift));
+    }
+    for (int64_t c = 0; c < shape.d_in; ++c) {
+      packed.col_scale[i * shape.d_in + c] = float_to_half(std::ldexp(h[c], -shift));
+    }
+  }
+  return packed;
+}
+
+int64_t packed_bits(const Shape& shape) {
+  return shape.paths * (shape.d_out * shape.d_in + 16 * (shape.d_out + shape.d_in));
+}
+
+}  // namespace rabit::quant

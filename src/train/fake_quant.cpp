@@ -1,0 +1,134 @@
+#include "train/fake_quant.h"
+
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace rabit::train {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+quant::Shape shape_of(const at::Tensor& latent, const at::Tensor& g) {
+  return {latent.size(0), latent.size(1), g.size(0)};
+}
+
+constexpr int64_t kRowGrain = 32;
+
+// On the CPU: quant/'s own functions, rows over torch's threads.
+struct HostArithmetic {
+  static at::Tensor forward(const at::Tensor& w, const at::Tensor& g, const at::Tensor& h) {
+    const quant::Shape shape = shape_of(w, g);
+    at::Tensor out = at::empty_like(w);
+    at::parallel_for(0, shape.d_out, kRowGrain, [&](int64_t begin, int64_t end) {
+      quant::coupled_forward(shape, w.const_data_ptr<float>(), g.const_data_ptr<float>(),
+                             h.const_data_ptr<float>(), begin, end, out.mutable_data_ptr<float>());
+    });
+    return out;
+  }
+
+  static std::pair<at::Tensor, at::Tensor> backward(const at::Tensor& w, const at::Tensor& g,
+                                                    const at::Tensor& h, const at::Tensor& grad) {
+    const quant::Shape shape = shape_of(w, g);
+    at::Tensor dg = at::empty_like(g);
+    // Ranges of fixed size, summed in their order: the result does not depend on the threads.
+    const int64_t rows = std::max<int64_t>(kRowGrain, (shape.d_out + 7) / 8);
+    const int64_t parts = (shape.d_out + rows - 1) / rows;
+    at::Tensor dh = at::zeros({parts, shape.paths, shape.d_in}, h.options());
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        quant::coupled_backward(shape, w.const_data_ptr<float>(), g.const_data_ptr<float>(),
+                                h.const_data_ptr<float>(), grad.const_data_ptr<float>(),
+                                part * rows, std::min(shape.d_out, (part + 1) * rows),
+                                dg.mutable_data_ptr<float>(),
+                                dh.mutable_data_ptr<float>() + part * shape.paths * shape.d_in);
+      }
+    });
+    return {dg, dh.sum(0)};
+  }
+};
+
+// The same in torch operations, each rounded on its own as quant/ rounds.
+struct OperationArithmetic {
+  // Takes a path's level off the residual and returns it; see `peel` in quant/coupled.cpp.
+  static at::Tensor peel(at::Tensor& residual, const at::Tensor& g, const at::Tensor& h,
+                         int64_t path) {
+    const at::Tensor p = g.select(0, path).unsqueeze(1) * h.select(0, path).unsqueeze(0);
+    at::Tensor level = at::where(residual < 0, -p, p);
+    residual = residual - level;
+    return level;
+  }
+
+  static at::Tensor forward(const at::Tensor& w, const at::Tensor& g, const at::Tensor& h) {
+    at::Tensor residual = w;
+    at::Tensor sum = peel(residual, g, h, 0);
+    for (int64_t i = 1; i < g.size(0); ++i) {
+      sum = sum + peel(residual, g, h, i);
+    }
+    return sum;
+  }
+
+  static std::pair<at::Tensor, at::Tensor> backward(const at::Tensor& w, const at::Tensor& g,
+                                                    const at::Tensor& h, const at::Tensor& grad) {
+    at::Tensor residual = w;
+    std::vector<at::Tensor> dg, dh;
+    for (int64_t i = 0; i < g.size(0); ++i) {
+      const at::Tensor signed_grad = at::where(residual < 0, -grad, grad);
+      dg.push_back(at::mv(signed_grad, h.select(0, i)));
+      dh.push_back(at::mv(signed_grad.t(), g.select(0, i)));
+      peel(residual, g, h, i);
+    }
+    return {at::stack(dg), at::stack(dh)};
+  }
+};
+
+template <typename Arithmetic>
+class CoupledBinarize : public torch::autograd::Function<CoupledBinarize<Arithmetic>> {
+ public:
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& w, const at::Tensor& g,
+                            const at::Tensor& h, at::ScalarType compute) {
+    context->save_for_backward({w, g, h});
+    return Arithmetic::forward(w, g, h).to(compute);
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    const auto saved = context->get_saved_variables();
+    const at::Tensor grad = grads[0].to(at::kFloat).contiguous();
+    auto [dg, dh] = Arithmetic::backward(saved[0], saved[1], saved[2], grad);
+    return {grad, dg, dh, at::Tensor()};
+  }
+};
+
+}  // namespace
+
+at::Tensor coupled_weight(const StudentLinear& linear, at::ScalarType compute) {
+  if (linear.latent.is_cpu()) {
+    return CoupledBinarize<HostArithmetic>::apply(linear.latent, linear.g, linear.h, compute);
+  }
+  return coupled_weight_by_operations(linear, compute);
+}
+
+at::Tensor coupled_weight_by_operations(const StudentLinear& linear, at::ScalarType compute) {
+  return CoupledBinarize<OperationArithmetic>::apply(linear.latent, linear.g, linear.h, compute);
+}
+
+BlockWeights student_weights(const StudentBlock& student, const BlockWeights& teacher,
+                             at::ScalarType compute) {
+  BlockWeights weights{{}, teacher.attn_norm, teacher.ffn_norm};
+  for (size_t i = 0; i < kRoleCount; ++i) {
+    weights.linear[i] =
+        student[i].defined() ? coupled_weight(student[i], compute) : teacher.linear[i];
+  }
+  return weights;
+}
+
+quant::Scales host_scales(const StudentLinear& linear) {
+  const auto copy = [](const at::Tensor& tensor) {
+    const at::Tensor host = tensor.detach().to(at::kCPU).contiguous();
+    const float* data = host.const_data_ptr<float>();
+    return std::vector<float>(data, data + host.numel());
+  };
+  return {copy(linear.g), copy(linear.h)};
+}
+
+}  // namespace rabit::train

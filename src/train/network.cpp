@@ -1,0 +1,138 @@
+#include "train/network.h"
+
+#include <cmath>
+
+#include "base/interrupt.h"
+#include "io/dequant.h"
+
+namespace rabit::train {
+namespace {
+
+Result<at::Tensor> load_tensor(const GgufFile& file, const std::string& name,
+                               std::vector<int64_t> ne, at::Device device, at::ScalarType type) {
+  RABIT_CHECK(check_interrupt());
+  RABIT_ASSIGN(const TensorInfo* info, file.get_tensor(name, ne));
+  const std::vector<int64_t> sizes(ne.rbegin(), ne.rend());
+  at::Tensor tensor = at::empty(sizes, at::kFloat);
+  RABIT_CHECK(dequantize(
+      *info, 0,
+      std::span(tensor.data_ptr<float>(), static_cast<size_t>(tensor.numel()))));
+  return tensor.to(device, type);
+}
+
+}  // namespace
+
+Result<Network> load_network(const GgufFile& file, at::Device device, at::ScalarType compute) {
+  Network network;
+  RABIT_ASSIGN(network.config, read_model_config(file));
+  network.device = device;
+  network.compute = compute;
+  const ModelConfig& config = network.config;
+  const auto load = [&](const std::string& name, std::vector<int64_t> ne, at::ScalarType type) {
+    return load_tensor(file, name, std::move(ne), device, type);
+  };
+  RABIT_ASSIGN(network.embedding,
+               load("token_embd.weight", {config.d_model, config.vocab_size}, compute));
+  RABIT_ASSIGN(network.output_norm, load("output_norm.weight", {config.d_model}, at::kFloat));
+  if (config.tied_head) {
+    network.head = network.embedding;
+  } else {
+    RABIT_ASSIGN(network.head,
+                 load("output.weight", {config.d_model, config.vocab_size}, compute));
+  }
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    BlockWeights block;
+    const std::string prefix = "blk." + std::to_string(layer) + ".";
+    RABIT_ASSIGN(block.attn_norm, load(prefix + "attn_norm.weight", {config.d_model}, at::kFloat));
+    RABIT_ASSIGN(block.ffn_norm, load(prefix + "ffn_norm.weight", {config.d_model}, at::kFloat));
+    for (const Role role : kRoles) {
+      const LinearShape shape = linear_shape(config, role);
+      const std::string name = linear_name(layer, role);
+      if (file.find_tensor(name + ".sign") != nullptr) {
+        return Error{file.path().string() + ": " + name +
+                     " is packed already; give the original model"};
+      }
+      RABIT_ASSIGN(block.linear[index_of(role)],
+                   load(name + ".weight", {shape.d_in, shape.d_out}, compute));
+    }
+    network.blocks.push_back(std::move(block));
+  }
+  return network;
+}
+
+Rotary make_rotary(const ModelConfig& config, int64_t positions, at::Device device) {
+  const auto options = at::TensorOptions().dtype(at::kDouble);
+  const at::Tensor exponent =
+      at::arange(0, config.head_dim, 2, options) / static_cast<double>(config.head_dim);
+  const at::Tensor frequency = at::pow(static_cast<double>(config.rope_theta), -exponent);
+  const at::Tensor angle = at::outer(at::arange(positions, options), frequency);
+  return {at::cos(angle).to(device, at::kFloat), at::sin(angle).to(device, at::kFloat)};
+}
+
+at::Tensor embed(const Network& network, const at::Tensor& ids) {
+  return at::embedding(network.embedding, ids).to(at::kFloat);
+}
+
+at::Tensor norm(const ModelConfig& config, const at::Tensor& x, const at::Tensor& weight,
+                at::ScalarType compute) {
+  return at::rms_norm(x, {config.d_model}, weight, config.norm_epsilon).to(compute);
+}
+
+namespace {
+
+// Turns the pairs (2i, 2i+1) of each head, GGUF's order for "llama". x (S, T, heads * head_dim) ->
+// (S, heads, T, head_dim)
+at::Tensor rotate(const ModelConfig& config, const Rotary& rotary, const at::Tensor& x,
+                  int64_t heads) {
+  const int64_t sequences = x.size(0), positions = x.size(1), half = config.head_dim / 2;
+  const at::Tensor pairs =
+      x.to(at::kFloat).view({sequences, positions, heads, half, 2}).transpose(1, 2);
+  const at::Tensor even = pairs.select(-1, 0), odd = pairs.select(-1, 1);
+  const at::Tensor cos = rotary.cos.narrow(0, 0, positions);
+  const at::Tensor sin = rotary.sin.narrow(0, 0, positions);
+  // The order of a head's features does not matter to the dot products as long as q and k agree.
+  return at::cat({even * cos - odd * sin, even * sin + odd * cos}, -1).to(x.scalar_type());
+}
+
+at::Tensor split_heads(const at::Tensor& x, int64_t heads, int64_t head_dim) {
+  return x.view({x.size(0), x.size(1), heads, head_dim}).transpose(1, 2);
+}
+
+}  // namespace
+
+at::Tensor attend(const ModelConfig& config, const Rotary& rotary, const at::Tensor& q,
+                  const at::Tensor& k, const at::Tensor& v) {
+  const int64_t group = config.heads / config.kv_heads;
+  const at::Tensor queries = rotate(config, rotary, q, config.heads);
+  at::Tensor keys = rotate(config, rotary, k, config.kv_heads);
+  at::Tensor values = split_heads(v, config.kv_heads, config.head_dim);
+  if (group > 1) {
+    keys = keys.repeat_interleave(group, 1);
+    values = values.repeat_interleave(group, 1);
+  }
+  const at::Tensor out = at::scaled_dot_product_attention(queries, keys, values, {}, 0.0,
+                                                          /*is_causal=*/true);
+  return out.transpose(1, 2).reshape({q.size(0), q.size(1), config.d_q()});
+}
+
+at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) { return at::silu(gate) * up; }
+
+at::Tensor block_forward(const ModelConfig& config, const BlockWeights& block, const Rotary& rotary,
+                         const at::Tensor& x, at::ScalarType compute, LinearTap* tap) {
+  const auto linear = [&](Role role, const at::Tensor& input) {
+    at::Tensor output = at::matmul(input, block.linear[index_of(role)].t());
+    if (tap != nullptr) {
+      tap->see(role, input, output);
+    }
+    return output;
+  };
+  const at::Tensor a = norm(config, x, block.attn_norm, compute);
+  const at::Tensor attended = attend(config, rotary, linear(Role::kAttnQ, a),
+                                     linear(Role::kAttnK, a), linear(Role::kAttnV, a));
+  const at::Tensor middle = x + linear(Role::kAttnOutput, attended);
+  const at::Tensor f = norm(config, middle, block.ffn_norm, compute);
+  const at::Tensor hidden = swiglu(linear(Role::kFfnGate, f), linear(Role::kFfnUp, f));
+  return middle + linear(Role::kFfnDown, hidden);
+}
+
+}  // namespace rabit::train

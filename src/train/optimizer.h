@@ -1,0 +1,73 @@
+// The optimizers: Muon for the latent matrices, AdamW for the scales. Parameters are the leaves
+// themselves; a step reads their .grad() and clears it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace rabit::train {
+
+/// Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) with Nesterov momentum and
+/// five Newton-Schulz steps, updates scaled by 0.2 sqrt(max(d_out, d_in)) so that their RMS is that
+/// of AdamW (Liu et al., arXiv 2502.16982). Matrices of equal sizes go through together.
+class Muon {
+ public:
+  /// parameters: leaves (d_out, d_in) float32.
+  explicit Muon(std::vector<at::Tensor> parameters, double momentum = 0.95);
+
+  void step(double learning_rate);
+
+  /// Momentum buffers in the parameters' order, for checkpoints. Undefined before the first step.
+  std::vector<at::Tensor> state() const;
+  void load_state(const std::vector<at::Tensor>& momentum);
+
+ private:
+  struct Group {
+    std::vector<size_t> members;
+    at::Tensor momentum;  // (members, min side, max side)
+  };
+  std::vector<at::Tensor> parameters_;
+  std::vector<Group> groups_;
+  double momentum_;
+};
+
+/// Newton-Schulz iteration: X (batch, m, n), m <= n -> about U V^T of X = U S V^T, in X's type.
+at::Tensor orthogonalize(const at::Tensor& x);
+
+/// AdamW (Loshchilov and Hutter, arXiv 1711.05101) over all parameters as one flat vector.
+class AdamW {
+ public:
+  struct Options {
+    double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, weight_decay = 0.0;
+  };
+  AdamW(std::vector<at::Tensor> parameters, const Options& options);
+
+  void step(double learning_rate);
+
+  struct State {
+    at::Tensor mean, square;  // flat, in the parameters' order
+    int64_t steps = 0;
+  };
+  State state() const { return state_; }
+  void load_state(State state);
+
+ private:
+  std::vector<at::Tensor> parameters_;
+  Options options_;
+  State state_;
+};
+
+/// Square root of the sum of squares of all gradients, one synchronisation.
+double gradient_norm(const std::vector<at::Tensor>& parameters);
+/// Multiplies all gradients by a factor.
+void scale_gradients(const std::vector<at::Tensor>& parameters, double factor);
+void clear_gradients(const std::vector<at::Tensor>& parameters);
+
+/// Factor of the learning rate at `progress` in [0, 1]: linear warm-up over the first `warmup` of
+/// the run, then half a cosine to zero.
+double cosine_schedule(double progress, double warmup);
+
+}  // namespace rabit::train
