@@ -1,0 +1,168 @@
+// End to end: the whole student against the teacher's distribution over the next token.
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <fmt/format.h>
+
+#include "base/interrupt.h"
+#include "train/kl_loss.h"
+#include "train/optimizer.h"
+#include "train/session.h"
+
+namespace rabit::train {
+namespace {
+
+constexpr int kMaxBadSteps = 5;
+
+// Windows of every step, whichever step a run begins with: epoch e is a fresh shuffle.
+at::Tensor batch_windows(const TrainSession& session, int64_t step, int64_t batch) {
+  const int64_t count = session.windows.size(0);
+  at::Tensor picks = at::empty({batch}, at::kLong);
+  int64_t epoch = -1;
+  std::vector<int64_t> order;
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t position = step * batch + i;
+    if (position / count != epoch) {
+      epoch = position / count;
+      order = shuffled(count, session.options.seed * 7919 + static_cast<uint64_t>(epoch) + 1);
+    }
+    picks[i] = order[static_cast<size_t>(position % count)];
+  }
+  return session.windows.index_select(0, picks).to(session.teacher.device);
+}
+
+struct Losses {
+  at::Tensor total, divergence;
+};
+
+Losses distill_loss(const TrainSession& session, const Rotary& rotary, const at::Tensor& ids) {
+  const Network& teacher = session.teacher;
+  const ModelConfig& config = session.config();
+  const double gamma = session.options.gamma;
+  at::Tensor x_teacher, blocks_error;
+  std::vector<at::Tensor> outputs;  // the teacher's, kept only if the blocks' error is asked for
+  const at::Tensor x0 = [&] {
+    const at::NoGradGuard no_grad;
+    return embed(teacher, ids);
+  }();
+  {
+    const at::NoGradGuard no_grad;
+    x_teacher = x0;
+    for (const auto& block : teacher.blocks) {
+      x_teacher = block_forward(config, block, rotary, x_teacher, teacher.compute);
+      if (gamma > 0.0) {
+        outputs.push_back(x_teacher);
+      }
+    }
+    x_teacher = norm(config, x_teacher, teacher.output_norm, teacher.compute);
+  }
+  at::Tensor x = x0;
+  for (size_t b = 0; b < teacher.blocks.size(); ++b) {
+    const BlockWeights weights =
+        student_weights(session.student.blocks[b], teacher.blocks[b], teacher.compute);
+    x = block_forward(config, weights, rotary, x, teacher.compute);
+    if (gamma > 0.0) {
+      const at::Tensor error =
+          (x - outputs[b]).square().sum(-1) / outputs[b].square().sum(-1).clamp_min(1e-6);
+      blocks_error = blocks_error.defined() ? blocks_error + error.mean() : error.mean();
+    }
+  }
+  x = norm(config, x, teacher.output_norm, teacher.compute);
+  const at::Tensor divergence =
+      kl_divergence(x.flatten(0, 1), x_teacher.flatten(0, 1), teacher.head);
+  at::Tensor total = divergence;
+  if (gamma > 0.0) {
+    total = total + blocks_error * (gamma / static_cast<double>(teacher.blocks.size()));
+  }
+  return {total, divergence.detach()};
+}
+
+}  // namespace
+
+Status distill(TrainSession& session, int64_t tokens, DistillState state) {
+  const QuantizeOptions& options = session.options;
+  const size_t blocks = session.student.blocks.size();
+  const std::vector<at::Tensor> matrices = latents(session.student, 0, blocks);
+  const std::vector<at::Tensor> scales = scale_tensors(session.student, 0, blocks);
+  Muon muon(matrices);
+  AdamW adam(scales, {});
+  if (!state.momentum.empty()) {
+    muon.load_state(state.momentum);
+    adam.load_state({state.mean, state.square, state.adam_steps});
+  }
+  const Rotary rotary = make_rotary(session.config(), options.seq_len, session.teacher.device);
+  const int64_t step_tokens = options.batch * options.seq_len;
+  const int64_t steps = std::max<int64_t>(1, tokens / step_tokens);
+  const int64_t first_step = state.step;
+  const double time_budget = session.clock.limited() ? session.clock.left() : 0.0;
+  const Clock clock(time_budget);
+  Clock since_checkpoint, since_report;
+  const auto save = [&](int64_t step) {
+    const AdamW::State adam_state = adam.state();
+    const DistillState now{step, muon.state(), adam_state.mean, adam_state.square,
+                           adam_state.steps};
+    return save_checkpoint(session, static_cast<int64_t>(blocks), &now);
+  };
+  int bad_steps = 0;
+  double smoothed = NAN;
+  for (int64_t step = first_step; step < steps; ++step) {
+    if (interrupted()) {
+      RABIT_CHECK(save(step));
+      return check_interrupt();
+    }
+    const double by_steps = static_cast<double>(step) / static_cast<double>(steps);
+    const double by_time =
+        clock.limited() ? static_cast<double>(clock.elapsed()) / time_budget : 0.0;
+    const double progress = std::max(by_steps, by_time);
+    if (progress >= 1.0) {
+      break;
+    }
+    const Losses losses = distill_loss(session, rotary, batch_windows(session, step, options.batch));
+    losses.total.backward();
+    const double value = losses.divergence.item<double>();
+    const double norm = gradient_norm(scales);
+    if (!std::isfinite(value) || !std::isfinite(norm)) {
+      clear_gradients(matrices);
+      clear_gradients(scales);
+      if (++bad_steps == kMaxBadSteps) {
+        return Error{fmt::format("step {}: the loss or its gradient is not finite in {} steps "
+                                 "running; lower --muon-lr and --scale-lr",
+                                 step, kMaxBadSteps)};
+      }
+      continue;
+    }
+    bad_steps = 0;
+    if (norm > options.clip) {
+      scale_gradients(scales, options.clip / norm);
+    }
+    const double factor = cosine_schedule(progress, options.warmup);
+    muon.step(options.muon_lr * factor);
+    adam.step(options.scale_lr * factor);
+    smoothed = std::isnan(smoothed) ? value : 0.9 * smoothed + 0.1 * value;
+
+    const int64_t done = step + 1 - first_step;
+    const double rate = static_cast<double>(done * step_tokens) / clock.elapsed();
+    const double share = std::max(static_cast<double>(step + 1) / static_cast<double>(steps),
+                                  clock.limited() ? clock.elapsed() / time_budget : 0.0);
+    if (session.observer.progress) {
+      session.observer.progress({"distil", (step + 1) * step_tokens, steps * step_tokens, smoothed,
+                                 rate, clock.elapsed() * (1.0 - share) / std::max(share, 1e-9)});
+    }
+    if (step % std::max<int64_t>(1, steps / 200) == 0 || step + 1 == steps) {
+      session.log["distill"].push_back({{"step", step + 1},
+                                        {"tokens", (step + 1) * step_tokens},
+                                        {"kl", value},
+                                        {"scale_grad_norm", norm},
+                                        {"learning_rate_factor", factor},
+                                        {"tokens_per_second", rate}});
+    }
+    if (since_checkpoint.elapsed() > options.checkpoint_minutes * 60.0) {
+      RABIT_CHECK(save(step + 1));
+      since_checkpoint = Clock();
+    }
+  }
+  return {};
+}
+
+}  // namespace rabit::train

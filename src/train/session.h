@@ -1,0 +1,115 @@
+// What the phases of one run share: the teacher, the student so far, clocks, randomness, the log.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <chrono>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <vector>
+
+#include "base/threads.h"
+#include "train/fake_quant.h"
+#include "train/network.h"
+#include "train/quantize.h"
+
+namespace rabit::train {
+
+/// Seconds since construction, and a bound.
+class Clock {
+ public:
+  explicit Clock(double limit_seconds = 0.0) : limit_(limit_seconds) {}
+  double elapsed() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+  bool limited() const { return limit_ > 0.0; }
+  double left() const { return limited() ? limit_ - elapsed() : 1e30; }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  double limit_;
+};
+
+struct Student {
+  std::vector<StudentBlock> blocks;
+};
+
+struct TrainSession {
+  const QuantizeOptions& options;
+  const TrainObserver& observer;
+  Network teacher;
+  Student student;
+  at::Tensor windows;   // (count, seq_len) int64 on the host: the text, cut
+  ThreadPool pool;      // for quant/; torch has its own threads
+  Clock clock;          // the whole run's
+  nlohmann::json log;   // settings, phases, losses
+  std::filesystem::path checkpoint_path;
+
+  const ModelConfig& config() const { return teacher.config; }
+};
+
+/// Fisher-Yates on our own generator: the same order on every machine.
+inline std::vector<int64_t> shuffled(int64_t count, uint64_t seed) {
+  std::vector<int64_t> order(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    order[static_cast<size_t>(i)] = i;
+  }
+  std::mt19937_64 random(seed);
+  for (int64_t i = count - 1; i > 0; --i) {
+    std::swap(order[static_cast<size_t>(i)],
+              order[static_cast<size_t>(random() % static_cast<uint64_t>(i + 1))]);
+  }
+  return order;
+}
+
+/// Leaves of the graph, in one fixed order: latents, then scales.
+std::vector<at::Tensor> latents(const Student& student, size_t begin_block, size_t end_block);
+std::vector<at::Tensor> scale_tensors(const Student& student, size_t begin_block,
+                                      size_t end_block);
+
+/// Phase 1 of block `layer`: fits scales and, if asked, runs error feedback, from the residual stream
+/// x (S, T, d_model) that the quantized prefix produces. Fills student.blocks[layer].
+Status initialise_block(TrainSession& session, int64_t layer, const at::Tensor& x);
+
+/// Importances by layer and role where error feedback is off: s_in, s_out of design section 1.
+struct Importance {
+  std::vector<float> in, out;
+};
+Result<std::vector<std::array<Importance, kRoleCount>>> measure_importance(TrainSession& session);
+
+/// Fits the scales of a block to given importances, without error feedback.
+Status initialise_block(TrainSession& session, int64_t layer,
+                        const std::array<Importance, kRoleCount>& importance);
+
+/// Phases 1 and 2 for all blocks from `first_block` on: initialise, then train each alone to give
+/// the teacher block's output from the quantized prefix.
+Status warm_start(TrainSession& session, int64_t first_block);
+
+struct DistillState {
+  int64_t step = 0;
+  std::vector<at::Tensor> momentum;  // Muon's, empty at the start
+  at::Tensor mean, square;           // AdamW's
+  int64_t adam_steps = 0;
+};
+
+/// Phase 3: end-to-end distillation of the whole student, from `state` on.
+Status distill(TrainSession& session, int64_t tokens, DistillState state);
+
+/// Writes blocks [0, blocks_done) and, if given, the state of distillation.
+Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
+                       const DistillState* distill);
+struct Resumed {
+  int64_t blocks_done = 0;
+  bool distilling = false;
+  DistillState distill;
+};
+/// Reads what save_checkpoint wrote into session.student. Errors: missing or damaged, another model,
+/// other data or settings (says which).
+Result<Resumed> load_checkpoint(TrainSession& session);
+
+/// Packs the student and writes the model, reads it back and compares it with the student, then
+/// gives it its name.
+Status write_packed_model(TrainSession& session, const GgufFile& model,
+                          const std::filesystem::path& out);
+
+}  // namespace rabit::train

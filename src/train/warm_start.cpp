@@ -1,0 +1,236 @@
+// Block by block: initialise a block from the stream that the quantized prefix produces, train it to
+// give the teacher block's output, go on with the stream it produces itself. Needs one block's graph
+// and two streams, x_student and x_teacher, (windows, seq_len, d_model) float32.
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <fmt/format.h>
+
+#include "base/interrupt.h"
+#include "train/optimizer.h"
+#include "train/session.h"
+
+namespace rabit::train {
+namespace {
+
+constexpr int64_t kForwardWindows = 8;  // windows computed at once where no gradient is kept
+constexpr int kMaxBadSteps = 5;         // steps in a row whose loss or gradient is not finite
+
+// One block over a whole stream, in place if `out` is `x`.
+Status run_block(const TrainSession& session, const BlockWeights& weights, const Rotary& rotary,
+                 const at::Tensor& x, at::Tensor& out) {
+  const at::NoGradGuard no_grad;
+  for (int64_t begin = 0; begin < x.size(0); begin += kForwardWindows) {
+    RABIT_CHECK(check_interrupt());
+    const int64_t count = std::min(kForwardWindows, x.size(0) - begin);
+    out.narrow(0, begin, count)
+        .copy_(block_forward(session.config(), weights, rotary, x.narrow(0, begin, count),
+                             session.teacher.compute));
+  }
+  return {};
+}
+
+// Mean over tokens of |y - target|^2 relative to the mean of |target - x|^2, what the block adds.
+at::Tensor block_loss(const at::Tensor& y, const at::Tensor& target, const at::Tensor& change) {
+  return (y - target).square().sum() / change.square().sum();
+}
+
+struct BlockRun {
+  double first_loss = NAN;  // before training, on the first batch
+  double last_loss = NAN;   // mean over the last tenth of the steps
+  int64_t steps = 0;
+  double tokens_per_second = 0.0;
+};
+
+// Trains student block `layer`; `budget` seconds bound it where > 0.
+Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary& rotary,
+                             const at::Tensor& x, const at::Tensor& target,
+                             const at::Tensor& teacher_x, double budget) {
+  const QuantizeOptions& options = session.options;
+  const auto block = static_cast<size_t>(layer);
+  const std::vector<at::Tensor> matrices = latents(session.student, block, block + 1);
+  const std::vector<at::Tensor> scales = scale_tensors(session.student, block, block + 1);
+  Muon muon(matrices);
+  AdamW adam(scales, {});
+
+  const int64_t windows = x.size(0);
+  const int64_t batch = std::min(options.warm_batch, windows);
+  const auto steps = static_cast<int64_t>(
+      std::floor(options.warm_epochs * static_cast<double>(windows) / static_cast<double>(batch)));
+  BlockRun run;
+  std::vector<double> losses;
+  std::vector<int64_t> order;
+  size_t next = 0;
+  uint64_t epoch = 0;
+  int bad_steps = 0;
+  const Clock clock(budget);
+  for (int64_t step = 0; step < steps; ++step) {
+    RABIT_CHECK(check_interrupt());
+    // By time or by steps, whichever is further.
+    const double by_steps = static_cast<double>(step) / static_cast<double>(steps);
+    const double by_time = clock.limited() ? clock.elapsed() / budget : 0.0;
+    const double progress = std::max(by_steps, by_time);
+    if (progress >= 1.0) {
+      break;
+    }
+    at::Tensor picks = at::empty({batch}, at::kLong);
+    for (int64_t i = 0; i < batch; ++i) {
+      if (next == order.size()) {
+        order = shuffled(windows, options.seed * 1000003 + static_cast<uint64_t>(layer) * 1009 +
+                                      epoch++);
+        next = 0;
+      }
+      picks[i] = order[next++];
+    }
+    picks = picks.to(x.device());
+    const at::Tensor x_batch = x.index_select(0, picks);
+    const at::Tensor target_batch = target.index_select(0, picks);
+    const at::Tensor change = target_batch - teacher_x.index_select(0, picks);
+    const BlockWeights weights =
+        student_weights(session.student.blocks[block], session.teacher.blocks[block],
+                        session.teacher.compute);
+    const at::Tensor loss = block_loss(
+        block_forward(session.config(), weights, rotary, x_batch, session.teacher.compute),
+        target_batch, change);
+    loss.backward();
+    const double value = loss.item<double>();
+    const double norm = gradient_norm(scales);
+    if (!std::isfinite(value) || !std::isfinite(norm)) {
+      clear_gradients(matrices);
+      clear_gradients(scales);
+      if (++bad_steps == kMaxBadSteps) {
+        return Error{fmt::format("block {}: the loss or its gradient is not finite in {} steps "
+                                 "running; lower --warm-muon-lr and --warm-scale-lr",
+                                 layer, kMaxBadSteps)};
+      }
+      continue;
+    }
+    bad_steps = 0;
+    if (norm > options.clip) {
+      scale_gradients(scales, options.clip / norm);
+    }
+    const double factor = cosine_schedule(progress, options.warmup);
+    muon.step(options.warm_muon_lr * factor);
+    adam.step(options.warm_scale_lr * factor);
+    losses.push_back(value);
+  }
+  if (!losses.empty()) {
+    run.first_loss = losses.front();
+    const size_t tail = std::max<size_t>(1, losses.size() / 10);
+    run.last_loss = 0.0;
+    for (size_t i = losses.size() - tail; i < losses.size(); ++i) {
+      run.last_loss += losses[i] / static_cast<double>(tail);
+    }
+  }
+  run.steps = static_cast<int64_t>(losses.size());
+  run.tokens_per_second = static_cast<double>(run.steps * batch * x.size(1)) /
+                          std::max(1e-9, clock.elapsed());
+  return run;
+}
+
+}  // namespace
+
+Status warm_start(TrainSession& session, int64_t first_block) {
+  const QuantizeOptions& options = session.options;
+  const ModelConfig& config = session.config();
+  const Network& teacher = session.teacher;
+  const int64_t windows =
+      std::min(session.windows.size(0), std::max<int64_t>(1, options.calib_tokens / options.seq_len));
+  const Rotary rotary = make_rotary(config, options.seq_len, teacher.device);
+  const bool train = options.warm_epochs > 0.0;
+
+  std::vector<std::array<Importance, kRoleCount>> importance;
+  if (!options.error_feedback) {
+    RABIT_ASSIGN(importance, measure_importance(session));
+  }
+
+  const at::Tensor ids = session.windows.narrow(0, 0, windows).to(teacher.device);
+  at::Tensor x_teacher, target;
+  at::Tensor x_student = [&] {
+    const at::NoGradGuard no_grad;
+    return embed(teacher, ids);
+  }();
+  if (train) {
+    x_teacher = x_student.clone();
+    target = at::empty_like(x_teacher);
+  }
+  const auto weights_of = [&](size_t block) {
+    const at::NoGradGuard no_grad;
+    return student_weights(session.student.blocks[block], teacher.blocks[block], teacher.compute);
+  };
+  for (int64_t layer = 0; layer < first_block; ++layer) {  // resumed: only the streams are missing
+    const auto block = static_cast<size_t>(layer);
+    RABIT_CHECK(run_block(session, weights_of(block), rotary, x_student, x_student));
+    if (train) {
+      RABIT_CHECK(run_block(session, teacher.blocks[block], rotary, x_teacher, x_teacher));
+    }
+  }
+
+  Clock since_checkpoint;
+  double other_seconds = 0.0;  // of one block, all but its training
+  for (int64_t layer = first_block; layer < config.layers; ++layer) {
+    const auto block = static_cast<size_t>(layer);
+    const Clock block_clock;
+    const auto body = [&]() -> Status {
+      if (options.error_feedback) {
+        RABIT_CHECK(initialise_block(session, layer, x_student));
+      } else {
+        RABIT_CHECK(initialise_block(session, layer, importance[block]));
+      }
+      BlockRun run;
+      const double init_seconds = block_clock.elapsed();
+      double train_seconds = 0.0;
+      if (train) {
+        RABIT_CHECK(run_block(session, teacher.blocks[block], rotary, x_teacher, target));
+        // Each remaining block gets an equal share of what is left once the rest is paid for.
+        double budget = 0.0;
+        if (session.clock.limited()) {
+          const double blocks_left = static_cast<double>(config.layers - layer);
+          const double rest = std::max(other_seconds, init_seconds * 1.15);
+          budget = std::max(0.1, session.clock.left() / blocks_left - rest);
+        }
+        const Clock train_clock;
+        RABIT_ASSIGN(run, train_block(session, layer, rotary, x_student, target, x_teacher, budget));
+        train_seconds = train_clock.elapsed();
+        std::swap(x_teacher, target);
+      }
+      RABIT_CHECK(run_block(session, weights_of(block), rotary, x_student, x_student));
+      double output_error = NAN;
+      if (train) {
+        // `target` holds the block's input on the teacher's side now, x_teacher its output.
+        output_error = block_loss(x_student, x_teacher, x_teacher - target).item<double>();
+      }
+      other_seconds = block_clock.elapsed() - train_seconds;
+      session.log["warm_start"].push_back({{"block", layer},
+                                           {"steps", run.steps},
+                                           {"loss_first", run.first_loss},
+                                           {"loss_last", run.last_loss},
+                                           {"output_error", output_error},
+                                           {"init_seconds", init_seconds},
+                                           {"train_seconds", train_seconds},
+                                           {"tokens_per_second", run.tokens_per_second}});
+      if (session.observer.progress) {
+        const double blocks_left = static_cast<double>(config.layers - layer - 1);
+        session.observer.progress({train ? "warm start" : "initialise", layer + 1, config.layers,
+                                   output_error, run.tokens_per_second,
+                                   blocks_left * block_clock.elapsed()});
+      }
+      return {};
+    };
+    if (const Status status = body(); !status) {
+      if (status.error().interrupted && layer > 0) {
+        session.student.blocks[block] = {};
+        RABIT_CHECK(save_checkpoint(session, layer, nullptr));
+      }
+      return status;
+    }
+    if (since_checkpoint.elapsed() > options.checkpoint_minutes * 60.0) {
+      RABIT_CHECK(save_checkpoint(session, layer + 1, nullptr));
+      since_checkpoint = Clock();
+    }
+  }
+  return {};
+}
+
+}  // namespace rabit::train
