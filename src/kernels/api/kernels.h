@@ -1,5 +1,6 @@
 // One table of operations that a backend fills in. Kernels take raw pointers and sizes, allocate
-// nothing and never fail; callers split work over threads by row or token ranges.
+// nothing and never fail; callers split work over threads by row, head or token ranges, which write
+// to disjoint places.
 #pragma once
 
 #include <cstddef>
@@ -11,16 +12,40 @@ namespace rabit {
 
 enum class WeightFormat { kF32, kF16, kResidualBinary };
 
-/// A linear layer's weights as they lie in memory, (d_out, d_in) row-major.
+/// A linear layer's weights as they lie in memory, (d_out, d_in) row-major. F16 weights and scales
+/// must be finite: kernels may decode an infinity or a NaN as some finite number.
 struct LinearWeights {
   WeightFormat format = WeightFormat::kF32;
   int64_t d_out = 0;
   int64_t d_in = 0;
-  int64_t paths = 0;                     // kResidualBinary only, as all below but `dense`
-  const void* dense = nullptr;           // float or F16, (d_out, d_in)
-  const uint32_t* signs = nullptr;       // (k, d_out, ceil(d_in/32)), see quant/residual_binary.h
-  const uint16_t* row_scale = nullptr;   // F16 (k, d_out)
-  const uint16_t* col_scale = nullptr;   // F16 (k, d_in)
+  int64_t paths = 0;                    // kResidualBinary only (1 to 4), as all below but `dense`
+  const void* dense = nullptr;          // float or F16, (d_out, d_in)
+  const uint32_t* signs = nullptr;      // (k, d_out, ceil(d_in/32)), see quant/residual_binary.h
+  const uint16_t* row_scale = nullptr;  // F16 (k, d_out)
+  const uint16_t* col_scale = nullptr;  // F16 (k, d_in)
+};
+
+/// Largest head_dim that attention takes.
+inline constexpr int64_t kMaxHeadDim = 256;
+
+/// Element type of the KV cache. F16 halves its memory; F32 keeps the logits at float accuracy,
+/// because rounding keys and values to F16 alone moves them by about 1e-3 of their norm.
+enum class CacheFormat { kF16, kF32 };
+
+/// One causal attention: queries at positions first_position + t over cached keys and values.
+/// Query head i reads KV head i / (heads / kv_heads).
+struct AttentionInput {
+  const float* q = nullptr;  // (tokens, heads, head_dim)
+  CacheFormat cache = CacheFormat::kF16;
+  const void* k =
+      nullptr;  // (kv_heads, capacity, head_dim), filled up to the last query's position
+  const void* v = nullptr;  // as k
+  int64_t tokens = 0;
+  int64_t first_position = 0;
+  int64_t heads = 0;
+  int64_t kv_heads = 0;
+  int64_t head_dim = 0;  // even, at most kMaxHeadDim
+  int64_t capacity = 0;
 };
 
 struct KernelTable {
@@ -31,30 +56,33 @@ struct KernelTable {
   /// `scratch`: this thread's own, matmul_scratch() floats, 64-byte aligned.
   void (*matmul)(const LinearWeights& w, const float* x, int64_t tokens, float* y,
                  int64_t row_begin, int64_t row_end, float* scratch);
-  /// Floats of scratch that matmul needs for any call with at most d_in columns and `tokens` tokens.
+  /// Floats of scratch that matmul needs for any call with at most d_in columns, `tokens` tokens
+  /// and `paths` paths (0 for dense weights).
   int64_t (*matmul_scratch)(int64_t d_in, int64_t tokens, int64_t paths);
-  /// Rows that one thread's range should be a multiple of.
+  /// Rows that one thread's range should be a multiple of; other ranges are slower, not wrong.
   int64_t matmul_row_grain;
 
-  /// y[t, :] = x[t, :] / sqrt(mean(x[t, :]^2) + epsilon) * weight. x, y: (tokens, d)
+  /// y[t, :] = x[t, :] / sqrt(mean(x[t, :]^2) + epsilon) * weight. x, y: (tokens, d); may be equal.
   void (*rms_norm)(const float* x, const float* weight, int64_t tokens, int64_t d, float epsilon,
                    float* y);
   /// In place on x (tokens, heads, head_dim): pairs (2i, 2i+1) of each head, GGUF's interleaved
   /// order for "llama", turned by angle position * theta^(-2i/head_dim); cos_sin holds, for each
   /// token, head_dim/2 pairs (cos, sin).
   void (*rope)(float* x, const float* cos_sin, int64_t tokens, int64_t heads, int64_t head_dim);
-  /// Causal attention for query heads [head_begin, head_end) of `tokens` queries at positions
-  /// first_position + t. q, out: (tokens, heads, head_dim). Cache k, v: F16 (kv_heads, capacity,
-  /// head_dim), filled up to and including the last query. `scores`: this thread's own,
-  /// attention_scratch() floats.
-  void (*attention)(const float* q, const uint16_t* k, const uint16_t* v, int64_t tokens,
-                    int64_t first_position, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                    int64_t capacity, int64_t head_begin, int64_t head_end, float* scores,
-                    float* out);
-  int64_t (*attention_scratch)(int64_t positions, int64_t head_dim);
+  /// softmax(q k^T / sqrt(head_dim)) v for query heads [head_begin, head_end) of tokens
+  /// [token_begin, token_end). out: (tokens, heads, head_dim), only those heads and tokens written.
+  /// `scratch`: this thread's own, attention_scratch() floats, 64-byte aligned.
+  void (*attention)(const AttentionInput& in, int64_t head_begin, int64_t head_end,
+                    int64_t token_begin, int64_t token_end, float* scratch, float* out);
+  /// Floats of scratch for `tokens` tokens whose last query sees `positions` positions.
+  int64_t (*attention_scratch)(int64_t tokens, int64_t positions, int64_t heads, int64_t kv_heads,
+                               int64_t head_dim);
+  /// Tokens that one thread's range of an attention should be a multiple of.
+  int64_t attention_token_grain;
   /// gate[i] = silu(gate[i]) * up[i].
   void (*swiglu)(float* gate, const float* up, int64_t count);
-  /// -log softmax(logits)[target], in double inside. logits: (vocab)
+  /// -log softmax(logits)[target] in nats, summed in double. logits: (vocab). Not finite if a logit
+  /// is NaN or +infinity.
   double (*cross_entropy)(const float* logits, int64_t vocab, int32_t target);
 };
 

@@ -1,1 +1,39 @@
-// placeholder
+// Which compiled copies of the portable kernels run on this machine. __builtin_cpu_supports says
+// yes only if the operating system also saves the registers of the set.
+#include "kernels/api/kernels.h"
+
+namespace rabit {
+
+namespace cpu_base {
+extern const KernelTable kTable;
+}
+#ifdef RABIT_X86
+namespace cpu_v3 {
+extern const KernelTable kTable;
+}
+namespace cpu_v4 {
+extern const KernelTable kTable;
+}
+#endif
+
+std::vector<const KernelTable*> cpu_kernels() {
+  std::vector<const KernelTable*> tables;
+#ifdef RABIT_X86
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  if (v4) {
+    tables.push_back(&cpu_v4::kTable);
+  }
+  if (v3) {
+    tables.push_back(&cpu_v3::kTable);
+  }
+#endif
+  tables.push_back(&cpu_base::kTable);
+  return tables;
+}
+
+}  // namespace rabit

@@ -1,1 +1,155 @@
-// placeholder
+// The oracle: each operation written straight from its definition, one scalar at a time, sums in
+// double. It shares no code with the kernels that it judges.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "base/half.h"
+#include "kernels/api/kernels.h"
+
+namespace rabit {
+namespace {
+
+double weight_at(const LinearWeights& w, int64_t row, int64_t column) {
+  const int64_t at = row * w.d_in + column;
+  switch (w.format) {
+    case WeightFormat::kF32:
+      return static_cast<const float*>(w.dense)[at];
+    case WeightFormat::kF16:
+      return half_to_float(static_cast<const uint16_t*>(w.dense)[at]);
+    case WeightFormat::kResidualBinary:
+      break;
+  }
+  const int64_t words = (w.d_in + 31) / 32;
+  double sum = 0;
+  for (int64_t path = 0; path < w.paths; ++path) {
+    const uint32_t word = w.signs[(path * w.d_out + row) * words + column / 32];
+    const double sign = (word >> (column % 32)) & 1U ? 1.0 : -1.0;
+    sum += sign * static_cast<double>(half_to_float(w.row_scale[path * w.d_out + row])) *
+           static_cast<double>(half_to_float(w.col_scale[path * w.d_in + column]));
+  }
+  return sum;
+}
+
+void matmul(const LinearWeights& w, const float* x, int64_t tokens, float* y, int64_t row_begin,
+            int64_t row_end, float* /*scratch*/) {
+  for (int64_t token = 0; token < tokens; ++token) {
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      double sum = 0;
+      for (int64_t column = 0; column < w.d_in; ++column) {
+        sum += weight_at(w, row, column) * x[token * w.d_in + column];
+      }
+      y[token * w.d_out + row] = static_cast<float>(sum);
+    }
+  }
+}
+
+int64_t matmul_scratch(int64_t, int64_t, int64_t) { return 0; }
+
+void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t d, float epsilon,
+              float* y) {
+  for (int64_t token = 0; token < tokens; ++token) {
+    double squares = 0;
+    for (int64_t i = 0; i < d; ++i) {
+      squares += static_cast<double>(x[token * d + i]) * x[token * d + i];
+    }
+    const double root = std::sqrt(squares / static_cast<double>(d) + epsilon);
+    for (int64_t i = 0; i < d; ++i) {
+      y[token * d + i] = static_cast<float>(x[token * d + i] / root * weight[i]);
+    }
+  }
+}
+
+void rope(float* x, const float* cos_sin, int64_t tokens, int64_t heads, int64_t head_dim) {
+  for (int64_t token = 0; token < tokens; ++token) {
+    for (int64_t head = 0; head < heads; ++head) {
+      float* row = x + (token * heads + head) * head_dim;
+      for (int64_t pair = 0; pair < head_dim / 2; ++pair) {
+        const double cosine = cos_sin[token * head_dim + 2 * pair];
+        const double sine = cos_sin[token * head_dim + 2 * pair + 1];
+        const double a = row[2 * pair], b = row[2 * pair + 1];
+        row[2 * pair] = static_cast<float>(a * cosine - b * sine);
+        row[2 * pair + 1] = static_cast<float>(a * sine + b * cosine);
+      }
+    }
+  }
+}
+
+double cache_at(const void* cache, CacheFormat format, int64_t at) {
+  return format == CacheFormat::kF32 ? static_cast<const float*>(cache)[at]
+                                     : half_to_float(static_cast<const uint16_t*>(cache)[at]);
+}
+
+void attention(const AttentionInput& in, int64_t head_begin, int64_t head_end, int64_t token_begin,
+               int64_t token_end, float* scratch, float* out) {
+  const int64_t d = in.head_dim;
+  for (int64_t token = token_begin; token < token_end; ++token) {
+    const int64_t positions = in.first_position + token + 1;
+    for (int64_t head = head_begin; head < head_end; ++head) {
+      const int64_t base = head / (in.heads / in.kv_heads) * in.capacity * d;
+      const float* q = in.q + (token * in.heads + head) * d;
+      float largest = -std::numeric_limits<float>::infinity();
+      for (int64_t p = 0; p < positions; ++p) {
+        double dot = 0;
+        for (int64_t i = 0; i < d; ++i) {
+          dot += q[i] * cache_at(in.k, in.cache, base + p * d + i);
+        }
+        scratch[p] = static_cast<float>(dot / std::sqrt(static_cast<double>(d)));
+        largest = std::max(largest, scratch[p]);
+      }
+      double total = 0;
+      for (int64_t p = 0; p < positions; ++p) {
+        total += std::exp(static_cast<double>(scratch[p]) - largest);
+      }
+      for (int64_t i = 0; i < d; ++i) {
+        double sum = 0;
+        for (int64_t p = 0; p < positions; ++p) {
+          sum += std::exp(static_cast<double>(scratch[p]) - largest) *
+                 cache_at(in.v, in.cache, base + p * d + i);
+        }
+        out[(token * in.heads + head) * d + i] = static_cast<float>(sum / total);
+      }
+    }
+  }
+}
+
+int64_t attention_scratch(int64_t, int64_t positions, int64_t, int64_t, int64_t) {
+  return positions;
+}
+
+void swiglu(float* gate, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const double x = gate[i];
+    gate[i] = static_cast<float>(x / (1.0 + std::exp(-x)) * up[i]);
+  }
+}
+
+double cross_entropy(const float* logits, int64_t vocab, int32_t target) {
+  double largest = -std::numeric_limits<double>::infinity();
+  for (int64_t i = 0; i < vocab; ++i) {
+    largest = std::max<double>(largest, logits[i]);
+  }
+  double total = 0;
+  for (int64_t i = 0; i < vocab; ++i) {
+    total += std::exp(logits[i] - largest);
+  }
+  return std::log(total) + largest - logits[target];
+}
+
+constexpr KernelTable kReference = {.name = "reference",
+                                    .matmul = matmul,
+                                    .matmul_scratch = matmul_scratch,
+                                    .matmul_row_grain = 1,
+                                    .rms_norm = rms_norm,
+                                    .rope = rope,
+                                    .attention = attention,
+                                    .attention_scratch = attention_scratch,
+                                    .attention_token_grain = 1,
+                                    .swiglu = swiglu,
+                                    .cross_entropy = cross_entropy};
+
+}  // namespace
+
+const KernelTable& reference_kernels() { return kReference; }
+
+}  // namespace rabit

@@ -1,0 +1,168 @@
+// Causal attention by blocks: kQueryTokens tokens of all query heads that share one KV head go
+// through the cache in blocks of kMaxColumns positions. Of each block, scores S = Q K^T and then
+// P V are made with the tile product of gemm.h, so keys and values are converted once per block
+// rather than once per query. The softmax is kept up to date block by block: `largest` and `total`
+// of a row belong to all blocks so far, and the row's output is rescaled when `largest` grows
+// (Milakov and Gimelshein, arXiv 1805.02867).
+// A row is one (token, head) pair, heads of a token next to each other.
+#pragma once
+
+#include "kernels/cpu/gemm.h"
+
+namespace rabit::RABIT_ISA {
+namespace {
+
+constexpr int64_t kQueryTokens = 48;  // a multiple of every kTile
+static_assert(kQueryTokens % kTile == 0);
+
+// Scratch: q (rows, kTileStride), scores (rows, kTileStride), sums (rows, d), largest (rows),
+// total (rows), one panel of K (d, kPanel), a block of V (kMaxColumns, d); d rounded up to kPanel.
+int64_t attention_scratch(int64_t tokens, int64_t /*positions*/, int64_t heads, int64_t kv_heads,
+                          int64_t head_dim) {
+  const int64_t d = round_up(head_dim, kPanel);
+  const int64_t rows = round_up(smaller(tokens, kQueryTokens) * (heads / kv_heads), 16);
+  return rows * (2 * kTileStride + d + 2) + d * kPanel + kMaxColumns * d;
+}
+
+/// out[p][0, d) = values of `count` positions as floats, zeros from head_dim to d.
+template <typename Rows>
+void unpack_values(const Rows& source, int64_t first, int64_t count, int64_t head_dim, int64_t d,
+                   float* out) {
+  for (int64_t p = 0; p < count; ++p) {
+    for (int64_t c = 0; c < d; c += kLanes) {
+      store(out + p * d + c, c < head_dim ? source.read(first + p, c, head_dim - c) : Vec{});
+    }
+  }
+}
+
+/// Turns a row of scores into exp(scale * s - largest) and updates the row's state; scores from
+/// `count` up to `end` are masked. Returns what the sums so far must be multiplied with.
+RABIT_INLINE float softmax_step(float* scores, int64_t count, int64_t end, float scale,
+                                float* largest, float* total) {
+  if (count <= 0) {
+    for (int64_t p = 0; p < end; ++p) {
+      scores[p] = 0;
+    }
+    return 1.0F;
+  }
+  // Pad to whole vectors with a score that stands in the row already.
+  const int64_t padded = round_up(count, kLanes);
+  for (int64_t p = count; p < padded; ++p) {
+    scores[p] = scores[0];
+  }
+  Vec top = load(scores);
+  for (int64_t p = kLanes; p < padded; p += kLanes) {
+    top = max_of(top, load(scores + p));
+  }
+  const float before = *largest;
+  const float now = max_lane(top) * scale;
+  const float after = now > before ? now : before;
+  Vec sum = {};
+  for (int64_t p = 0; p < padded; p += kLanes) {
+    Vec e = exp_of(load(scores + p) * scale - after);
+    if (p + kLanes > count) {
+      e = kLaneIndex < static_cast<int32_t>(count - p) ? e : Vec{};
+    }
+    sum += e;
+    store(scores + p, e);
+  }
+  for (int64_t p = padded; p < end; ++p) {
+    scores[p] = 0;
+  }
+  const float shrink = exp_of(splat(before - after))[0];
+  *largest = after;
+  *total = *total * shrink + sum_lanes(sum);
+  return shrink;
+}
+
+template <typename Rows>
+void attend(const AttentionInput& in, const Rows& keys, const Rows& values, int64_t head_begin,
+            int64_t group, int64_t token_begin, int64_t token_count, float* scratch, float* out) {
+  const int64_t rows = token_count * group, head_dim = in.head_dim;
+  const int64_t d = round_up(head_dim, kPanel);
+  float* v = scratch;
+  float* panel = v + kMaxColumns * d;
+  float* q = panel + d * kPanel;
+  float* scores = q + rows * kTileStride;
+  float* sums = scores + rows * kTileStride;
+  float* largest = sums + rows * d;
+  float* total = largest + rows;
+  const float scale = 1.0F / __builtin_sqrtf(static_cast<float>(head_dim));
+
+  for (int64_t t = 0; t < token_count; ++t) {
+    copy_tile(in.q + ((token_begin + t) * in.heads + head_begin) * head_dim, head_dim, group,
+              head_dim, q + t * group * kTileStride);
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    largest[row] = -__builtin_inff();
+    total[row] = 0;
+  }
+  const int64_t first_query = in.first_position + token_begin;
+  const int64_t positions = first_query + token_count;
+  for (int64_t p0 = 0; p0 < positions; p0 += kMaxColumns) {
+    const int64_t count = smaller(kMaxColumns, positions - p0);
+    for (int64_t p = 0; p < count; p += kPanel) {
+      unpack_panel(keys, p0 + p, smaller(kPanel, count - p), 0, head_dim, panel);
+      for (int64_t row = 0; row < rows; row += kTile) {
+        // Scores past `count` land in the row's padding and are never read.
+        panel_product(q + row * kTileStride, smaller(kTile, rows - row), panel, kPanel, head_dim,
+                      scores + row * kTileStride + p, kTileStride, kPanel, false);
+      }
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t seen = first_query + row / group + 1 - p0;
+      const float shrink = softmax_step(scores + row * kTileStride, smaller(seen, count), count,
+                                        scale, largest + row, total + row);
+      if (p0 > 0 && shrink != 1.0F) {
+        for (int64_t c = 0; c < d; c += kLanes) {
+          store(sums + row * d + c, load(sums + row * d + c) * shrink);
+        }
+      }
+    }
+    unpack_values(values, p0, count, head_dim, d, v);
+    for (int64_t row = 0; row < rows; row += kTile) {
+      for (int64_t c = 0; c < d; c += kPanel) {
+        panel_product(scores + row * kTileStride, smaller(kTile, rows - row), v + c, d, count,
+                      sums + row * d + c, d, kPanel, p0 > 0);
+      }
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    float* to =
+        out + ((token_begin + row / group) * in.heads + head_begin + row % group) * head_dim;
+    const float inverse = 1.0F / total[row];
+    int64_t c = 0;
+    for (; c + kLanes <= head_dim; c += kLanes) {
+      store(to + c, load(sums + row * d + c) * inverse);
+    }
+    for (; c < head_dim; ++c) {
+      to[c] = sums[row * d + c] * inverse;
+    }
+  }
+}
+
+void attention(const AttentionInput& in, int64_t head_begin, int64_t head_end, int64_t token_begin,
+               int64_t token_end, float* scratch, float* out) {
+  const int64_t group = in.heads / in.kv_heads;
+  const int64_t cache_head = in.capacity * in.head_dim;
+  for (int64_t t = token_begin; t < token_end; t += kQueryTokens) {
+    const int64_t count = smaller(kQueryTokens, token_end - t);
+    for (int64_t head = head_begin; head < head_end;) {
+      const int64_t kv = head / group;
+      const int64_t last = smaller(head_end, (kv + 1) * group);
+      if (in.cache == CacheFormat::kF32) {
+        const FloatRows k = {static_cast<const float*>(in.k) + kv * cache_head, in.head_dim};
+        const FloatRows v = {static_cast<const float*>(in.v) + kv * cache_head, in.head_dim};
+        attend(in, k, v, head, last - head, t, count, scratch, out);
+      } else {
+        const HalfRows k = {static_cast<const uint16_t*>(in.k) + kv * cache_head, in.head_dim};
+        const HalfRows v = {static_cast<const uint16_t*>(in.v) + kv * cache_head, in.head_dim};
+        attend(in, k, v, head, last - head, t, count, scratch, out);
+      }
+      head = last;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rabit::RABIT_ISA

@@ -1,0 +1,24 @@
+// The table of one instruction set. Included once by each portable_*.cpp, after RABIT_ISA,
+// RABIT_LANES and RABIT_NAME are defined; nothing but `kTable` leaves the file that does.
+#pragma once
+
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/matmul.h"
+#include "kernels/cpu/pointwise.h"
+
+namespace rabit::RABIT_ISA {
+
+extern const KernelTable kTable;
+constinit const KernelTable kTable = {.name = RABIT_NAME,
+                                      .matmul = matmul,
+                                      .matmul_scratch = matmul_scratch,
+                                      .matmul_row_grain = 32,
+                                      .rms_norm = rms_norm,
+                                      .rope = rope,
+                                      .attention = attention,
+                                      .attention_scratch = attention_scratch,
+                                      .attention_token_grain = kQueryTokens,
+                                      .swiglu = swiglu,
+                                      .cross_entropy = cross_entropy};
+
+}  // namespace rabit::RABIT_ISA
