@@ -40,7 +40,8 @@ std::string sha256_of(std::span<const std::byte> bytes) {
 }  // namespace
 
 Result<std::shared_ptr<MappedFile>> MappedFile::open(const std::filesystem::path& path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  // O_NONBLOCK: opening a FIFO would else wait for a writer before it can be refused.
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) {
     return system_error("cannot open", path);
   }
@@ -82,8 +83,11 @@ Result<AtomicFile> AtomicFile::create(const std::filesystem::path& path) {
   file.path_ = path;
   file.partial_ = path;
   file.partial_ += ".partial";
-  if (std::filesystem::is_directory(path)) {
-    return Error{"cannot write " + path.string() + ": it is a directory"};
+  // The final rename would replace even a device such as /dev/null.
+  struct stat info {};
+  if (::stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode)) {
+    return Error{"cannot write " + path.string() + ": it is " +
+                 (S_ISDIR(info.st_mode) ? "a directory" : "not a regular file")};
   }
   file.fd_ = ::open(file.partial_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
   if (file.fd_ < 0) {

@@ -1,18 +1,20 @@
 #include "base/interrupt.h"
 
+#include <atomic>
 #include <csignal>
 
 namespace rabit {
 namespace {
 
-volatile std::sig_atomic_t g_interrupted = 0;
+// Lock-free, so that the handler may set it while any thread looks at it.
+std::atomic<int> g_interrupted{0};
+static_assert(std::atomic<int>::is_always_lock_free);
 
 extern "C" void on_signal(int signal) {
-  if (g_interrupted != 0) {
+  if (g_interrupted.exchange(1) != 0) {
     std::signal(signal, SIG_DFL);
     std::raise(signal);
   }
-  g_interrupted = 1;
 }
 
 }  // namespace

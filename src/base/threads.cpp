@@ -8,7 +8,7 @@
 #include <condition_variable>
 #include <fstream>
 #include <mutex>
-#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -37,10 +37,9 @@ int usable_threads() {
   }
   // cgroup v2: "<quota> <period>" in microseconds, or "max <period>".
   std::ifstream file("/sys/fs/cgroup/cpu.max");
-  std::string quota;
-  double period = 0;
-  if (file >> quota >> period && quota != "max" && period > 0) {
-    count = std::min(count, std::max(1, static_cast<int>(std::ceil(std::stod(quota) / period))));
+  double quota = 0, period = 0;
+  if (file >> quota >> period && quota > 0 && period > 0) {  // reading a number fails on "max"
+    count = static_cast<int>(std::clamp(std::ceil(quota / period), 1.0, double(count)));
   }
   return count;
 }
@@ -57,30 +56,35 @@ struct ThreadPool::State {
 };
 
 ThreadPool::ThreadPool(int threads) : state_(new State) {
-  for (int thread = 1; thread < threads; ++thread) {
-    state_->workers.emplace_back([state = state_.get(), thread] {
-      uint64_t seen = 0;
-      for (;;) {
-        for (int spin = 0; spin < kSpins && state->generation.load(std::memory_order_acquire) == seen;
-             ++spin) {
-          relax();
-        }
-        if (state->generation.load(std::memory_order_acquire) == seen) {
-          std::unique_lock lock(state->mutex);
-          state->wake.wait(lock, [&] { return state->generation.load() != seen; });
-        }
-        seen = state->generation.load(std::memory_order_acquire);
-        if (state->stop.load()) {
-          return;
-        }
-        const int64_t begin = thread * state->chunk;
-        const int64_t end = std::min(state->count, begin + state->chunk);
-        if (begin < end) {
-          (*state->body)(begin, end, thread);
-        }
-        state->pending.fetch_sub(1, std::memory_order_release);
+  const auto work = [state = state_.get()](int thread) {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int spin = 0; spin < kSpins && state->generation.load(std::memory_order_acquire) == seen;
+           ++spin) {
+        relax();
       }
-    });
+      if (state->generation.load(std::memory_order_acquire) == seen) {
+        std::unique_lock lock(state->mutex);
+        state->wake.wait(lock, [&] { return state->generation.load() != seen; });
+      }
+      seen = state->generation.load(std::memory_order_acquire);
+      if (state->stop.load()) {
+        return;
+      }
+      const int64_t begin = thread * state->chunk;
+      const int64_t end = std::min(state->count, begin + state->chunk);
+      if (begin < end) {
+        (*state->body)(begin, end, thread);
+      }
+      state->pending.fetch_sub(1, std::memory_order_release);
+    }
+  };
+  try {
+    for (int thread = 1; thread < threads; ++thread) {
+      state_->workers.emplace_back(work, thread);
+    }
+  } catch (const std::system_error&) {
+    // The system gives no more threads: those that started do the work.
   }
 }
 

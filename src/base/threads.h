@@ -10,7 +10,8 @@ namespace rabit {
 /// Threads that the process may really use: its CPU affinity, capped by a cgroup CPU quota.
 int usable_threads();
 
-/// The calling thread and `threads - 1` workers run one loop at a time. Not re-entrant.
+/// The calling thread and `threads - 1` workers (fewer, if the system refuses to start as many: see
+/// size()) run one loop at a time. Not re-entrant.
 class ThreadPool {
  public:
   explicit ThreadPool(int threads);
