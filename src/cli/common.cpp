@@ -1,1 +1,212 @@
-// placeholder
+#include "cli/common.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+
+namespace rabit::cli {
+namespace {
+
+/// "1:05", "2:03:44".
+std::string clock_text(double seconds) {
+  const auto total = static_cast<int64_t>(std::lround(std::min(seconds, 1e9)));
+  const int64_t hours = total / 3600, minutes = total / 60 % 60;
+  return hours > 0 ? fmt::format("{}:{:02}:{:02}", hours, minutes, total % 60)
+                   : fmt::format("{}:{:02}", minutes, total % 60);
+}
+
+std::string rate_text(double rate) {
+  return rate >= 100 ? fmt::format("{:.0f}/s", rate)
+                     : fmt::format("{:.{}f}/s", rate, rate >= 1 ? 1 : 3);
+}
+
+}  // namespace
+
+Result<std::shared_ptr<Tokenizer>> load_tokenizer(const GgufFile& file) {
+  TokenizerSpec spec;
+  RABIT_ASSIGN(spec.model, file.get_string("tokenizer.ggml.model"));
+  RABIT_ASSIGN(spec.tokens, file.get_strings("tokenizer.ggml.tokens"));
+  // These may be absent from a file; what is there must be of the right type.
+  if (file.find_meta("tokenizer.ggml.pre") != nullptr) {
+    RABIT_ASSIGN(spec.pre, file.get_string("tokenizer.ggml.pre"));
+  }
+  if (file.find_meta("tokenizer.ggml.merges") != nullptr) {
+    RABIT_ASSIGN(spec.merges, file.get_strings("tokenizer.ggml.merges"));
+  }
+  if (file.find_meta("tokenizer.ggml.token_type") != nullptr) {
+    RABIT_ASSIGN(spec.token_types, file.get_ints("tokenizer.ggml.token_type"));
+  } else {
+    spec.token_types.assign(spec.tokens.size(), 1);
+  }
+  if (file.find_meta("tokenizer.ggml.bos_token_id") != nullptr) {
+    RABIT_ASSIGN(spec.bos_id, file.get_int("tokenizer.ggml.bos_token_id"));
+  }
+  if (file.find_meta("tokenizer.ggml.eos_token_id") != nullptr) {
+    RABIT_ASSIGN(spec.eos_id, file.get_int("tokenizer.ggml.eos_token_id"));
+  }
+  if (file.find_meta("tokenizer.ggml.add_bos_token") != nullptr) {
+    RABIT_ASSIGN(spec.add_bos, file.get_bool("tokenizer.ggml.add_bos_token"));
+  }
+  const auto vocab = static_cast<int64_t>(spec.tokens.size());
+  const std::string where = file.path().string() + ": ";
+  if (spec.token_types.size() != spec.tokens.size()) {
+    return Error{fmt::format("{}tokenizer.ggml.token_type has {} entries for {} tokens", where,
+                             spec.token_types.size(), vocab)};
+  }
+  if (spec.bos_id >= vocab || spec.eos_id >= vocab) {
+    return Error{
+        fmt::format("{}a BOS or EOS id is outside the vocabulary of {} tokens", where, vocab)};
+  }
+  if (spec.add_bos && spec.bos_id < 0) {
+    return Error{where + "the tokenizer asks for a BOS token but names none"};
+  }
+  auto tokenizer = Tokenizer::create(std::move(spec));
+  if (!tokenizer) {
+    return Error{where + tokenizer.error().message};
+  }
+  return tokenizer;
+}
+
+Status write_stdout(std::string_view text) {
+  while (!text.empty()) {
+    const ssize_t written = ::write(STDOUT_FILENO, text.data(), text.size());
+    if (written < 0) {
+      if (errno == EINTR) {
+        continue;
+      }
+      return Error{std::string("cannot write to standard output: ") + std::strerror(errno)};
+    }
+    text.remove_prefix(static_cast<size_t>(written));
+  }
+  return {};
+}
+
+std::string one_line(std::string_view text) {
+  std::string out(text);
+  while (!out.empty() && std::isspace(static_cast<unsigned char>(out.back()))) {
+    out.pop_back();
+  }
+  for (char& c : out) {
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) {
+      c = ' ';
+    }
+  }
+  return out;
+}
+
+void note(const std::string& text) { fmt::print(stderr, "rabit: {}\n", one_line(text)); }
+
+int64_t parse_integer(const std::string& option, const std::string& text, int64_t low,
+                      int64_t high) {
+  int64_t parsed = 0;
+  const char* end = text.data() + text.size();
+  const auto [stop, status] = std::from_chars(text.data(), end, parsed);
+  if (status != std::errc() || stop != end || parsed < low || parsed > high) {
+    throw CLI::ValidationError(
+        option, fmt::format("'{}' is not a whole number from {} to {}", one_line(text), low, high));
+  }
+  return parsed;
+}
+
+CLI::Option* add_integer(CLI::App* app, const std::string& names, int64_t& value, int64_t low,
+                         int64_t high, const std::string& help) {
+  const std::string label = names.substr(0, names.find(','));
+  CLI::Option* option = app->add_option_function<std::string>(
+      names,
+      [&value, low, high, label](const std::string& text) {
+        value = parse_integer(label, text, low, high);
+      },
+      help);
+  return option->default_str(std::to_string(value))->type_name("N");
+}
+
+CLI::Option* add_number(CLI::App* app, const std::string& names, double& value, double low,
+                        double high, const std::string& help) {
+  const std::string label = names.substr(0, names.find(','));
+  CLI::Option* option = app->add_option_function<std::string>(
+      names,
+      [&value, low, high, label](const std::string& text) {
+        double parsed = 0;
+        const char* end = text.data() + text.size();
+        const auto [stop, status] = std::from_chars(text.data(), end, parsed);
+        if (status != std::errc() || stop != end || !(parsed >= low && parsed <= high)) {
+          throw CLI::ValidationError(
+              label, fmt::format("'{}' is not a number from {} to {}", one_line(text), low, high));
+        }
+        value = parsed;
+      },
+      help);
+  return option->default_str(fmt::format("{}", value))->type_name("X");
+}
+
+CLI::Option* add_threads(CLI::App* app, int64_t& value) {
+  return add_integer(app, "-t,--threads", value, 0, 1024,
+                     "Threads; 0 takes as many as the process may use");
+}
+
+double now_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+Progress::Progress(std::string what)
+    : what_(std::move(what)),
+      started_(now_seconds()),
+      last_(started_),
+      terminal_(isatty(STDERR_FILENO) != 0) {}
+
+void Progress::update(int64_t done, int64_t total, const std::string& detail) {
+  const double now = now_seconds(), elapsed = now - started_;
+  const double rate = elapsed > 0 ? static_cast<double>(done) / elapsed : 0;
+  std::string line = fmt::format("{}: {}/{}", what_, done, total);
+  if (total > 0) {
+    line += fmt::format(" ({}%)", 100 * done / total);
+  }
+  if (rate > 0) {
+    line += fmt::format(", {}, ", rate_text(rate));
+    line += done < total ? "ETA " + clock_text(static_cast<double>(total - done) / rate)
+                         : "took " + clock_text(elapsed);
+  }
+  if (!detail.empty()) {
+    line += ", " + detail;
+  }
+  // A terminal takes ten lines a second at most and the first at once, a log one in ten seconds.
+  const bool due = now - last_ >= (terminal_ ? 0.1 : 10.0) || (terminal_ && !drawn_);
+  if (!due && done < total) {
+    pending_ = line;
+    return;
+  }
+  if (terminal_) {
+    fmt::print(stderr, "\r\x1b[K{}", line);
+    std::fflush(stderr);
+  } else {
+    fmt::print(stderr, "{}\n", line);
+  }
+  drawn_ = true;
+  last_ = now;
+  pending_.clear();
+}
+
+void Progress::finish() {
+  if (terminal_) {
+    if (!pending_.empty()) {
+      fmt::print(stderr, "\r\x1b[K{}", pending_);
+      drawn_ = true;
+    }
+    if (drawn_) {
+      fmt::print(stderr, "\n");
+    }
+  } else if (!pending_.empty()) {
+    fmt::print(stderr, "{}\n", pending_);
+  }
+  pending_.clear();
+  drawn_ = false;
+}
+
+}  // namespace rabit::cli

@@ -1,4 +1,4 @@
-// What the subcommands share: loading a tokenizer, messages, progress, exit codes.
+// What the subcommands share: loading a tokenizer, options, messages, progress, exit codes.
 #pragma once
 
 #include <CLI/CLI.hpp>
@@ -24,8 +24,38 @@ Command add_inspect(CLI::App& app);
 Command add_quantize(CLI::App& app);
 Command add_run(CLI::App& app);
 
+/// What the program exits with.
+enum ExitCode { kSuccess = 0, kFailure = 1, kUsageError = 2, kInterrupted = 130 };
+
 /// The tokenizer that a GGUF file carries in `tokenizer.ggml.*`.
 Result<std::shared_ptr<Tokenizer>> load_tokenizer(const GgufFile& file);
+
+/// Writes to stdout at once. Errors: a closed stdout, a full disk, a reader that went away.
+Status write_stdout(std::string_view text);
+
+/// `text` with every control character (newlines among them) made a space: fit for one line.
+std::string one_line(std::string_view text);
+
+/// A line on stderr that starts with "rabit: ".
+void note(const std::string& text);
+
+/// A number option that takes whole decimal numbers within [low, high] and nothing else (CLI11's
+/// own reading takes octal, saturates, and words the error less well). The default is `value`.
+CLI::Option* add_integer(CLI::App* app, const std::string& names, int64_t& value, int64_t low,
+                         int64_t high, const std::string& help);
+/// The same for finite decimal fractions.
+CLI::Option* add_number(CLI::App* app, const std::string& names, double& value, double low,
+                        double high, const std::string& help);
+/// Whole decimal number of `text` within [low, high], or CLI::ValidationError that names the
+/// option.
+int64_t parse_integer(const std::string& option, const std::string& text, int64_t low,
+                      int64_t high);
+
+/// `-t/--threads`, 0 meaning all that the process may use.
+CLI::Option* add_threads(CLI::App* app, int64_t& value);
+
+/// Seconds of a clock that only goes forward.
+double now_seconds();
 
 /// A progress line on stderr: redrawn in place on a terminal, else one plain line at most every
 /// ten seconds and at the end.
@@ -39,6 +69,7 @@ class Progress {
   std::string what_;
   double started_ = 0, last_ = 0;
   bool terminal_ = false, drawn_ = false;
+  std::string pending_;  // newest line when it has not been printed yet
 };
 
 }  // namespace rabit::cli

@@ -1,1 +1,130 @@
-// placeholder
+// `rabit eval --ppl`: perplexity of a model file on a text file, with the protocol beside it.
+#include <fmt/format.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "base/files.h"
+#include "cli/common.h"
+#include "cli/engine_logits.h"
+#include "cli/size_report.h"
+#include "eval/perplexity.h"
+#include "rabit/engine.h"
+
+namespace rabit::cli {
+namespace {
+
+struct EvalOptions {
+  std::string model, text, kernels;
+  int64_t ctx = 2048, windows = 0, threads = 0;
+  bool dense_f32 = false, json = false;
+};
+
+/// The text as the model reads it: tokenized once, special tokens as plain text, BOS only if the
+/// model's own tokenizer asks for it.
+std::vector<int32_t> tokenize(const Tokenizer& tokenizer, const std::string& text) {
+  std::vector<int32_t> tokens = tokenizer.encode(text, /*parse_special=*/false);
+  if (tokenizer.spec().add_bos) {
+    tokens.insert(tokens.begin(), static_cast<int32_t>(tokenizer.spec().bos_id));
+  }
+  return tokens;
+}
+
+Status eval(const EvalOptions& options) {
+  RABIT_ASSIGN(const auto file, GgufFile::open(options.model));
+  RABIT_ASSIGN(const ModelConfig config, read_model_config(*file));
+  RABIT_ASSIGN(const SizeReport size, size_report(*file, config));
+  RABIT_ASSIGN(const auto tokenizer, load_tokenizer(*file));
+  RABIT_ASSIGN(const std::string text, read_text_file(options.text));
+  const std::vector<int32_t> tokens = tokenize(*tokenizer, text);
+  const auto count = static_cast<int64_t>(tokens.size());
+  if (count < options.ctx) {
+    return Error{
+        fmt::format("{} has {} tokens, less than one window of --ctx {}: take a longer text "
+                    "or a smaller --ctx",
+                    options.text, count, options.ctx)};
+  }
+  if (options.ctx > config.context_length) {
+    note(fmt::format("warning: the model was trained for {} positions, --ctx {} goes beyond them",
+                     config.context_length, options.ctx));
+  }
+
+  RABIT_ASSIGN(const auto model,
+               Model::load(options.model, {.threads = static_cast<int>(options.threads),
+                                           .dense_as_f32 = options.dense_f32,
+                                           .kernels = options.kernels}));
+  RABIT_ASSIGN(const auto source, EngineLogits::create(model, options.ctx));
+  Progress progress("eval, windows");
+  const double started = now_seconds();
+  const auto result =
+      perplexity(*source, tokens, {.ctx = options.ctx, .max_windows = options.windows},
+                 [&](int64_t done, int64_t total, double nll) {
+                   progress.update(done, total, fmt::format("perplexity {:.4f}", std::exp(nll)));
+                 });
+  const double seconds = now_seconds() - started;
+  progress.finish();
+  if (!result) {
+    return result.error();
+  }
+
+  const double rate = static_cast<double>(result->windows * result->ctx) / std::max(seconds, 1e-9);
+  if (!options.json) {
+    return write_stdout(fmt::format(
+        "perplexity {:.4f} ± {:.4f} ({} tokens scored in {} windows of {}, {:.0f} tokens/s)\n"
+        "{}\n"
+        "{:.4f} bits per weight over the linear layers, {:.4f} over the file\n",
+        result->perplexity, result->perplexity_stderr, result->tokens_scored, result->windows,
+        result->ctx, rate, perplexity_protocol(options.ctx), size.bits_per_weight(),
+        size.file_bits_per_weight()));
+  }
+  RABIT_ASSIGN(const std::string model_sha256, sha256_file(options.model));
+  return write_stdout(json_text({{"perplexity", result->perplexity},
+                                 {"perplexity_stderr", result->perplexity_stderr},
+                                 {"mean_nll", result->mean_nll},
+                                 {"tokens_scored", result->tokens_scored},
+                                 {"tokens_total", count},
+                                 {"windows", result->windows},
+                                 {"ctx", result->ctx},
+                                 {"protocol", perplexity_protocol(options.ctx)},
+                                 {"model", options.model},
+                                 {"model_label", model_label(config, size)},
+                                 {"model_sha256", model_sha256},
+                                 {"text", options.text},
+                                 {"text_sha256", sha256_hex(text)},
+                                 {"bits_per_weight", size.bits_per_weight()},
+                                 {"file_bits_per_weight", size.file_bits_per_weight()},
+                                 {"file_bytes", size.file_bytes},
+                                 {"parameters", size.parameters},
+                                 {"seconds", seconds},
+                                 {"tokens_per_second", rate},
+                                 {"threads", model->threads()},
+                                 {"kernels", model->kernels()},
+                                 {"dense_weights", options.dense_f32 ? "F32" : "F16"}}));
+}
+
+}  // namespace
+
+Command add_eval(CLI::App& app) {
+  auto options = std::make_shared<EvalOptions>();
+  CLI::App* sub = app.add_subcommand("eval", "Measure a model: perplexity on a text");
+  sub->add_option("-m,--model", options->model, "GGUF model, packed or ordinary")
+      ->required()
+      ->type_name("FILE");
+  sub->add_option("--ppl", options->text, "UTF-8 text to score")->required()->type_name("TEXT");
+  add_integer(sub, "--ctx", options->ctx, 2, 1 << 20, "Tokens a window");
+  add_integer(sub, "--windows", options->windows, 0, 1 << 30, "Score the first N only; 0: all");
+  add_threads(sub, options->threads);
+  sub->add_flag("--dense-f32", options->dense_f32, "Hold dense weights in F32 instead of F16");
+  sub->add_option("--kernels", options->kernels, "Kernel table instead of the best that runs here")
+      ->type_name("NAME");
+  sub->add_flag("--json", options->json, "Print one JSON object");
+  sub->footer(
+      "The text is tokenized once and cut into windows that do not overlap; every token but a\n"
+      "window's first is scored, a short last window is dropped.\n\n"
+      "Examples:\n"
+      "  rabit eval -m model.gguf --ppl text.txt\n"
+      "  rabit eval -m model.gguf --ppl text.txt --ctx 512 --windows 4 --json");
+  return {sub, [options] { return eval(*options); }};
+}
+
+}  // namespace rabit::cli

@@ -1,1 +1,111 @@
-int main() { return 0; }
+// The `rabit` program: picks the subcommand and turns whatever goes wrong into one line on stderr
+// and an exit code (ExitCode in common.h). Nothing below this file prints errors or exits.
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <array>
+#include <csignal>
+#include <exception>
+#include <new>
+#include <sstream>
+
+#include "base/interrupt.h"
+#include "cli/common.h"
+
+namespace rabit::cli {
+namespace {
+
+/// A program started with a closed stdin, stdout or stderr would get that number for the next file
+/// it opens, and then print into its own model. Fill the gaps with something no write succeeds on.
+void occupy_standard_streams() {
+  for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; ++fd) {
+    if (fcntl(fd, F_GETFD) == -1) {
+      // open() returns the lowest free number, which is fd: those below are open by now.
+      [[maybe_unused]] const int got = open("/dev/null", O_RDONLY);
+    }
+  }
+}
+
+int fail(int code, const std::string& message) {
+  note(message);
+  return code;
+}
+
+/// The command line up to the subcommand that was being read, for "see ... --help".
+std::string help_command(const CLI::App& app) {
+  const auto parsed = app.get_subcommands();
+  return parsed.empty() ? "rabit --help" : "rabit " + parsed.front()->get_name() + " --help";
+}
+
+int usage_error(const CLI::App& app, const std::string& message) {
+  return fail(kUsageError, one_line(message) + " (see " + help_command(app) + ")");
+}
+
+int run_program(int argc, char** argv) {
+  CLI::App app{
+      "rabit: 2-bit quantization of language models by residual binarization.\n"
+      "Weights become a few matrices of +1 and -1 with scales per row and column, trained to "
+      "behave\n"
+      "like the original, in one GGUF file that runs without any framework."};
+  app.name("rabit");
+  app.set_version_flag("--version", "rabit " RABIT_VERSION, "Print the version and exit");
+  app.get_formatter()->column_width(34);
+  app.footer(
+      "Examples:\n"
+      "  rabit inspect model.gguf\n"
+      "  rabit run -m model.gguf -p \"The capital of France is\" -n 32 --temp 0\n"
+      "  rabit eval --help\n\n"
+      "Exit codes: 0 success, 1 error, 2 wrong usage, 130 interrupted.");
+  const std::array commands = {add_quantize(app), add_eval(app), add_run(app), add_bench(app),
+                               add_inspect(app)};
+  for (const Command& command : commands) {
+    command.app->get_formatter()->column_width(34);
+  }
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& request) {  // --help, --version
+    std::ostringstream out, err;
+    app.exit(request, out, err);
+    if (const Status status = write_stdout(out.str()); !status) {
+      return fail(kFailure, status.error().message);
+    }
+    return kSuccess;
+  } catch (const CLI::ParseError& error) {
+    return usage_error(app, error.what());
+  }
+
+  for (const Command& command : commands) {
+    if (!command.app->parsed()) {
+      continue;
+    }
+    try {
+      const Status status = command.run();
+      if (status) {
+        return kSuccess;
+      }
+      return fail(status.error().interrupted ? kInterrupted : kFailure, status.error().message);
+    } catch (const CLI::ParseError& error) {  // options that contradict each other
+      return usage_error(app, error.what());
+    }
+  }
+  return usage_error(app, "say what to do: quantize, eval, run, bench or inspect");
+}
+
+}  // namespace
+}  // namespace rabit::cli
+
+int main(int argc, char** argv) {
+  using namespace rabit;
+  try {
+    cli::occupy_standard_streams();
+    std::signal(SIGPIPE, SIG_IGN);  // a reader that went away is a failed write, reported as such
+    catch_interrupts();
+    return cli::run_program(argc, argv);
+  } catch (const std::bad_alloc&) {
+    return cli::fail(cli::kFailure, "out of memory: take a smaller model, context or batch");
+  } catch (const std::exception& error) {
+    return cli::fail(cli::kFailure, std::string("internal error: ") + error.what());
+  }
+}
