@@ -1,1 +1,282 @@
-// placeholder
+// Loading: every tensor's type, extents, alignment and scales are checked here, so that the forward
+// pass need not fail. Packed layers and F16 or F32 weights of the wanted type stay in the mapped
+// file; everything else is decoded once.
+#include "engine/model.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+#include <optional>
+#include <span>
+
+#include "base/half.h"
+#include "io/dequant.h"
+
+namespace rabit {
+namespace {
+
+Error tensor_error(const GgufFile& file, const TensorInfo& tensor, const std::string& what) {
+  return Error{file.path().string() + ": tensor " + tensor.name + ": " + what};
+}
+
+/// Extents beyond those written count as 1: (n) is (n, 1).
+bool has_extents(const TensorInfo& tensor, std::initializer_list<int64_t> extents) {
+  size_t i = 0;
+  for (const int64_t extent : extents) {
+    if ((i < tensor.ne.size() ? tensor.ne[i] : 1) != extent) {
+      return false;
+    }
+    ++i;
+  }
+  return std::all_of(tensor.ne.begin() + std::min(i, tensor.ne.size()), tensor.ne.end(),
+                     [](int64_t extent) { return extent == 1; });
+}
+
+Result<const TensorInfo*> find(const GgufFile& file, const std::string& name,
+                               std::initializer_list<int64_t> extents) {
+  const TensorInfo* tensor = file.find_tensor(name);
+  if (tensor == nullptr) {
+    return Error{file.path().string() + ": tensor " + name + " is missing"};
+  }
+  if (!has_extents(*tensor, extents)) {
+    return tensor_error(file, *tensor, "its extents do not fit the model's sizes");
+  }
+  return tensor;
+}
+
+bool aligned(const TensorInfo& tensor, size_t alignment) {
+  return reinterpret_cast<uintptr_t>(tensor.data.data()) % alignment == 0;
+}
+
+bool finite_halves(std::span<const uint16_t> halves) {
+  return std::none_of(halves.begin(), halves.end(),
+                      [](uint16_t half) { return (half & 0x7C00U) == 0x7C00U; });
+}
+
+/// The tensor's bytes where they lie if a T may stand there, else a copy in `owned`.
+template <typename T>
+Result<const T*> in_place(const TensorInfo& tensor, std::vector<Buffer>& owned) {
+  if (aligned(tensor, alignof(T))) {
+    return reinterpret_cast<const T*>(tensor.data.data());
+  }
+  RABIT_ASSIGN(Buffer copy, Buffer::make(tensor.data.size(), 1, "a weight tensor"));
+  std::memcpy(copy.as<std::byte>(), tensor.data.data(), tensor.data.size());
+  owned.push_back(std::move(copy));
+  return owned.back().as<const T>();
+}
+
+Result<Linear> load_packed(const GgufFile& file, const std::string& name, LinearShape shape) {
+  Linear linear;
+  const TensorInfo* sign = file.find_tensor(name + ".sign");
+  const int64_t paths = sign->ne.size() > 2 ? sign->ne[2] : 1;
+  const int64_t words = (shape.d_in + 31) / 32;
+  if (paths < 1 || paths > 4 || !has_extents(*sign, {words, shape.d_out, paths})) {
+    return tensor_error(file, *sign, "its extents do not fit the model's sizes and 1 to 4 paths");
+  }
+  if (sign->type != TensorType::kI32) {
+    return tensor_error(file, *sign, "signs must be of type I32");
+  }
+  RABIT_ASSIGN(const TensorInfo* rows, find(file, name + ".row_scale", {shape.d_out, paths}));
+  RABIT_ASSIGN(const TensorInfo* columns, find(file, name + ".col_scale", {shape.d_in, paths}));
+  linear.weights = {.format = WeightFormat::kResidualBinary,
+                    .d_out = shape.d_out,
+                    .d_in = shape.d_in,
+                    .paths = paths};
+  RABIT_ASSIGN(linear.weights.signs, in_place<uint32_t>(*sign, linear.owned));
+  for (const auto& [tensor, target] : {std::pair{rows, &linear.weights.row_scale},
+                                       std::pair{columns, &linear.weights.col_scale}}) {
+    if (tensor->type != TensorType::kF16) {
+      return tensor_error(file, *tensor, "scales must be of type F16");
+    }
+    RABIT_ASSIGN(*target, in_place<uint16_t>(*tensor, linear.owned));
+    if (!finite_halves({*target, static_cast<size_t>(tensor->elements())})) {
+      return tensor_error(file, *tensor, "a scale is not finite");
+    }
+  }
+  return linear;
+}
+
+/// Decodes rows in parallel to F32 or F16. Errors: of the decoder, values that are not finite.
+Result<Linear> decode_dense(const GgufFile& file, const TensorInfo& tensor, LinearShape shape,
+                            bool as_f32, ThreadPool& pool) {
+  Linear linear;
+  const auto elements = static_cast<uint64_t>(shape.d_out) * static_cast<uint64_t>(shape.d_in);
+  RABIT_ASSIGN(Buffer buffer, Buffer::make(elements, as_f32 ? 4 : 2, "a weight matrix"));
+  linear.weights = {.format = as_f32 ? WeightFormat::kF32 : WeightFormat::kF16,
+                    .d_out = shape.d_out,
+                    .d_in = shape.d_in,
+                    .dense = buffer.as<void>()};
+  std::mutex mutex;
+  std::optional<Error> failure;
+  const auto fail = [&](Error error) {
+    const std::lock_guard lock(mutex);
+    failure = std::move(error);
+  };
+  pool.parallel_for(shape.d_out, 1, [&](int64_t begin, int64_t end, int) {
+    std::vector<float> row(static_cast<size_t>(shape.d_in));
+    bool finite = true;
+    for (int64_t r = begin; r < end; ++r) {
+      if (const Status status = dequantize(tensor, r * shape.d_in, row); !status) {
+        return fail(status.error());
+      }
+      for (int64_t c = 0; c < shape.d_in; ++c) {
+        const int64_t at = r * shape.d_in + c;
+        if (as_f32) {
+          buffer.as<float>()[at] = row[c];
+          finite &= std::isfinite(row[c]);
+        } else {
+          const uint16_t half = float_to_half(row[c]);
+          buffer.as<uint16_t>()[at] = half;
+          finite &= (half & 0x7C00U) != 0x7C00U;
+        }
+      }
+    }
+    if (!finite) {
+      fail(tensor_error(file, tensor,
+                        std::string("a weight is not finite") +
+                            (as_f32 ? "" : " or too large for F16; load dense weights as F32")));
+    }
+  });
+  if (failure) {
+    return *failure;
+  }
+  linear.owned.push_back(std::move(buffer));
+  return linear;
+}
+
+Result<Linear> load_dense(const GgufFile& file, const std::string& name, LinearShape shape,
+                          bool as_f32, ThreadPool& pool) {
+  RABIT_ASSIGN(const TensorInfo* tensor, find(file, name, {shape.d_in, shape.d_out}));
+  const TensorType wanted = as_f32 ? TensorType::kF32 : TensorType::kF16;
+  if (tensor->type != wanted || !aligned(*tensor, 4)) {
+    return decode_dense(file, *tensor, shape, as_f32, pool);
+  }
+  Linear linear;
+  linear.weights = {.format = as_f32 ? WeightFormat::kF32 : WeightFormat::kF16,
+                    .d_out = shape.d_out,
+                    .d_in = shape.d_in,
+                    .dense = tensor->data.data()};
+  const auto count = static_cast<size_t>(tensor->elements());
+  bool finite = true;
+  if (as_f32) {
+    const auto* data = reinterpret_cast<const float*>(tensor->data.data());
+    finite = std::all_of(data, data + count, [](float value) { return std::isfinite(value); });
+  } else {
+    finite = finite_halves({reinterpret_cast<const uint16_t*>(tensor->data.data()), count});
+  }
+  if (!finite) {
+    return tensor_error(file, *tensor, "a weight is not finite");
+  }
+  return linear;
+}
+
+Result<std::vector<float>> load_norm(const GgufFile& file, const std::string& name, int64_t d) {
+  RABIT_ASSIGN(const TensorInfo* tensor, find(file, name, {d}));
+  RABIT_ASSIGN(std::vector<float> values, dequantize(*tensor));
+  if (!std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); })) {
+    return tensor_error(file, *tensor, "a weight is not finite");
+  }
+  return values;
+}
+
+uint64_t linear_bytes(const LinearWeights& w) {
+  const auto out = static_cast<uint64_t>(w.d_out), in = static_cast<uint64_t>(w.d_in);
+  if (w.format != WeightFormat::kResidualBinary) {
+    return out * in * (w.format == WeightFormat::kF32 ? 4 : 2);
+  }
+  return static_cast<uint64_t>(w.paths) * (out * ((in + 31) / 32) * 4 + (out + in) * 2);
+}
+
+Result<const KernelTable*> choose_kernels(const std::string& name) {
+  const std::vector<const KernelTable*> tables = cpu_kernels();
+  if (name.empty()) {
+    return tables.front();
+  }
+  std::string known;
+  for (const KernelTable* table : tables) {
+    if (table->name == name) {
+      return table;
+    }
+    known += std::string(table->name) + ", ";
+  }
+  const KernelTable& reference = reference_kernels();
+  if (reference.name == name) {
+    return &reference;
+  }
+  return Error{"no kernels named '" + name + "' run here; there are " + known +
+               std::string(reference.name)};
+}
+
+/// Tensors that would change the result, and that the forward pass knows nothing of.
+Status refuse_unknown_tensors(const GgufFile& file) {
+  for (const TensorInfo& tensor : file.tensors()) {
+    const std::string& name = tensor.name;
+    if (name.ends_with(".bias") || name.starts_with("rope_f") ||
+        name.find("_q_norm") < name.size() || name.find("_k_norm") < name.size() ||
+        name.find("_exps") < name.size()) {
+      return tensor_error(file, tensor, "models with such a tensor are not supported");
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
+                                           const EngineOptions& options) {
+  constexpr int kMostThreads = 1024;
+  if (options.threads < 0 || options.threads > kMostThreads) {
+    return Error{"the number of threads must be 1 to " + std::to_string(kMostThreads) +
+                 ", or 0 for all"};
+  }
+  auto model = std::make_shared<LoadedModel>();
+  RABIT_ASSIGN(model->table, choose_kernels(options.kernels));
+  RABIT_ASSIGN(model->file, GgufFile::open(path));
+  const GgufFile& file = *model->file;
+  RABIT_ASSIGN(model->config, read_model_config(file));
+  const ModelConfig& config = model->config;
+  if (config.head_dim > kMaxHeadDim || config.head_dim % 2 != 0 ||
+      config.heads % config.kv_heads != 0) {
+    return Error{path.string() + ": heads of " + std::to_string(config.head_dim) +
+                 " are not supported: even, at most " + std::to_string(kMaxHeadDim)};
+  }
+  RABIT_CHECK(refuse_unknown_tensors(file));
+  model->cache = options.dense_as_f32 ? CacheFormat::kF32 : CacheFormat::kF16;
+  model->pool =
+      std::make_unique<ThreadPool>(options.threads == 0 ? usable_threads() : options.threads);
+
+  const bool as_f32 = options.dense_as_f32;
+  RABIT_ASSIGN(model->embedding,
+               find(file, "token_embd.weight", {config.d_model, config.vocab_size}));
+  std::vector<float> row(static_cast<size_t>(config.d_model));
+  RABIT_CHECK(dequantize(*model->embedding, 0, row));  // its type can be read
+  RABIT_ASSIGN(model->output_norm, load_norm(file, "output_norm.weight", config.d_model));
+  const std::string head_name = config.tied_head ? "token_embd.weight" : "output.weight";
+  RABIT_ASSIGN(model->head, load_dense(file, head_name, {config.vocab_size, config.d_model}, as_f32,
+                                       *model->pool));
+  model->bytes_per_token = linear_bytes(model->head.weights);
+
+  model->blocks.resize(static_cast<size_t>(config.layers));
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    DecoderBlock& block = model->blocks[static_cast<size_t>(layer)];
+    const std::string prefix = "blk." + std::to_string(layer) + ".";
+    RABIT_ASSIGN(block.attn_norm, load_norm(file, prefix + "attn_norm.weight", config.d_model));
+    RABIT_ASSIGN(block.ffn_norm, load_norm(file, prefix + "ffn_norm.weight", config.d_model));
+    for (const Role role : kRoles) {
+      const std::string name = linear_name(layer, role);
+      const LinearShape shape = linear_shape(config, role);
+      Linear& linear = block.linears[static_cast<size_t>(role)];
+      if (file.find_tensor(name + ".sign") != nullptr) {
+        RABIT_ASSIGN(linear, load_packed(file, name, shape));
+      } else {
+        RABIT_ASSIGN(linear, load_dense(file, name + ".weight", shape, as_f32, *model->pool));
+      }
+      model->bytes_per_token += linear_bytes(linear.weights);
+    }
+  }
+  return std::shared_ptr<Model>(std::move(model));
+}
+
+}  // namespace rabit

@@ -1,1 +1,376 @@
-// placeholder
+// The forward pass. A call is cut into chunks of at most kChunk tokens; each chunk goes through all
+// blocks and leaves its keys and values in the cache, (layers, kv_heads, capacity, head_dim), so
+// the next chunk sees them. All memory is taken when the session is made (that of forward_all's
+// logits at its first call).
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+
+#include "base/half.h"
+#include "engine/model.h"
+#include "io/dequant.h"
+
+namespace rabit {
+namespace {
+
+constexpr int64_t kChunk = 512;        // tokens that go through the blocks together
+constexpr int64_t kLogitsChunk = 256;  // tokens whose logits are in memory at once
+
+/// One product of a group that shares its input.
+struct Product {
+  const LinearWeights& weights;
+  float* y;
+};
+
+class LoadedSession : public Session {
+ public:
+  LoadedSession(std::shared_ptr<LoadedModel> model, int64_t capacity)
+      : model_(std::move(model)),
+        config_(model_->config),
+        capacity_(capacity),
+        chunk_(std::min(capacity, kChunk)) {}
+
+  Status allocate();
+  Status forward_all(std::span<const int32_t> tokens, const LogitSink& sink) override;
+  Result<std::span<const float>> forward(std::span<const int32_t> tokens) override;
+  int64_t position() const override { return position_; }
+  void truncate(int64_t position) override {
+    position_ = std::clamp<int64_t>(position, 0, position_);
+  }
+
+ private:
+  Status check(std::span<const int32_t> tokens) const;
+  Status run_blocks(std::span<const int32_t> tokens);
+  void run_block(int64_t layer, int64_t tokens);
+  void store_cache(int64_t layer, int64_t begin, int64_t end);
+  void attend(int64_t layer, int64_t tokens);
+  void multiply(const float* x, int64_t tokens, std::initializer_list<Product> products);
+  void head(int64_t first, int64_t tokens, float* logits);
+  template <typename Body>
+  void over_tokens(int64_t tokens, const Body& body);
+
+  std::shared_ptr<LoadedModel> model_;
+  const ModelConfig& config_;
+  const int64_t capacity_, chunk_;
+  int64_t position_ = 0;
+
+  Buffer keys_, values_;             // (layers, kv_heads, capacity, head_dim)
+  Buffer work_;                      // all below but the scratch
+  float* x_ = nullptr;               // (chunk, d_model): the residual stream
+  float* h_ = nullptr;               // (chunk, d_model): normed input, or a block part's output
+  float* q_ = nullptr;               // (chunk, d_q)
+  float* k_ = nullptr;               // (chunk, d_kv)
+  float* v_ = nullptr;               // (chunk, d_kv)
+  float* attended_ = nullptr;        // (chunk, d_q)
+  float* gate_ = nullptr;            // (chunk, d_ff)
+  float* up_ = nullptr;              // (chunk, d_ff)
+  float* turns_ = nullptr;           // (chunk, head_dim): cos and sin of each pair
+  float* last_ = nullptr;            // (vocab): logits of the last token
+  std::vector<double> frequencies_;  // (head_dim / 2): radians a position
+  Buffer scratch_;                   // (threads, scratch_stride_)
+  int64_t scratch_stride_ = 0;
+  Buffer logits_;  // (kLogitsChunk, vocab), from the first forward_all on
+  int64_t logits_rows_ = 0;
+};
+
+Status LoadedSession::allocate() {
+  const KernelTable& table = *model_->table;
+  const uint64_t element = model_->cache == CacheFormat::kF32 ? 4 : 2;
+  uint64_t positions = 0, bytes = 0;
+  const auto per_position = static_cast<uint64_t>(config_.layers * config_.d_kv());
+  const auto pages = static_cast<uint64_t>(std::max(0L, ::sysconf(_SC_PHYS_PAGES)));
+  const auto page = static_cast<uint64_t>(std::max(0L, ::sysconf(_SC_PAGESIZE)));
+  if (__builtin_mul_overflow(static_cast<uint64_t>(capacity_), per_position, &positions) ||
+      __builtin_mul_overflow(positions, 2 * element, &bytes) || bytes > pages * page) {
+    return Error{"a context of " + std::to_string(capacity_) +
+                 " positions does not fit this machine's memory; ask for a smaller one"};
+  }
+  RABIT_ASSIGN(keys_, Buffer::make(positions, element, "the cache of keys"));
+  RABIT_ASSIGN(values_, Buffer::make(positions, element, "the cache of values"));
+
+  const std::array<std::pair<float**, int64_t>, 10> parts = {{{&x_, chunk_ * config_.d_model},
+                                                              {&h_, chunk_ * config_.d_model},
+                                                              {&q_, chunk_ * config_.d_q()},
+                                                              {&k_, chunk_ * config_.d_kv()},
+                                                              {&v_, chunk_ * config_.d_kv()},
+                                                              {&attended_, chunk_ * config_.d_q()},
+                                                              {&gate_, chunk_ * config_.d_ff},
+                                                              {&up_, chunk_ * config_.d_ff},
+                                                              {&turns_, chunk_ * config_.head_dim},
+                                                              {&last_, config_.vocab_size}}};
+  const auto padded = [](int64_t floats) { return (floats + 15) / 16 * 16; };
+  int64_t total = 0;
+  for (const auto& part : parts) {
+    total += padded(part.second);
+  }
+  RABIT_ASSIGN(work_, Buffer::make(static_cast<uint64_t>(total), 4, "activations"));
+  float* next = work_.as<float>();
+  for (const auto& [pointer, floats] : parts) {
+    *pointer = next;
+    next += padded(floats);
+  }
+
+  int64_t scratch =
+      table.attention_scratch(chunk_, capacity_, config_.heads, config_.kv_heads, config_.head_dim);
+  const auto grow = [&](const LinearWeights& w) {
+    // Small numbers of tokens may need more than large ones.
+    for (int64_t tokens = 1; tokens <= chunk_; ++tokens) {
+      scratch = std::max(scratch, table.matmul_scratch(w.d_in, tokens, w.paths));
+    }
+  };
+  grow(model_->head.weights);
+  for (const Linear& linear : model_->blocks.front().linears) {
+    grow({.d_in = linear.weights.d_in, .paths = 4});
+  }
+  scratch_stride_ = padded(scratch);
+  RABIT_ASSIGN(scratch_, Buffer::make(static_cast<uint64_t>(scratch_stride_) * model_->threads(), 4,
+                                      "kernel scratch"));
+  for (int64_t i = 0; i < config_.head_dim / 2; ++i) {
+    const double power = -2.0 * static_cast<double>(i) / static_cast<double>(config_.head_dim);
+    frequencies_.push_back(std::pow(static_cast<double>(config_.rope_theta), power));
+  }
+  return {};
+}
+
+Status LoadedSession::check(std::span<const int32_t> tokens) const {
+  if (tokens.empty()) {
+    return Error{"no tokens to run"};
+  }
+  const auto count = static_cast<int64_t>(tokens.size());
+  if (count > capacity_ - position_) {
+    return Error{std::to_string(count) + " tokens after position " + std::to_string(position_) +
+                 " exceed the context of " + std::to_string(capacity_) +
+                 " positions; shorten the input or ask for a larger context"};
+  }
+  for (const int32_t token : tokens) {
+    if (token < 0 || token >= config_.vocab_size) {
+      return Error{"token " + std::to_string(token) + " is outside the vocabulary of " +
+                   std::to_string(config_.vocab_size)};
+    }
+  }
+  return {};
+}
+
+/// body(begin, end) over ranges of tokens; a few tokens are not worth waking threads for.
+template <typename Body>
+void LoadedSession::over_tokens(int64_t tokens, const Body& body) {
+  constexpr int64_t kWorthwhile = 16;
+  if (tokens < kWorthwhile) {
+    body(0, tokens);
+  } else {
+    model_->pool->parallel_for(tokens, 1,
+                               [&](int64_t begin, int64_t end, int) { body(begin, end); });
+  }
+}
+
+/// y = W x for products that share x (tokens, d_in), each thread a range of rows of every one.
+void LoadedSession::multiply(const float* x, int64_t tokens,
+                             std::initializer_list<Product> products) {
+  const KernelTable& table = *model_->table;
+  const int64_t threads = model_->threads();
+  model_->pool->parallel_for(threads, 1, [&](int64_t begin, int64_t end, int thread) {
+    float* scratch = scratch_.as<float>() + thread * scratch_stride_;
+    for (int64_t part = begin; part < end; ++part) {
+      for (const Product& product : products) {
+        const LinearWeights& w = product.weights;
+        const int64_t grains = (w.d_out + table.matmul_row_grain - 1) / table.matmul_row_grain;
+        const int64_t first = std::min(w.d_out, grains * part / threads * table.matmul_row_grain);
+        const int64_t last =
+            std::min(w.d_out, grains * (part + 1) / threads * table.matmul_row_grain);
+        if (first < last) {
+          table.matmul(w, x, tokens, product.y, first, last, scratch);
+        }
+      }
+    }
+  });
+}
+
+/// Keys and values of tokens [begin, end) of the chunk into the cache.
+void LoadedSession::store_cache(int64_t layer, int64_t begin, int64_t end) {
+  const int64_t d = config_.head_dim;
+  for (int64_t t = begin; t < end; ++t) {
+    for (int64_t head = 0; head < config_.kv_heads; ++head) {
+      const int64_t to = ((layer * config_.kv_heads + head) * capacity_ + position_ + t) * d;
+      const int64_t from = (t * config_.kv_heads + head) * d;
+      if (model_->cache == CacheFormat::kF32) {
+        std::memcpy(keys_.as<float>() + to, k_ + from, static_cast<size_t>(d) * sizeof(float));
+        std::memcpy(values_.as<float>() + to, v_ + from, static_cast<size_t>(d) * sizeof(float));
+      } else {
+        for (int64_t i = 0; i < d; ++i) {
+          keys_.as<uint16_t>()[to + i] = float_to_half(k_[from + i]);
+          values_.as<uint16_t>()[to + i] = float_to_half(v_[from + i]);
+        }
+      }
+    }
+  }
+}
+
+void LoadedSession::attend(int64_t layer, int64_t tokens) {
+  const KernelTable& table = *model_->table;
+  const int64_t element = model_->cache == CacheFormat::kF32 ? 4 : 2;
+  const int64_t offset = layer * capacity_ * config_.d_kv() * element;
+  const AttentionInput input = {.q = q_,
+                                .cache = model_->cache,
+                                .k = keys_.as<std::byte>() + offset,
+                                .v = values_.as<std::byte>() + offset,
+                                .tokens = tokens,
+                                .first_position = position_,
+                                .heads = config_.heads,
+                                .kv_heads = config_.kv_heads,
+                                .head_dim = config_.head_dim,
+                                .capacity = capacity_};
+  const int64_t grain = table.attention_token_grain;
+  const int64_t blocks = (tokens + grain - 1) / grain;
+  const int64_t group = config_.heads / config_.kv_heads;
+  if (blocks == 1) {  // too few tokens to split: split the heads
+    model_->pool->parallel_for(config_.heads, 1, [&](int64_t begin, int64_t end, int thread) {
+      table.attention(input, begin, end, 0, tokens, scratch_.as<float>() + thread * scratch_stride_,
+                      attended_);
+    });
+    return;
+  }
+  // Late blocks see more positions: take them alternately from both ends, so that every contiguous
+  // range of tasks costs about the same.
+  const int64_t tasks = blocks * config_.kv_heads;
+  model_->pool->parallel_for(tasks, 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t task = i % 2 == 0 ? i / 2 : tasks - 1 - i / 2;
+      const int64_t block = task / config_.kv_heads, kv = task % config_.kv_heads;
+      table.attention(input, kv * group, (kv + 1) * group, block * grain,
+                      std::min(tokens, (block + 1) * grain),
+                      scratch_.as<float>() + thread * scratch_stride_, attended_);
+    }
+  });
+}
+
+void LoadedSession::run_block(int64_t layer, int64_t tokens) {
+  const KernelTable& table = *model_->table;
+  const DecoderBlock& block = model_->blocks[static_cast<size_t>(layer)];
+  const int64_t d = config_.d_model;
+  const auto add_to_stream = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * d; i < end * d; ++i) {
+      x_[i] += h_[i];
+    }
+  };
+  const auto norm = [&](const std::vector<float>& weight, int64_t begin, int64_t end) {
+    table.rms_norm(x_ + begin * d, weight.data(), end - begin, d, config_.norm_epsilon,
+                   h_ + begin * d);
+  };
+
+  over_tokens(tokens, [&](int64_t begin, int64_t end) { norm(block.attn_norm, begin, end); });
+  multiply(
+      h_, tokens,
+      {{block.at(Role::kAttnQ), q_}, {block.at(Role::kAttnK), k_}, {block.at(Role::kAttnV), v_}});
+  over_tokens(tokens, [&](int64_t begin, int64_t end) {
+    const float* turns = turns_ + begin * config_.head_dim;
+    table.rope(q_ + begin * config_.d_q(), turns, end - begin, config_.heads, config_.head_dim);
+    table.rope(k_ + begin * config_.d_kv(), turns, end - begin, config_.kv_heads, config_.head_dim);
+    store_cache(layer, begin, end);
+  });
+  attend(layer, tokens);
+  multiply(attended_, tokens, {{block.at(Role::kAttnOutput), h_}});
+  over_tokens(tokens, [&](int64_t begin, int64_t end) {
+    add_to_stream(begin, end);
+    norm(block.ffn_norm, begin, end);
+  });
+  multiply(h_, tokens, {{block.at(Role::kFfnGate), gate_}, {block.at(Role::kFfnUp), up_}});
+  over_tokens(tokens, [&](int64_t begin, int64_t end) {
+    table.swiglu(gate_ + begin * config_.d_ff, up_ + begin * config_.d_ff,
+                 (end - begin) * config_.d_ff);
+  });
+  multiply(gate_, tokens, {{block.at(Role::kFfnDown), h_}});
+  over_tokens(tokens, add_to_stream);
+}
+
+/// A chunk through all blocks; x_ then holds the stream after the last. The position is not moved.
+Status LoadedSession::run_blocks(std::span<const int32_t> tokens) {
+  const int64_t d = config_.d_model;
+  const auto count = static_cast<int64_t>(tokens.size());
+  for (int64_t t = 0; t < count; ++t) {
+    const std::span<float> row(x_ + t * d, static_cast<size_t>(d));
+    RABIT_CHECK(dequantize(*model_->embedding, tokens[static_cast<size_t>(t)] * d, row));
+    for (int64_t i = 0; i < config_.head_dim / 2; ++i) {
+      const double angle =
+          static_cast<double>(position_ + t) * frequencies_[static_cast<size_t>(i)];
+      turns_[t * config_.head_dim + 2 * i] = static_cast<float>(std::cos(angle));
+      turns_[t * config_.head_dim + 2 * i + 1] = static_cast<float>(std::sin(angle));
+    }
+  }
+  for (int64_t layer = 0; layer < config_.layers; ++layer) {
+    run_block(layer, count);
+  }
+  return {};
+}
+
+/// Logits (tokens, vocab) of tokens [first, first + tokens) of the chunk.
+void LoadedSession::head(int64_t first, int64_t tokens, float* logits) {
+  const int64_t d = config_.d_model;
+  over_tokens(tokens, [&](int64_t begin, int64_t end) {
+    model_->table->rms_norm(x_ + (first + begin) * d, model_->output_norm.data(), end - begin, d,
+                            config_.norm_epsilon, h_ + begin * d);
+  });
+  multiply(h_, tokens, {{model_->head.weights, logits}});
+}
+
+Status LoadedSession::forward_all(std::span<const int32_t> tokens, const LogitSink& sink) {
+  RABIT_CHECK(check(tokens));
+  const auto total = static_cast<int64_t>(tokens.size());
+  if (const int64_t rows = std::min({total, chunk_, kLogitsChunk}); rows > logits_rows_) {
+    RABIT_ASSIGN(logits_, Buffer::make(static_cast<uint64_t>(rows),
+                                       static_cast<uint64_t>(config_.vocab_size) * 4, "logits"));
+    logits_rows_ = rows;
+  }
+  const int64_t start = position_;
+  for (int64_t first = 0; first < total; first += chunk_) {
+    const int64_t count = std::min(chunk_, total - first);
+    if (const Status status = run_blocks(tokens.subspan(first, count)); !status) {
+      position_ = start;
+      return status;
+    }
+    position_ += count;
+    for (int64_t t = 0; t < count; t += kLogitsChunk) {
+      const int64_t rows = std::min(kLogitsChunk, count - t);
+      head(t, rows, logits_.as<float>());
+      sink(first + t, rows, logits_.as<float>());
+    }
+  }
+  return {};
+}
+
+Result<std::span<const float>> LoadedSession::forward(std::span<const int32_t> tokens) {
+  RABIT_CHECK(check(tokens));
+  const auto total = static_cast<int64_t>(tokens.size());
+  const int64_t start = position_;
+  int64_t count = 0;
+  for (int64_t first = 0; first < total; first += count) {
+    count = std::min(chunk_, total - first);
+    if (const Status status = run_blocks(tokens.subspan(first, count)); !status) {
+      position_ = start;
+      return status.error();
+    }
+    position_ += count;
+  }
+  head(count - 1, 1, last_);
+  return std::span<const float>(last_, static_cast<size_t>(config_.vocab_size));
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<Model> model, int64_t capacity) {
+  auto loaded = std::dynamic_pointer_cast<LoadedModel>(std::move(model));
+  if (loaded == nullptr) {
+    return Error{"a session needs a model made by Model::load"};
+  }
+  if (capacity < 1) {
+    return Error{"a context needs at least one position, not " + std::to_string(capacity)};
+  }
+  auto session = std::make_unique<LoadedSession>(std::move(loaded), capacity);
+  RABIT_CHECK(session->allocate());
+  return std::unique_ptr<Session>(std::move(session));
+}
+
+}  // namespace rabit
