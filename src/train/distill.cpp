@@ -97,7 +97,7 @@ Status distill(TrainSession& session, int64_t tokens, DistillState state) {
   const int64_t first_step = state.step;
   const double time_budget = session.clock.limited() ? session.clock.left() : 0.0;
   const Clock clock(time_budget);
-  Clock since_checkpoint, since_report;
+  Clock since_checkpoint;
   const auto save = [&](int64_t step) {
     const AdamW::State adam_state = adam.state();
     const DistillState now{step, muon.state(), adam_state.mean, adam_state.square,

@@ -1,5 +1,7 @@
 #include "train/optimizer.h"
 
+#include <c10/core/GradMode.h>
+
 #include <algorithm>
 #include <cmath>
 #include <map>

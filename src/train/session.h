@@ -95,6 +95,9 @@ struct DistillState {
 /// Phase 3: end-to-end distillation of the whole student, from `state` on.
 Status distill(TrainSession& session, int64_t tokens, DistillState state);
 
+/// What a continuation must share with the run that it continues, as JSON text.
+std::string settings_fingerprint(const TrainSession& session);
+
 /// Writes blocks [0, blocks_done) and, if given, the state of distillation.
 Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
                        const DistillState* distill);

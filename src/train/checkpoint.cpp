@@ -1,0 +1,177 @@
+// Checkpoints: a GGUF file of float32 tensors (latents, scales, optimizer state) and metadata that
+// says what it belongs to. Written whole or not at all.
+
+#include <ATen/ATen.h>
+
+#include "base/files.h"
+#include "io/dequant.h"
+#include "train/session.h"
+
+namespace rabit::train {
+namespace {
+
+constexpr int64_t kCheckpointVersion = 1;
+constexpr char kPrefix[] = "rabit.checkpoint.";
+
+std::string key(const char* name) { return std::string(kPrefix) + name; }
+
+// Host copies that stay alive until the writer has written them.
+class Tensors {
+ public:
+  Status add(GgufWriter& writer, const std::string& name, const at::Tensor& tensor) {
+    const at::Tensor host = tensor.detach().to(at::kCPU, at::kFloat).contiguous();
+    kept_.push_back(host);
+    std::vector<int64_t> ne(host.sizes().rbegin(), host.sizes().rend());
+    const auto bytes = std::as_bytes(
+        std::span(host.const_data_ptr<float>(), static_cast<size_t>(host.numel())));
+    return writer.add_tensor(name, TensorType::kF32, std::move(ne), bytes);
+  }
+
+ private:
+  std::vector<at::Tensor> kept_;
+};
+
+Result<at::Tensor> read(const GgufFile& file, const std::string& name, std::vector<int64_t> sizes) {
+  const std::vector<int64_t> ne(sizes.rbegin(), sizes.rend());
+  RABIT_ASSIGN(const TensorInfo* info, file.get_tensor(name, ne));
+  at::Tensor tensor = at::empty(sizes, at::kFloat);
+  RABIT_CHECK(dequantize(*info, 0,
+                         std::span(tensor.mutable_data_ptr<float>(),
+                                   static_cast<size_t>(tensor.numel()))));
+  return tensor;
+}
+
+}  // namespace
+
+std::string settings_fingerprint(const TrainSession& session) {
+  // Settings that may differ between a run and its continuation are left out: how long, which
+  // device, how many threads, how often to save.
+  nlohmann::json settings = session.log["settings"];
+  for (const char* free : {"minutes", "tokens", "device", "threads", "checkpoint_minutes", "resume",
+                           "compute"}) {
+    settings.erase(free);
+  }
+  return nlohmann::json{{"settings", settings},
+                        {"data", session.log["data"]},
+                        {"source", session.log["source"]}}
+      .dump();
+}
+
+Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
+                       const DistillState* distill) {
+  GgufWriter writer;
+  Tensors tensors;
+  writer.set("general.architecture", MetaValue::string("rabit-checkpoint"));
+  writer.set(key("version"), MetaValue::u32(kCheckpointVersion));
+  writer.set(key("fingerprint"), MetaValue::string(settings_fingerprint(session)));
+  writer.set(key("log"), MetaValue::string(session.log.dump()));
+  writer.set(key("blocks_done"), MetaValue::u32(static_cast<uint32_t>(blocks_done)));
+  size_t matrix = 0;
+  for (int64_t layer = 0; layer < blocks_done; ++layer) {
+    for (const Role role : kRoles) {
+      const StudentLinear& linear =
+          session.student.blocks[static_cast<size_t>(layer)][index_of(role)];
+      const std::string name = linear_name(layer, role);
+      RABIT_CHECK(tensors.add(writer, name + ".latent", linear.latent));
+      RABIT_CHECK(tensors.add(writer, name + ".g", linear.g));
+      RABIT_CHECK(tensors.add(writer, name + ".h", linear.h));
+      if (distill != nullptr && distill->step > 0) {
+        RABIT_CHECK(tensors.add(writer, name + ".momentum", distill->momentum[matrix++]));
+      }
+    }
+  }
+  if (distill != nullptr) {
+    writer.set(key("distill_step"), MetaValue::u64(static_cast<uint64_t>(distill->step)));
+    writer.set(key("adam_steps"), MetaValue::u64(static_cast<uint64_t>(distill->adam_steps)));
+    if (distill->step > 0) {
+      RABIT_CHECK(tensors.add(writer, "adam.mean", distill->mean));
+      RABIT_CHECK(tensors.add(writer, "adam.square", distill->square));
+    }
+  }
+  RABIT_CHECK(writer.write(session.checkpoint_path));
+  if (session.observer.message) {
+    session.observer.message("checkpoint: " + session.checkpoint_path.string());
+  }
+  return {};
+}
+
+Result<Resumed> load_checkpoint(TrainSession& session) {
+  const std::string where = session.checkpoint_path.string();
+  if (!std::filesystem::exists(session.checkpoint_path)) {
+    return Error{where + ": no checkpoint to resume from; run without --resume"};
+  }
+  RABIT_ASSIGN(const auto file, GgufFile::open(session.checkpoint_path));
+  RABIT_ASSIGN(const int64_t version, file->get_int(key("version")));
+  if (version != kCheckpointVersion) {
+    return Error{where + ": checkpoint version " + std::to_string(version) + " is not known"};
+  }
+  RABIT_ASSIGN(const std::string saved, file->get_string(key("fingerprint")));
+  RABIT_ASSIGN(const std::string saved_log, file->get_string(key("log")));
+  const auto before = nlohmann::json::parse(saved, nullptr, false);
+  const auto log = nlohmann::json::parse(saved_log, nullptr, false);
+  if (before.is_discarded() || log.is_discarded()) {
+    return Error{where + ": damaged checkpoint: its settings are not JSON"};
+  }
+  const auto now = nlohmann::json::parse(settings_fingerprint(session));
+  const auto difference = nlohmann::json::diff(before, now);
+  if (!difference.empty()) {
+    const std::string path = difference[0]["path"];
+    const nlohmann::json::json_pointer pointer(path);
+    const auto show = [&](const nlohmann::json& side) {
+      return side.contains(pointer) ? side[pointer].dump() : std::string("absent");
+    };
+    return Error{where + ": the checkpoint was made with another setting " + path + ": " +
+                 show(before) + " there, " + show(now) + " here; use the same or start anew"};
+  }
+  for (const char* phase : {"warm_start", "distill"}) {
+    if (log.contains(phase)) {
+      session.log[phase] = log[phase];
+    }
+  }
+
+  Resumed resumed;
+  RABIT_ASSIGN(resumed.blocks_done, file->get_int(key("blocks_done")));
+  if (resumed.blocks_done < 0 || resumed.blocks_done > session.config().layers) {
+    return Error{where + ": damaged checkpoint: " + std::to_string(resumed.blocks_done) +
+                 " blocks done"};
+  }
+  resumed.distilling = file->find_meta(key("distill_step")) != nullptr;
+  if (resumed.distilling) {
+    RABIT_ASSIGN(resumed.distill.step, file->get_int(key("distill_step")));
+    RABIT_ASSIGN(resumed.distill.adam_steps, file->get_int(key("adam_steps")));
+  }
+  const at::Device device = session.teacher.device;
+  int64_t scale_count = 0;
+  for (int64_t layer = 0; layer < resumed.blocks_done; ++layer) {
+    for (const Role role : kRoles) {
+      const LinearShape sizes = linear_shape(session.config(), role);
+      const int64_t paths = session.options.paths;
+      const std::string name = linear_name(layer, role);
+      StudentLinear& linear = session.student.blocks[static_cast<size_t>(layer)][index_of(role)];
+      linear.shape = {sizes.d_out, sizes.d_in, paths};
+      const auto leaf = [&](const std::string& part,
+                            std::vector<int64_t> extents) -> Result<at::Tensor> {
+        RABIT_ASSIGN(const at::Tensor tensor, read(*file, name + part, std::move(extents)));
+        return tensor.to(device).set_requires_grad(true);
+      };
+      RABIT_ASSIGN(linear.latent, leaf(".latent", {sizes.d_out, sizes.d_in}));
+      RABIT_ASSIGN(linear.g, leaf(".g", {paths, sizes.d_out}));
+      RABIT_ASSIGN(linear.h, leaf(".h", {paths, sizes.d_in}));
+      scale_count += linear.g.numel() + linear.h.numel();
+      if (resumed.distill.step > 0) {
+        // Muon keeps its momentum with the longer side last.
+        RABIT_ASSIGN(const at::Tensor momentum,
+                     read(*file, name + ".momentum", {std::min(sizes.d_out, sizes.d_in),
+                                                      std::max(sizes.d_out, sizes.d_in)}));
+        resumed.distill.momentum.push_back(momentum);
+      }
+    }
+  }
+  if (resumed.distill.step > 0) {
+    RABIT_ASSIGN(resumed.distill.mean, read(*file, "adam.mean", {scale_count}));
+    RABIT_ASSIGN(resumed.distill.square, read(*file, "adam.square", {scale_count}));
+  }
+  return resumed;
+}
+
+}  // namespace rabit::train

@@ -1,0 +1,215 @@
+// From the trained student to the packed file (design section 3), and the proof that they agree.
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <cstring>
+#include <fmt/format.h>
+
+#include "base/half.h"
+#include "base/interrupt.h"
+#include "io/dequant.h"
+#include "train/session.h"
+
+namespace rabit::train {
+namespace {
+
+constexpr int64_t kQ8Block = 32;
+
+template <typename T>
+std::span<const std::byte> bytes_of(const std::vector<T>& values) {
+  return std::as_bytes(std::span(values.data(), values.size()));
+}
+
+std::vector<uint16_t> to_f16(std::span<const float> values) {
+  std::vector<uint16_t> out(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    out[i] = float_to_half(values[i]);
+  }
+  return out;
+}
+
+// ggml's Q8_0: blocks of 32, an F16 scale of the largest magnitude / 127, then int8 values.
+std::vector<std::byte> to_q8_0(std::span<const float> values) {
+  constexpr size_t kBytes = 2 + kQ8Block;
+  std::vector<std::byte> out(values.size() / kQ8Block * kBytes);
+  for (size_t block = 0; block < values.size() / kQ8Block; ++block) {
+    const float* x = values.data() + block * kQ8Block;
+    float largest = 0.0F;
+    for (int64_t i = 0; i < kQ8Block; ++i) {
+      largest = std::max(largest, std::fabs(x[i]));
+    }
+    const float scale = largest / 127.0F;
+    const uint16_t scale_bits = float_to_half(scale);
+    std::byte* bytes = out.data() + block * kBytes;
+    std::memcpy(bytes, &scale_bits, 2);
+    for (int64_t i = 0; i < kQ8Block; ++i) {
+      const auto q = static_cast<int8_t>(scale > 0.0F ? std::lround(x[i] / scale) : 0);
+      bytes[2 + i] = static_cast<std::byte>(q);
+    }
+  }
+  return out;
+}
+
+struct NamedLayer {
+  std::string name;
+  quant::PackedLinear packed;
+};
+
+Status add_layer(GgufWriter& writer, const NamedLayer& layer) {
+  const auto& [d_out, d_in, paths] = layer.packed.shape;
+  RABIT_CHECK(writer.add_tensor(layer.name + ".sign", TensorType::kI32,
+                                {(d_in + 31) / 32, d_out, paths}, bytes_of(layer.packed.signs)));
+  RABIT_CHECK(writer.add_tensor(layer.name + ".row_scale", TensorType::kF16, {d_out, paths},
+                                bytes_of(layer.packed.row_scale)));
+  return writer.add_tensor(layer.name + ".col_scale", TensorType::kF16, {d_in, paths},
+                           bytes_of(layer.packed.col_scale));
+}
+
+// Compares the file with the student: signs through the float scales they were trained with give the
+// fake-quant weight to the bit, and the F16 scales are those scales, rounded.
+Status verify(const TrainSession& session, const std::filesystem::path& path) {
+  RABIT_ASSIGN(const auto file, GgufFile::open(path));
+  RABIT_ASSIGN(const ModelConfig config, read_model_config(*file));
+  const at::NoGradGuard no_grad;
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    for (const Role role : kRoles) {
+      const StudentLinear& linear =
+          session.student.blocks[static_cast<size_t>(layer)][index_of(role)];
+      const auto& shape = linear.shape;
+      const std::string name = linear_name(layer, role);
+      const auto read = [&](const char* part, std::vector<int64_t> ne) {
+        return file->get_tensor(name + part, ne);
+      };
+      RABIT_ASSIGN(const TensorInfo* sign,
+                   read(".sign", {(shape.d_in + 31) / 32, shape.d_out, shape.paths}));
+      RABIT_ASSIGN(const TensorInfo* rows, read(".row_scale", {shape.d_out, shape.paths}));
+      RABIT_ASSIGN(const TensorInfo* columns, read(".col_scale", {shape.d_in, shape.paths}));
+      std::vector<uint32_t> words(sign->data.size() / sizeof(uint32_t));
+      std::memcpy(words.data(), sign->data.data(), sign->data.size());
+      const quant::Scales scales = host_scales(linear);
+      const std::vector<float> unpacked = quant::reconstruct(shape, words, scales.g, scales.h);
+      const at::Tensor trained = coupled_weight(linear, at::kFloat).to(at::kCPU).contiguous();
+      if (std::memcmp(unpacked.data(), trained.const_data_ptr<float>(),
+                      unpacked.size() * sizeof(float)) != 0) {
+        return Error{path.string() + ": " + name +
+                     ": the packed signs are not those of the trained weights; nothing was kept"};
+      }
+      RABIT_ASSIGN(const std::vector<float> row_scale, dequantize(*rows));
+      RABIT_ASSIGN(const std::vector<float> col_scale, dequantize(*columns));
+      for (int64_t i = 0; i < shape.paths; ++i) {
+        for (int64_t r = 0; r < shape.d_out; ++r) {
+          // Rounding to F16 twice (g and h) moves a product by at most 2^-11 + 2^-11 and a little;
+          // values below F16's normal range are held to its smallest step.
+          const auto product = [&](const std::vector<float>& g, const std::vector<float>& h) {
+            return static_cast<double>(g[i * shape.d_out + r]) * h[i * shape.d_in];
+          };
+          const double exact = product(scales.g, scales.h);
+          const double stored = product(row_scale, col_scale);
+          if (std::fabs(exact - stored) > std::fabs(exact) * 1.1e-3 + 1e-6) {
+            return Error{fmt::format("{}: {}: path {}, row {}: the stored scale is off ({} for {}); "
+                                     "nothing was kept",
+                                     path.string(), name, i + 1, r, stored, exact)};
+          }
+        }
+      }
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+Status write_packed_model(TrainSession& session, const GgufFile& model,
+                          const std::filesystem::path& out) {
+  const ModelConfig& config = session.config();
+  const QuantizeOptions& options = session.options;
+  std::vector<NamedLayer> layers;
+  int64_t weights = 0, bits = 0;
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    for (const Role role : kRoles) {
+      RABIT_CHECK(check_interrupt());
+      const StudentLinear& linear =
+          session.student.blocks[static_cast<size_t>(layer)][index_of(role)];
+      const at::Tensor latent = linear.latent.detach().to(at::kCPU).contiguous();
+      auto packed =
+          quant::pack(linear.shape, latent.const_data_ptr<float>(), host_scales(linear));
+      if (!packed) {
+        return Error{linear_name(layer, role) + ": " + packed.error().message};
+      }
+      weights += linear.shape.d_out * linear.shape.d_in;
+      bits += quant::packed_bits(linear.shape);
+      layers.push_back({linear_name(layer, role), std::move(packed).value()});
+    }
+  }
+  const double bits_per_weight = static_cast<double>(bits) / static_cast<double>(weights);
+  session.log["bits_per_weight"] = bits_per_weight;
+
+  GgufWriter writer;
+  for (const auto& [key, value] : model.metadata()) {
+    if (key != "general.file_type" && key != "general.quantization_version") {
+      writer.set(key, value);
+    }
+  }
+  writer.set("rabit.format_version", MetaValue::u32(1));
+  writer.set("rabit.paths", MetaValue::u32(static_cast<uint32_t>(options.paths)));
+  writer.set("rabit.method", MetaValue::string("rabit"));
+  writer.set("rabit.bits_per_weight", MetaValue::f64(bits_per_weight));
+  writer.set("rabit.source.sha256",
+             MetaValue::string(session.log["source"]["sha256"].get<std::string>()));
+  writer.set("rabit.train.settings", MetaValue::string(session.log["settings"].dump()));
+  writer.set("rabit.train.seed", MetaValue::u64(options.seed));
+  writer.set("rabit.train.tokens",
+             MetaValue::u64(session.log.value("distill_tokens", uint64_t{0})));
+  std::vector<std::string> digests;
+  for (const auto& file : session.log["data"]["files"]) {
+    digests.push_back(file["sha256"].get<std::string>());
+  }
+  writer.set("rabit.train.data_sha256", MetaValue::strings(digests));
+
+  // Embedding, head and norms, in the source's order; packed layers in the place of their weights.
+  std::vector<std::vector<std::byte>> q8_tensors;
+  std::vector<std::vector<uint16_t>> f16_tensors;
+  size_t next_layer = 0;
+  std::vector<NamedLayer*> by_name;
+  for (const auto& info : model.tensors()) {
+    RABIT_CHECK(check_interrupt());
+    const std::string base = info.name.substr(0, info.name.rfind(".weight"));
+    const auto layer = std::find_if(layers.begin(), layers.end(),
+                                    [&](const NamedLayer& l) { return l.name == base; });
+    if (layer != layers.end()) {
+      RABIT_CHECK(add_layer(writer, *layer));
+      ++next_layer;
+    } else if (info.ne.size() >= 2) {
+      RABIT_ASSIGN(const std::vector<float> values, dequantize(info));
+      if (options.embedding == EmbeddingType::kQ8_0 && info.ne[0] % kQ8Block == 0) {
+        RABIT_CHECK(writer.add_tensor(info.name, TensorType::kQ8_0, info.ne,
+                                      q8_tensors.emplace_back(to_q8_0(values))));
+      } else {
+        RABIT_CHECK(writer.add_tensor(info.name, TensorType::kF16, info.ne,
+                                      bytes_of(f16_tensors.emplace_back(to_f16(values)))));
+      }
+    } else {
+      RABIT_CHECK(writer.add_tensor(info.name, info.type, info.ne, info.data));
+    }
+  }
+
+  std::filesystem::path unverified = out;
+  unverified += ".unverified";
+  RABIT_CHECK(writer.write(unverified));
+  const Status verified = verify(session, unverified);
+  std::error_code ignored;
+  if (!verified) {
+    std::filesystem::remove(unverified, ignored);
+    return verified;
+  }
+  std::error_code failed;
+  std::filesystem::rename(unverified, out, failed);
+  if (failed) {
+    std::filesystem::remove(unverified, ignored);
+    return Error{"cannot rename to " + out.string() + ": " + failed.message()};
+  }
+  return {};
+}
+
+}  // namespace rabit::train

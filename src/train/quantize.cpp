@@ -1,0 +1,280 @@
+// One run from start to end: checks, plan, phases, packing, log.
+
+#include "train/quantize.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+
+#include <cmath>
+#include <fmt/format.h>
+
+#include "base/files.h"
+#include "base/interrupt.h"
+#include "eval/perplexity.h"
+#include "train/session.h"
+#include "train/torch_logits.h"
+
+namespace rabit::train {
+namespace {
+
+using nlohmann::json;
+
+// Time kept back at the end of a bounded run for packing, checking and writing.
+constexpr double kFinishSeconds = 15.0;
+// End-to-end distillation gets this share of a bounded run on a GPU, and none on a CPU, where the
+// block-by-block phase teaches more a second (docs/training.md).
+constexpr double kDistillShare = 0.7;
+constexpr int64_t kDefaultDistillTokens = 4'000'000;
+
+Result<at::Device> pick_device(const std::string& name) {
+  if (name == "cpu") {
+    return at::Device(at::kCPU);
+  }
+  int index = 0;
+  if (name != "cuda") {
+    const bool form = name.rfind("cuda:", 0) == 0 && name.size() > 5 && name.size() < 8 &&
+                      name.find_first_not_of("0123456789", 5) == std::string::npos;
+    if (!form) {
+      return Error{"--device " + name + ": not a device; use cpu, cuda or cuda:N"};
+    }
+    index = std::stoi(name.substr(5));
+  }
+  if (!at::globalContext().hasCUDA()) {
+    return Error{"--device " + name +
+                 ": no GPU can be used: this build has no CUDA support, or no driver or device was "
+                 "found; use --device cpu, or build with the cuda preset on a machine with a GPU"};
+  }
+  const int devices = at::detail::getCUDAHooks().deviceCount();
+  if (index >= devices) {
+    return Error{fmt::format("--device {}: this machine has {} CUDA device{}, numbered from 0", name,
+                             devices, devices == 1 ? "" : "s")};
+  }
+  return at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
+}
+
+at::ScalarType pick_compute(Compute compute, at::Device device) {
+  if (compute == Compute::kAuto) {
+#if defined(__x86_64__)
+    const bool fast_bf16 = device.is_cuda() || __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    const bool fast_bf16 = device.is_cuda();
+#endif
+    return fast_bf16 ? at::kBFloat16 : at::kFloat;
+  }
+  return compute == Compute::kBF16 ? at::kBFloat16 : at::kFloat;
+}
+
+json describe(const QuantizeOptions& o) {
+  const auto compute = [&] {
+    return o.compute == Compute::kAuto ? "auto" : o.compute == Compute::kBF16 ? "bf16" : "f32";
+  };
+  return {{"paths", o.paths},
+          {"device", o.device},
+          {"threads", o.threads},
+          {"compute", compute()},
+          {"seed", o.seed},
+          {"seq_len", o.seq_len},
+          {"minutes", o.minutes},
+          {"tokens", o.tokens},
+          {"calib_tokens", o.calib_tokens},
+          {"error_feedback", o.error_feedback},
+          {"ef_damp", o.ef_damp},
+          {"alpha_in", o.alpha_in},
+          {"alpha_out", o.alpha_out},
+          {"init_sweeps", o.init_sweeps},
+          {"als_steps", o.als_steps},
+          {"warm_epochs", o.warm_epochs},
+          {"warm_batch", o.warm_batch},
+          {"warm_muon_lr", o.warm_muon_lr},
+          {"warm_scale_lr", o.warm_scale_lr},
+          {"batch", o.batch},
+          {"muon_lr", o.muon_lr},
+          {"scale_lr", o.scale_lr},
+          {"warmup", o.warmup},
+          {"gamma", o.gamma},
+          {"clip", o.clip},
+          {"embedding", o.embedding == EmbeddingType::kQ8_0 ? "q8_0" : "f16"},
+          {"checkpoint_minutes", o.checkpoint_minutes},
+          {"resume", o.resume}};
+}
+
+Status check_options(const QuantizeOptions& o) {
+  const auto range = [](const char* name, double value, double low, double high) -> Status {
+    if (!(value >= low && value <= high)) {
+      return Error{fmt::format("{} {}: must lie between {} and {}", name, value, low, high)};
+    }
+    return {};
+  };
+  RABIT_CHECK(range("--bits", static_cast<double>(o.paths), 1, quant::kMaxPaths));
+  RABIT_CHECK(range("--seq-len", static_cast<double>(o.seq_len), 16, 1 << 20));
+  RABIT_CHECK(range("--ef-damp", o.ef_damp, 1e-8, 1e3));
+  RABIT_CHECK(range("--warm-batch", static_cast<double>(o.warm_batch), 1, 1e6));
+  RABIT_CHECK(range("--batch", static_cast<double>(o.batch), 1, 1e6));
+  RABIT_CHECK(range("--warm-epochs", o.warm_epochs, 0, 1e4));
+  RABIT_CHECK(range("--warmup", o.warmup, 0, 0.9));
+  for (const auto& [name, rate] :
+       {std::pair{"--muon-lr", o.muon_lr}, std::pair{"--scale-lr", o.scale_lr},
+        std::pair{"--warm-muon-lr", o.warm_muon_lr}, std::pair{"--warm-scale-lr", o.warm_scale_lr}}) {
+    RABIT_CHECK(range(name, rate, 0, 10));
+  }
+  return {};
+}
+
+// (count, seq_len) int64: the text in windows that do not overlap.
+Result<at::Tensor> cut_windows(const TrainingText& text, int64_t seq_len, int64_t vocab) {
+  const int64_t count = static_cast<int64_t>(text.tokens.size()) / seq_len;
+  if (count < 1) {
+    return Error{fmt::format("the training text has {} tokens, less than one window of {}; give more "
+                             "text or a smaller --seq-len",
+                             text.tokens.size(), seq_len)};
+  }
+  at::Tensor windows = at::empty({count, seq_len}, at::kLong);
+  int64_t* ids = windows.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < count * seq_len; ++i) {
+    ids[i] = text.tokens[static_cast<size_t>(i)];
+    if (ids[i] < 0 || ids[i] >= vocab) {
+      return Error{fmt::format("token {} of the training text is {}, outside the model's vocabulary "
+                               "of {}",
+                               i, ids[i], vocab)};
+    }
+  }
+  return windows;
+}
+
+// A random sample of windows stands first: calibration takes them from the front.
+at::Tensor shuffle_windows(const at::Tensor& windows, uint64_t seed) {
+  const std::vector<int64_t> order = shuffled(windows.size(0), seed);
+  at::Tensor picks = at::empty({windows.size(0)}, at::kLong);
+  std::copy(order.begin(), order.end(), picks.mutable_data_ptr<int64_t>());
+  return windows.index_select(0, picks);
+}
+
+Status write_log(const json& log, const std::filesystem::path& out) {
+  std::filesystem::path path = out;
+  path += ".json";
+  RABIT_ASSIGN(AtomicFile file, AtomicFile::create(path));
+  RABIT_CHECK(file.write(log.dump(2) + "\n"));
+  return file.commit();
+}
+
+Status evaluate(TrainSession& session, const HeldOut& held_out) {
+  if (held_out.tokens.empty()) {
+    return {};
+  }
+  for (const bool student : {false, true}) {
+    TorchLogits source(session.teacher, student ? &session.student.blocks : nullptr);
+    const char* name = student ? "student" : "teacher";
+    RABIT_ASSIGN(const PerplexityResult result,
+                 perplexity(source, held_out.tokens, {held_out.ctx, 0},
+                            [&](int64_t done, int64_t total, double nll) {
+                              if (session.observer.progress) {
+                                session.observer.progress(
+                                    {std::string("perplexity, ") + name, done, total, nll});
+                              }
+                            }));
+    session.log["perplexity"][name] = {{"perplexity", result.perplexity},
+                                       {"perplexity_stderr", result.perplexity_stderr},
+                                       {"tokens_scored", result.tokens_scored},
+                                       {"ctx", result.ctx},
+                                       {"protocol", perplexity_protocol(result.ctx)}};
+    session.observer.message(fmt::format("perplexity of the {} by torch: {:.4f} +- {:.4f}", name,
+                                         result.perplexity, result.perplexity_stderr));
+  }
+  return {};
+}
+
+Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out,
+           const std::filesystem::path& out) {
+  const QuantizeOptions& options = session.options;
+  Resumed resumed;
+  if (options.resume) {
+    RABIT_ASSIGN(resumed, load_checkpoint(session));
+    session.observer.message(fmt::format("resuming: {} of {} blocks done, distillation step {}",
+                                         resumed.blocks_done, session.config().layers,
+                                         resumed.distill.step));
+  }
+
+  int64_t distill_tokens = options.tokens;
+  const bool bounded = options.minutes > 0.0;
+  if (distill_tokens < 0) {
+    distill_tokens = bounded && session.teacher.device.is_cpu() ? 0 : kDefaultDistillTokens;
+  }
+  const double total = options.minutes * 60.0 - (bounded ? kFinishSeconds : 0.0);
+  if (bounded && total <= 0.0) {
+    return Error{fmt::format("--minutes {}: too short; at least {} s are needed to pack and check",
+                             options.minutes, kFinishSeconds)};
+  }
+  const double spent = session.clock.elapsed();
+  const double warm_share = distill_tokens > 0 ? 1.0 - kDistillShare : 1.0;
+  session.clock = Clock(bounded ? (total - spent) * warm_share : 0.0);
+  const Clock phases(bounded ? total - spent : 0.0);
+  session.observer.message(fmt::format(
+      "plan: {} blocks from {} tokens, {}, warm start of {} epochs{}; then {} tokens end to end{}",
+      session.config().layers,
+      std::min(options.calib_tokens, session.windows.numel()),
+      options.error_feedback ? "error feedback" : "no error feedback", options.warm_epochs,
+      bounded ? fmt::format(" within {:.0f} s", session.clock.left()) : "", distill_tokens,
+      bounded && distill_tokens > 0 ? fmt::format(" within {:.0f} s", phases.left() * kDistillShare)
+                                    : ""));
+  if (!resumed.distilling) {
+    RABIT_CHECK(warm_start(session, resumed.blocks_done));
+  }
+  if (distill_tokens > 0) {
+    session.clock = Clock(bounded ? std::max(1.0, phases.left()) : 0.0);
+    RABIT_CHECK(distill(session, distill_tokens, std::move(resumed.distill)));
+    session.log["distill_tokens"] = distill_tokens;
+  }
+  RABIT_CHECK(evaluate(session, held_out));
+  RABIT_CHECK(write_packed_model(session, model, out));
+  session.log["seconds"] = phases.elapsed() + spent;
+  RABIT_CHECK(write_log(session.log, out));
+  std::error_code ignored;
+  std::filesystem::remove(session.checkpoint_path, ignored);
+  return {};
+}
+
+}  // namespace
+
+Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& held_out,
+                const std::filesystem::path& out, const QuantizeOptions& options,
+                const TrainObserver& observer) try {
+  const Clock clock;
+  RABIT_CHECK(check_options(options));
+  RABIT_ASSIGN(const at::Device device, pick_device(options.device));
+  const at::ScalarType compute = pick_compute(options.compute, device);
+  const int threads = options.threads > 0 ? options.threads : usable_threads();
+  at::set_num_threads(threads);
+
+  RABIT_ASSIGN(const ModelConfig config, read_model_config(model));
+  if (options.seq_len > config.context_length) {
+    return Error{fmt::format("--seq-len {}: the model was trained for at most {} positions",
+                             options.seq_len, config.context_length)};
+  }
+  RABIT_ASSIGN(const at::Tensor windows, cut_windows(text, options.seq_len, config.vocab_size));
+  RABIT_ASSIGN(Network teacher, load_network(model, device, compute));
+
+  std::filesystem::path checkpoint = out;
+  checkpoint += ".ckpt";
+  TrainSession session{options,   observer, std::move(teacher), {},    shuffle_windows(windows, options.seed),
+                       ThreadPool(threads), clock,              json(), checkpoint};
+  session.student.blocks.resize(static_cast<size_t>(config.layers));
+  session.log["settings"] = describe(options);
+  json files = json::array();
+  for (size_t i = 0; i < text.files.size(); ++i) {
+    files.push_back({{"name", text.files[i]}, {"sha256", text.digests[i]}});
+  }
+  session.log["data"] = {{"files", files}, {"tokens", text.tokens.size()}};
+  RABIT_ASSIGN(const std::string digest, sha256_file(model.path()));
+  session.log["source"] = {{"name", model.path().filename().string()}, {"sha256", digest}};
+  session.log["compute"] = compute == at::kBFloat16 ? "bf16" : "f32";
+  session.log["threads"] = threads;
+  session.log["warm_start"] = json::array();
+  session.log["distill"] = json::array();
+  return run(session, model, held_out, out);
+} catch (const c10::Error& error) {
+  const std::string what = error.what_without_backtrace();
+  return Error{"torch: " + what.substr(0, what.find('\n'))};
+}
+
+}  // namespace rabit::train

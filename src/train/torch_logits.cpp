@@ -1,0 +1,50 @@
+#include "train/torch_logits.h"
+
+#include <ATen/ATen.h>
+
+namespace rabit::train {
+namespace {
+
+constexpr int64_t kChunk = 512;  // positions whose logits exist at once
+
+}  // namespace
+
+TorchLogits::TorchLogits(const Network& network, const std::vector<StudentBlock>* student)
+    : network_(network) {
+  const at::NoGradGuard no_grad;
+  for (size_t i = 0; i < network.blocks.size(); ++i) {
+    blocks_.push_back(student != nullptr
+                          ? student_weights((*student)[i], network.blocks[i], network.compute)
+                          : network.blocks[i]);
+  }
+}
+
+Status TorchLogits::score(std::span<const int32_t> tokens, std::span<double> nll) {
+  const at::NoGradGuard no_grad;
+  const auto count = static_cast<int64_t>(tokens.size());
+  if (!rotary_.cos.defined() || rotary_.cos.size(0) < count) {
+    rotary_ = make_rotary(network_.config, count, network_.device);
+  }
+  at::Tensor host_ids = at::empty({1, count}, at::kLong);
+  std::copy(tokens.begin(), tokens.end(), host_ids.mutable_data_ptr<int64_t>());
+  const at::Tensor ids = host_ids.to(network_.device);
+  at::Tensor x = embed(network_, ids);
+  for (const auto& block : blocks_) {
+    x = block_forward(network_.config, block, rotary_, x, network_.compute);
+  }
+  const at::Tensor hidden =
+      norm(network_.config, x, network_.output_norm, network_.compute).squeeze(0);
+  for (int64_t begin = 0; begin + 1 < count; begin += kChunk) {
+    const int64_t size = std::min(kChunk, count - 1 - begin);
+    const at::Tensor logits =
+        at::matmul(hidden.narrow(0, begin, size), network_.head.t()).to(at::kFloat);
+    const at::Tensor targets = ids[0].narrow(0, begin + 1, size).unsqueeze(1);
+    const at::Tensor losses =
+        (at::logsumexp(logits, -1) - logits.gather(1, targets).squeeze(1)).to(at::kCPU, at::kDouble);
+    const double* values = losses.const_data_ptr<double>();
+    std::copy(values, values + size, nll.begin() + begin);
+  }
+  return {};
+}
+
+}  // namespace rabit::train

@@ -1,0 +1,27 @@
+// The fake-quant student, or the teacher, as a source of logits: perplexity on the training device,
+// by other code than the packed runtime's.
+#pragma once
+
+#include <vector>
+
+#include "eval/logit_source.h"
+#include "train/fake_quant.h"
+#include "train/network.h"
+
+namespace rabit::train {
+
+class TorchLogits : public LogitSource {
+ public:
+  /// With `student` null: the teacher itself. Both must outlive this.
+  TorchLogits(const Network& network, const std::vector<StudentBlock>* student);
+
+  int64_t vocab_size() const override { return network_.config.vocab_size; }
+  Status score(std::span<const int32_t> tokens, std::span<double> nll) override;
+
+ private:
+  const Network& network_;
+  std::vector<BlockWeights> blocks_;
+  Rotary rotary_;
+};
+
+}  // namespace rabit::train
