@@ -1,6 +1,7 @@
 // One trained layer as the file stores it: signs of the coupled forward under the float scales that
 // were trained, and those scales in F16.
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 
@@ -37,12 +38,14 @@ Result<PackedLinear> pack(const Shape& shape, const float* w, const Scales& scal
     if (!std::isfinite(g_largest) || !std::isfinite(h_largest)) {
       return Error{"path " + std::to_string(i + 1) + " has a scale that is not finite"};
     }
-    // Move a power of two from h to g so that both stay far from F16's subnormals: h's largest comes
-    // to lie in [1, 2). The product is unchanged to the bit.
-    const int shift = h_largest > 0.0F ? std::ilogb(h_largest) : 0;
-    if (std::ldexp(g_largest, shift) > kHalfMax) {
-      return Error{"path " + std::to_string(i + 1) + " has a scale of " +
-                   std::to_string(std::ldexp(g_largest, shift)) + ", past F16's largest 65504"};
+    // Move a power of two from one to the other so that both are of a size and far from F16's
+    // subnormals and its largest value. The product is unchanged to the bit.
+    const bool both = g_largest > 0.0F && h_largest > 0.0F;
+    const int shift = both ? (std::ilogb(h_largest) - std::ilogb(g_largest)) / 2 : 0;
+    const float size = std::max(std::ldexp(g_largest, shift), std::ldexp(h_largest, -shift));
+    if (size > kHalfMax) {
+      return Error{"path " + std::to_string(i + 1) + " has a scale of " + std::to_string(size) +
+                   ", past F16's largest 65504"};
     }
     for (int64_t r = 0; r < shape.d_out; ++r) {
       packed.row_scale[i * shape.d_out + r] = float_to_half(std::ldexp(g[r], shift));
