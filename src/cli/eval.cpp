@@ -53,7 +53,7 @@ Status eval(const EvalOptions& options) {
                Model::load(options.model, {.threads = static_cast<int>(options.threads),
                                            .dense_as_f32 = options.dense_f32,
                                            .kernels = options.kernels}));
-  RABIT_ASSIGN(const auto source, EngineLogits::create(model, options.ctx));
+  RABIT_ASSIGN(const auto source, EngineLogitSource::create(model, options.ctx));
   Progress progress("eval, windows");
   const double started = now_seconds();
   const auto result =
