@@ -108,9 +108,11 @@ TEST(PreTokenizer, WhiteSpaceIsUnicodes) {
                        (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F ||
                        c == 0x205F || c == 0x3000;
     // A blank joins whatever follows it unless that is space, or a number, which stands alone.
-    const size_t n = pieces(std::string(" ") + utf8(c)).size();
-    const size_t twice = pieces(std::string("\n") + utf8(c) + utf8(c)).size();
-    EXPECT_EQ(space, n == 1 && twice == 1) << std::hex << c;
+    const std::string character = utf8(c);
+    std::string after_blank(1, ' '), twice(1, '\n');
+    after_blank += character;
+    (twice += character) += character;
+    EXPECT_EQ(space, pieces(after_blank).size() == 1 && pieces(twice).size() == 1) << std::hex << c;
   }
 }
 

@@ -3,8 +3,10 @@
 #include "text/bpe.h"
 
 #include <algorithm>
+#include <bit>
 #include <functional>
 #include <optional>
+#include <unordered_map>
 
 namespace rabit {
 namespace {
@@ -102,7 +104,9 @@ Result<Bpe> Bpe::create(const std::vector<std::string>& tokens,
   if (merges.size() >= UINT32_MAX) {
     return Error{"too many merges: " + std::to_string(merges.size())};
   }
-  made.merges_.reserve(merges.size());
+  const size_t slots = std::bit_ceil(2 * merges.size() + 2);
+  made.merges_.resize(slots);
+  made.slot_shift_ = 64 - std::countr_zero(slots);
   for (size_t rank = 0; rank < merges.size(); ++rank) {
     const std::string_view merge = merges[rank];
     const size_t gap = merge.find(' ');
@@ -118,7 +122,11 @@ Result<Bpe> Bpe::create(const std::vector<std::string>& tokens,
     if (!result) {
       return Error{name_merge(rank, merges[rank]) + " gives a token that is not in the vocabulary"};
     }
-    made.merges_.emplace(pair_key(*left, *right), Merge{static_cast<uint32_t>(rank), *result});
+    const uint64_t pair = pair_key(*left, *right);
+    Merge& slot = made.merges_[made.slot(pair)];
+    if (slot.pair == kNoPair) {
+      slot = {pair, static_cast<uint32_t>(rank), *result};
+    }
   }
   return made;
 }
@@ -129,9 +137,8 @@ void Bpe::consider(Scratch& scratch, uint32_t left) const {
   if (right == kEnd) {
     return;
   }
-  const auto found = merges_.find(pair_key(symbols[left].id, symbols[right].id));
-  if (found != merges_.end()) {
-    scratch.heap.push_back(static_cast<uint64_t>(found->second.rank) << 32 | left);
+  if (const Merge* merge = find(symbols[left].id, symbols[right].id)) {
+    scratch.heap.push_back(static_cast<uint64_t>(merge->rank) << 32 | left);
   }
 }
 
@@ -166,12 +173,12 @@ void Bpe::encode(std::string_view piece, Scratch& scratch, std::vector<int32_t>&
     if (symbol.id < 0 || symbol.next == kEnd) {
       continue;
     }
-    const auto found = merges_.find(pair_key(symbol.id, symbols[symbol.next].id));
-    if (found == merges_.end() || found->second.rank != rank) {
+    const Merge* merge = find(symbol.id, symbols[symbol.next].id);
+    if (merge == nullptr || merge->rank != rank) {
       continue;
     }
     symbols[symbol.next].id = -1;
-    symbol.id = found->second.id;
+    symbol.id = merge->id;
     symbol.next = symbols[symbol.next].next;
     if (symbol.next != kEnd) {
       symbols[symbol.next].previous = left;

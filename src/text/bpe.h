@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "rabit/result.h"
@@ -54,17 +53,34 @@ class Bpe {
 
  private:
   struct Merge {
-    uint32_t rank;
-    int32_t id;  // the result
+    uint64_t pair = kNoPair;  // ids of left and right
+    uint32_t rank = 0;
+    int32_t id = -1;  // the result
   };
+  static constexpr uint64_t kNoPair = UINT64_MAX;
 
   static uint64_t pair_key(int32_t left, int32_t right) {
     return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right);
   }
+  /// The pair's slot, or the empty one where it belongs.
+  size_t slot(uint64_t pair) const {
+    size_t at = (pair * 0x9E3779B97F4A7C15u) >> slot_shift_;
+    while (merges_[at].pair != pair && merges_[at].pair != kNoPair) {
+      at = (at + 1) & (merges_.size() - 1);
+    }
+    return at;
+  }
+  /// nullptr: these two do not merge.
+  const Merge* find(int32_t left, int32_t right) const {
+    const Merge& merge = merges_[slot(pair_key(left, right))];
+    return merge.pair == kNoPair ? nullptr : &merge;
+  }
   void consider(Scratch& scratch, uint32_t left) const;
 
   std::array<int32_t, 256> byte_ids_{};  // -1: no such token
-  std::unordered_map<uint64_t, Merge> merges_;
+  // Open addressing: a power of two of slots, at most half of them taken.
+  std::vector<Merge> merges_;
+  int slot_shift_ = 0;  // 64 - log2 of the slots
 };
 
 }  // namespace rabit
