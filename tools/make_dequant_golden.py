@@ -1,8 +1,8 @@
 """Makes tests/golden/dequant.gguf and dequant.f32: blocks of every format that src/io/dequant.cpp
 reads and, in the same order, the floats that the independent package `gguf` decodes them to.
 
-    python -m venv /tmp/venv && /tmp/venv/bin/pip install gguf==0.19.0 numpy
-    /tmp/venv/bin/python tools/make_dequant_golden.py tests/golden
+    pip install gguf==0.19.0 numpy     (in an environment of its own)
+    python tools/make_dequant_golden.py tests/golden
 
 Scales take extreme values (largest, subnormal, zeros of both signs, infinities, NaN), codes are all
 ones, all zeros and random bytes. The output is the same on every run.
