@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
@@ -50,6 +51,8 @@ class LoadedSession : public Session {
   void attend(int64_t layer, int64_t tokens);
   void multiply(const float* x, int64_t tokens, std::initializer_list<Product> products);
   void head(int64_t first, int64_t tokens, float* logits);
+  template <typename Task>
+  void share_tasks(int64_t count, const Task& task);
   template <typename Body>
   void over_tokens(int64_t tokens, const Body& body);
 
@@ -167,24 +170,45 @@ void LoadedSession::over_tokens(int64_t tokens, const Body& body) {
   }
 }
 
-/// y = W x for products that share x (tokens, d_in), each thread a range of rows of every one.
+/// Runs task(i, thread) for all i in [0, count), each taken by the next free thread: a thread that
+/// shares its core with something else must not hold up the rest.
+template <typename Task>
+void LoadedSession::share_tasks(int64_t count, const Task& task) {
+  std::atomic<int64_t> next{0};
+  model_->pool->parallel_for(model_->threads(), 1, [&](int64_t, int64_t, int thread) {
+    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
+      task(i, thread);
+    }
+  });
+}
+
+/// y = W x for products that share x (tokens, d_in), cut into tasks by rows. How rows are cut has
+/// no influence on the values.
 void LoadedSession::multiply(const float* x, int64_t tokens,
                              std::initializer_list<Product> products) {
+  constexpr int64_t kTasksPerThread = 3, kFewestRows = 96;
   const KernelTable& table = *model_->table;
-  const int64_t threads = model_->threads();
-  model_->pool->parallel_for(threads, 1, [&](int64_t begin, int64_t end, int thread) {
-    float* scratch = scratch_.as<float>() + thread * scratch_stride_;
-    for (int64_t part = begin; part < end; ++part) {
-      for (const Product& product : products) {
-        const LinearWeights& w = product.weights;
-        const int64_t grains = (w.d_out + table.matmul_row_grain - 1) / table.matmul_row_grain;
-        const int64_t first = std::min(w.d_out, grains * part / threads * table.matmul_row_grain);
-        const int64_t last =
-            std::min(w.d_out, grains * (part + 1) / threads * table.matmul_row_grain);
-        if (first < last) {
-          table.matmul(w, x, tokens, product.y, first, last, scratch);
-        }
+  const int64_t parts = model_->threads() == 1 ? 1 : model_->threads() * kTasksPerThread;
+  const auto rows_per_task = [&](const LinearWeights& w) {
+    const int64_t rows = std::max(kFewestRows, (w.d_out + parts - 1) / parts);
+    return (rows + table.matmul_row_grain - 1) / table.matmul_row_grain * table.matmul_row_grain;
+  };
+  int64_t tasks = 0;
+  for (const Product& product : products) {
+    const int64_t rows = rows_per_task(product.weights);
+    tasks += (product.weights.d_out + rows - 1) / rows;
+  }
+  share_tasks(tasks, [&](int64_t task, int thread) {
+    for (const Product& product : products) {
+      const LinearWeights& w = product.weights;
+      const int64_t rows = rows_per_task(w);
+      const int64_t here = (w.d_out + rows - 1) / rows;
+      if (task < here) {
+        table.matmul(w, x, tokens, product.y, task * rows, std::min(w.d_out, (task + 1) * rows),
+                     scratch_.as<float>() + thread * scratch_stride_);
+        return;
       }
+      task -= here;
     }
   });
 }
@@ -226,24 +250,20 @@ void LoadedSession::attend(int64_t layer, int64_t tokens) {
   const int64_t grain = table.attention_token_grain;
   const int64_t blocks = (tokens + grain - 1) / grain;
   const int64_t group = config_.heads / config_.kv_heads;
+  float* const scratch = scratch_.as<float>();
   if (blocks == 1) {  // too few tokens to split: split the heads
     model_->pool->parallel_for(config_.heads, 1, [&](int64_t begin, int64_t end, int thread) {
-      table.attention(input, begin, end, 0, tokens, scratch_.as<float>() + thread * scratch_stride_,
-                      attended_);
+      table.attention(input, begin, end, 0, tokens, scratch + thread * scratch_stride_, attended_);
     });
     return;
   }
-  // Late blocks see more positions: take them alternately from both ends, so that every contiguous
-  // range of tasks costs about the same.
   const int64_t tasks = blocks * config_.kv_heads;
-  model_->pool->parallel_for(tasks, 1, [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t task = i % 2 == 0 ? i / 2 : tasks - 1 - i / 2;
-      const int64_t block = task / config_.kv_heads, kv = task % config_.kv_heads;
-      table.attention(input, kv * group, (kv + 1) * group, block * grain,
-                      std::min(tokens, (block + 1) * grain),
-                      scratch_.as<float>() + thread * scratch_stride_, attended_);
-    }
+  share_tasks(tasks, [&](int64_t task, int thread) {
+    // The last blocks see the most positions: they come first.
+    const int64_t block = blocks - 1 - task / config_.kv_heads, kv = task % config_.kv_heads;
+    table.attention(input, kv * group, (kv + 1) * group, block * grain,
+                    std::min(tokens, (block + 1) * grain), scratch + thread * scratch_stride_,
+                    attended_);
   });
 }
 
