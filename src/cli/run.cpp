@@ -64,6 +64,9 @@ Result<std::string> read_prompt(const RunOptions& options) {
   if (!options.prompt_file.empty()) {
     return read_text_file(options.prompt_file);
   }
+  if (options.prompt.empty()) {
+    throw CLI::ValidationError("no prompt: give -p TEXT or -f FILE");
+  }
   if (const size_t bad = first_invalid_utf8(options.prompt); bad != options.prompt.size()) {
     return Error{fmt::format("the prompt is not UTF-8 (byte {})", bad)};
   }
@@ -178,7 +181,7 @@ Status run(const RunOptions& options) {
     tokens.insert(tokens.begin(), static_cast<int32_t>(tokenizer->spec().bos_id));
   }
   if (tokens.empty()) {
-    return Error{"the prompt is empty: give -p TEXT or -f FILE"};
+    return Error{"the prompt has no tokens: give a longer one"};
   }
 
   RABIT_ASSIGN(const auto model,
@@ -219,12 +222,12 @@ Command add_run(CLI::App& app) {
   sub->add_option("-m,--model", options->model, "GGUF model, packed or ordinary")
       ->required()
       ->type_name("FILE");
-  auto* source = sub->add_option_group("prompt", "One of:");
-  source->add_option("-p,--prompt", options->prompt, "Text to continue, taken as it is")
-      ->type_name("TEXT");
-  source->add_option("-f,--file", options->prompt_file, "File with the text to continue")
-      ->type_name("FILE");
-  source->require_option(1);
+  CLI::Option* prompt =
+      sub->add_option("-p,--prompt", options->prompt, "Text to continue, taken as it is")
+          ->type_name("TEXT");
+  sub->add_option("-f,--file", options->prompt_file, "File with the text to continue")
+      ->type_name("FILE")
+      ->excludes(prompt);
   add_integer(sub, "-n,--predict", options->predict, -1, 1 << 24,
               "Tokens to generate; -1: until the end of text or a full context")
       ->check([](const std::string& text) {

@@ -1,0 +1,347 @@
+#!/usr/bin/env python3
+"""The program `rabit` from outside: results, one-line errors, exit codes.
+
+Environment: RABIT_BINARY the program, RABIT_MODEL the model file. Arguments choose the classes to
+run, e.g. `cli_test.py WithoutModel`. Exits with 77 (skipped) when the model is asked for and missing.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+RABIT = os.environ.get("RABIT_BINARY", "build/release/bin/rabit")
+MODEL = os.environ.get("RABIT_MODEL", ".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
+COMMANDS = ("quantize", "eval", "run", "bench", "inspect")
+SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+TEXT = (
+    "The lighthouse stood at the end of a long spit of sand, and the keeper walked out to it every "
+    "evening before the sun went down. He carried a lamp, a loaf of bread and a book. In winter "
+    "the waves broke over the path, and then he waited for the tide. Nobody had told him that the "
+    "light was no longer needed, for nobody remembered that he was there. "
+)
+
+
+def run(*arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=300):
+    """The finished process; output as bytes where it may not be text."""
+    return subprocess.run(
+        [RABIT, *map(os.fspath, map(str, arguments))], stdin=stdin, stdout=stdout,
+        stderr=subprocess.PIPE, timeout=timeout, check=False
+    )
+
+
+class CliTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def file(self, name, content):
+        path = self.folder / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def fails(self, *arguments, code=FAILURE, says="", stdout=subprocess.PIPE):
+        """Runs, and expects one clear line on stderr, nothing on stdout, and the exit code."""
+        done = run(*arguments, stdout=stdout)
+        error = done.stderr.decode()
+        self.assertEqual(done.returncode, code, f"{arguments}: {error}")
+        self.assertRegex(error, r"\Arabit: [^\n]{8,}\n\Z", f"{arguments}")
+        self.assertRegex(error, re.compile(says, re.IGNORECASE), f"{arguments}")
+        if stdout == subprocess.PIPE:
+            self.assertEqual(done.stdout, b"", f"{arguments}")
+        return error
+
+    def succeeds(self, *arguments):
+        done = run(*arguments)
+        self.assertEqual(done.returncode, SUCCESS, f"{arguments}: {done.stderr.decode()}")
+        return done.stdout.decode()
+
+
+class WithoutModel(CliTest):
+    def test_help_and_version(self):
+        self.assertRegex(self.succeeds("--version"), r"\Arabit \d+\.\d+\.\d+\n\Z")
+        self.assertIn("Examples:", self.succeeds("--help"))
+        for command in COMMANDS:
+            done = run(command, "--help")
+            self.assertEqual((done.returncode, done.stderr), (SUCCESS, b""), command)
+            self.assertIn("Examples:", done.stdout.decode(), command)
+            self.assertIn(f"rabit {command} ", done.stdout.decode(), command)
+
+    def test_wrong_usage(self):
+        self.fails(code=USAGE, says="say what to do")
+        self.fails("frobnicate", code=USAGE, says="frobnicate")
+        self.fails("--frobnicate", code=USAGE, says="see rabit --help")
+        for command in ("eval", "run", "bench", "inspect"):
+            says = f"see rabit {command} --help"
+            self.fails(command, code=USAGE, says=says)
+            self.fails(command, "--frobnicate", code=USAGE, says=says)
+        self.fails("run", "-m", "x", code=USAGE, says="prompt")
+        self.fails("run", "-m", "x", "-p", "", code=USAGE, says="prompt")
+        self.fails("run", "-m", "x", "-p", "a", "-f", "b", code=USAGE, says="-f|--file")
+        self.fails("eval", "-m", "x", code=USAGE, says="--ppl")
+        self.fails("bench", "-m", "x", "-p", "0", "-n", "0", code=USAGE, says="nothing to measure")
+        self.fails("bench", "-m", "x", "-o", "xml", code=USAGE, says="xml")
+        self.fails("run", "-m", "x", "-p", "a", "-n", "1", "-n", "2", code=USAGE)
+
+    def test_bad_numbers(self):
+        start = {
+            "run": ("run", "-m", "x", "-p", "a"),
+            "eval": ("eval", "-m", "x", "--ppl", "y"),
+            "bench": ("bench", "-m", "x"),
+        }
+        whole = ("", "x", "1x", "1.5", "0x10", "1e3", "-7", " 1", "99999999999999999999")
+        for command, options in {
+            "run": ("-n", "-t", "--top-k", "-s", "-c"),
+            "eval": ("--ctx", "--windows", "-t"),
+            "bench": ("-p", "-n", "-r", "-t"),
+        }.items():
+            for option in options:
+                for value in whole:
+                    self.fails(*start[command], option, value, code=USAGE, says=option)
+        for option, values in {
+            "--temp": ("", "x", "-1", "nan", "inf", "1,5", "101"),
+            "--top-p": ("-0.1", "1.1", "nan"),
+            "--min-p": ("-0.1", "1.1", "nan"),
+        }.items():
+            for value in values:
+                self.fails(*start["run"], option, value, code=USAGE, says=option)
+        self.fails(*start["run"], "-n", "0", code=USAGE, says="nothing to do")
+        self.fails(*start["eval"], "--ctx", "1", code=USAGE, says="--ctx")
+        self.fails(*start["bench"], "-r", "0", code=USAGE, says="-r")
+        for threads in (",", "1,", ",1", "1,,2", "1,x", "1 2"):
+            self.fails(*start["bench"], "-t", threads, code=USAGE, says="-t")
+
+    def test_files_that_are_no_model(self):
+        text = self.file("text.txt", TEXT)
+        paths = {
+            self.folder / "missing.gguf": "no such file",
+            self.folder: "not a regular file|directory",
+            self.file("empty.gguf", b""): "empty|truncated|too short|not a GGUF",
+            self.file("short.gguf", b"GGUF"): "truncated|too short|ends",
+            self.file("other.gguf", b"PK\x03\x04" + bytes(4000)): "not a GGUF",
+            self.file("old.gguf", b"GGUF\x01\0\0\0" + bytes(4000)): "version",
+            self.file("huge.gguf", b"GGUF\x03\0\0\0" + b"\xff" * 16 + bytes(64)): "",
+        }
+        for path, says in paths.items():
+            for arguments in (
+                ("inspect", path),
+                ("inspect", path, "--json"),
+                ("run", "-m", path, "-p", "a"),
+                ("eval", "-m", path, "--ppl", text),
+                ("bench", "-m", path, "-o", "json"),
+            ):
+                self.assertIn(str(path), self.fails(*arguments, says=says))
+
+    def test_names_with_odd_characters_stay_on_one_line(self):
+        self.fails("inspect", str(self.folder / "two\nlines\t.gguf"), says="two lines")
+
+    def test_output_that_cannot_be_written(self):
+        with open("/dev/full", "wb") as full:
+            self.fails("--help", says="cannot write to standard output", stdout=full)
+        script = f"{shlex.quote(RABIT)} --version >&-"
+        done = subprocess.run(["sh", "-c", script], stderr=subprocess.PIPE, check=False)
+        self.assertEqual(done.returncode, FAILURE)
+        self.assertRegex(done.stderr, rb"\Arabit: cannot write to standard output[^\n]*\n\Z")
+
+
+class WithModel(CliTest):
+    def fragment(self, name, size):
+        with open(MODEL, "rb") as model:
+            return self.file(name, model.read(size))
+
+    def test_inspect(self):
+        told = json.loads(self.succeeds("inspect", MODEL, "--json"))
+        self.assertTrue(told["runnable"])
+        self.assertEqual(told["model"]["architecture"], "llama")
+        self.assertEqual(told["model"]["layers"], 30)
+        self.assertEqual(told["parameters"], 134515008)
+        self.assertEqual(told["file_bytes"], os.path.getsize(MODEL))
+        self.assertEqual(told["bits_per_weight"], 5.0)
+        self.assertAlmostEqual(told["file_bits_per_weight"], 8 * told["file_bytes"] / 134515008)
+        self.assertRegex(told["sha256"], r"\A[0-9a-f]{64}\Z")
+        self.assertEqual(len(told["roles"]), 7)
+        self.assertEqual(len(told["tensors"]), 272)
+        self.assertEqual(told["metadata"]["tokenizer.ggml.tokens"]["length"], 49152)
+        short, full = self.succeeds("inspect", MODEL), self.succeeds("inspect", MODEL, "--tensors")
+        self.assertIn("--tensors lists all", short)
+        self.assertIn("blk.29.ffn_up.weight", full)
+        self.assertNotIn("blk.29.ffn_up.weight", short)
+
+    def test_truncated_models(self):
+        size = os.path.getsize(MODEL)
+        for cut in (20, 1000, 1 << 20, size // 2, size - 1):
+            path = self.fragment("cut.gguf", cut)
+            self.assertIn("cut.gguf", self.fails("inspect", path))
+            self.fails("run", "-m", path, "-p", "a")
+
+    def test_run_is_repeatable(self):
+        greedy = ("run", "-m", MODEL, "-p", "The capital of France is", "-n", 8, "--temp", 0)
+        text = self.succeeds(*greedy)
+        self.assertTrue(text.startswith("The capital of France is Paris"), text)
+        told = json.loads(self.succeeds(*greedy, "--json"))
+        self.assertEqual(told["prompt"] + told["text"] + "\n", text)
+        self.assertEqual(told["text"] + "\n", self.succeeds(*greedy, "--no-display-prompt"))
+        self.assertEqual((told["prompt_tokens"], told["generated_tokens"]), (5, 8))
+        self.assertEqual(told["stop_reason"], "length")
+        for key in ("prompt_tokens_per_second", "tokens_per_second"):
+            self.assertGreater(told[key], 0)
+        drawn = [
+            self.succeeds("run", "-m", MODEL, "-p", "Once", "-n", 12, "-s", seed, "--temp", 1.5)
+            for seed in (1, 1, 2)
+        ]
+        self.assertEqual(drawn[0], drawn[1])
+        self.assertNotEqual(drawn[0], drawn[2])
+
+    def test_run_reads_prompts_from_files(self):
+        prompt = self.file("prompt.txt", "The capital of France is")
+        told = json.loads(
+            self.succeeds("run", "-m", MODEL, "-f", prompt, "-n", 1, "--temp", 0, "--json")
+        )
+        self.assertEqual(told["text"], " Paris")
+
+    def test_run_reads_special_tokens_when_asked(self):
+        chat = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n"
+        plain, special = (
+            json.loads(self.succeeds("run", "-m", MODEL, "-p", chat, "-n", 1, "--json", *more))
+            for more in ((), ("--special",))
+        )
+        self.assertLess(special["prompt_tokens"], plain["prompt_tokens"])
+
+    def test_run_stops_at_a_full_context(self):
+        arguments = ("run", "-m", MODEL, "-p", "The capital of France is", "--ignore-eos")
+        told = json.loads(self.succeeds(*arguments, "-n", -1, "-c", 9, "--temp", 0, "--json"))
+        self.assertEqual((told["stop_reason"], told["ctx"]), ("context", 9))
+        # The last token drawn need not fit: nothing is computed from it.
+        self.assertEqual(told["prompt_tokens"] + told["generated_tokens"], 9 + 1)
+
+    def test_bad_prompts(self):
+        self.fails("run", "-m", MODEL, "-p", b"\xff\xfe".decode("utf-8", "surrogateescape"),
+                   says="not UTF-8")
+        for name, content, says in (
+            ("empty.txt", b"", "empty"),
+            ("latin.txt", b"caf\xe9", "UTF-8"),
+            ("long.txt", TEXT * 3, "context"),
+        ):
+            path = self.file(name, content)
+            self.fails("run", "-m", MODEL, "-f", path, "-c", 16, says=says)
+        self.fails("run", "-m", MODEL, "-f", self.folder / "missing.txt", says="missing.txt")
+        self.fails("run", "-m", MODEL, "-p", "a", "-n", 1, "--kernels", "none", says="none")
+
+    def test_eval(self):
+        text = self.file("text.txt", TEXT)
+        arguments = ("eval", "-m", MODEL, "--ppl", text, "--ctx", 16)
+        told = json.loads(self.succeeds(*arguments, "--windows", 3, "--json"))
+        self.assertEqual((told["windows"], told["ctx"], told["tokens_scored"]), (3, 16, 45))
+        self.assertEqual(told["bits_per_weight"], 5.0)
+        self.assertTrue(2 < told["perplexity"] < 200, told)
+        self.assertGreater(told["perplexity_stderr"], 0)
+        keys = ("protocol", "model_sha256", "text_sha256", "file_bits_per_weight", "seconds",
+                "tokens_per_second", "threads", "kernels")
+        for key in keys:
+            self.assertIn(key, told)
+        exact = json.loads(self.succeeds(*arguments, "--windows", 3, "--json", "--dense-f32"))
+        self.assertAlmostEqual(exact["perplexity"] / told["perplexity"], 1, delta=0.01)
+        self.assertIn("perplexity", self.succeeds(*arguments, "--windows", 1))
+
+    def test_bad_texts(self):
+        for name, content, says in (
+            ("empty.txt", b"", "empty"),
+            ("latin.txt", b"caf\xe9 " * 99, "UTF-8"),
+            ("short.txt", TEXT[:200], "ctx|window"),
+        ):
+            self.fails("eval", "-m", MODEL, "--ppl", self.file(name, content), says=says)
+        self.fails("eval", "-m", MODEL, "--ppl", self.folder / "none.txt", says="none.txt")
+        self.fails("eval", "-m", MODEL, "--ppl", self.folder, says="directory|regular")
+
+    def test_bench(self):
+        arguments = ("bench", "-m", MODEL, "-p", 8, "-n", 2, "-r", 2, "-t", "1,2")
+        told = json.loads(self.succeeds(*arguments, "-o", "json"))
+        tests = [(row["test"], row["threads"]) for row in told["rows"]]
+        self.assertEqual(tests, [("pp8", 1), ("tg2", 1), ("pp8", 2), ("tg2", 2)])
+        for row in told["rows"]:
+            self.assertEqual(len(row["samples"]), 2)
+            self.assertGreater(row["tokens_per_second"], 0)
+            self.assertGreaterEqual(row["stddev"], 0)
+        lines = self.succeeds(*arguments).splitlines()
+        head = [cell.strip() for cell in lines[0].strip("|").split("|")]
+        self.assertEqual(head, ["model", "size", "params", "backend", "threads", "test", "t/s"])
+        self.assertEqual(len(lines), 6)
+        self.assertEqual(len({len(line) for line in lines}), 1, lines)
+
+    def test_output_that_cannot_be_written(self):
+        text = self.file("text.txt", TEXT)
+        with open("/dev/full", "wb") as full:
+            for arguments in (
+                ("inspect", MODEL),
+                ("run", "-m", MODEL, "-p", "a", "-n", 2),
+                ("eval", "-m", MODEL, "--ppl", text, "--ctx", 16, "--windows", 1, "--json"),
+                ("bench", "-m", MODEL, "-p", 4, "-n", 0, "-r", 1),
+            ):
+                done = run(*arguments, stdout=full)
+                self.assertEqual(done.returncode, FAILURE, arguments)
+                last = done.stderr.decode().splitlines()[-1]
+                self.assertRegex(last, "^rabit: cannot write to standard output", arguments)
+
+    def test_interrupt(self):
+        text = self.file("text.txt", TEXT * 200)
+        for arguments in (
+            ("run", "-m", MODEL, "-p", "a", "-n", 4000, "--ignore-eos"),
+            ("eval", "-m", MODEL, "--ppl", text, "--ctx", 64),
+            ("bench", "-m", MODEL, "-p", 0, "-n", 4000),
+        ):
+            process = subprocess.Popen(
+                [RABIT, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE
+            )
+            time.sleep(3)
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, INTERRUPTED, (arguments, error))
+            self.assertRegex(error.decode().splitlines()[-1], "^rabit: .*interrupted", arguments)
+
+    def test_examples_of_every_help(self):
+        self.file("text.txt", TEXT * 40)
+        self.file("prompt.txt", "It was a dark and stormy night")
+        (self.folder / "model.gguf").symlink_to(os.path.abspath(MODEL))
+        binary = os.path.abspath(RABIT)
+        ran = 0
+        for command in ((), ("eval",), ("run",), ("bench",), ("inspect",)):
+            help_text = self.succeeds(*command, "--help")
+            for line in help_text[help_text.index("Examples:"):].splitlines():
+                words = shlex.split(line) if line.startswith("  rabit ") else []
+                # An example that takes all defaults is one of minutes here: it is run smaller.
+                small = {
+                    "eval": ["--ctx", "64", "--windows", "2"],
+                    "bench": ["-p", "8", "-n", "2", "-r", "1"],
+                }
+                if len(words) > 1:
+                    arguments = words[1:]
+                    for option, value in zip(*[iter(small.get(words[1], []))] * 2):
+                        if option in arguments:
+                            arguments[arguments.index(option) + 1] = value
+                        elif "--help" not in arguments:
+                            arguments += [option, value]
+                    done = subprocess.run(
+                        [binary, *arguments], cwd=self.folder, stdin=subprocess.DEVNULL,
+                        capture_output=True, timeout=300, check=False
+                    )
+                    self.assertEqual(done.returncode, SUCCESS, (line, done.stderr))
+                    self.assertNotEqual(done.stdout, b"", line)
+                    ran += 1
+        self.assertGreaterEqual(ran, 12)
+
+
+if __name__ == "__main__":
+    if "WithModel" in sys.argv and not os.path.isfile(MODEL):
+        print(f"skipped: {MODEL} is missing, run scripts/setup.sh")
+        sys.exit(77)
+    unittest.main(argv=sys.argv, verbosity=1)
