@@ -1,1 +1,541 @@
+// Every kernel of every table that runs here against the scalar reference, over sizes around vector
+// and block edges, with guard values behind every output; the reference itself against closed
+// forms. Tolerances: a sum of n products in float32, in any order, is off by at most about sqrt(n)
+// * eps * ||w|| * ||x|| with rounding errors of random sign; kSafety covers their spread.
+#include "kernels/api/kernels.h"
+
 #include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <string>
+
+#include "base/half.h"
+
+namespace rabit {
+namespace {
+
+constexpr double kEpsilon = 0x1p-24;
+constexpr double kSafety = 4;
+constexpr float kGuard = 12345.678F;
+constexpr int64_t kGuards = 16;
+
+using Floats = std::vector<float>;
+
+std::mt19937& generator() {
+  static std::mt19937 engine(7);
+  return engine;
+}
+
+Floats normals(int64_t count, float scale = 1.0F) {
+  std::normal_distribution<float> normal(0, scale);
+  Floats values(static_cast<size_t>(count));
+  for (float& value : values) {
+    value = normal(generator());
+  }
+  return values;
+}
+
+std::vector<uint16_t> to_halves(const Floats& values) {
+  std::vector<uint16_t> halves;
+  for (const float value : values) {
+    halves.push_back(float_to_half(value));
+  }
+  return halves;
+}
+
+/// `count` outputs with guards behind them.
+Floats guarded(int64_t count) { return Floats(static_cast<size_t>(count + kGuards), kGuard); }
+
+bool guards_hold(const Floats& values) {
+  for (size_t i = values.size() - kGuards; i < values.size(); ++i) {
+    if (values[i] != kGuard) {
+      return false;
+    }
+  }
+  return true;
+}
+
+/// Scratch of exactly the size that was asked for, aligned as promised, guarded.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) : floats_(floats) {
+    const auto bytes = static_cast<size_t>((floats + kGuards + 15) / 16 * 64);
+    data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
+    for (int64_t i = 0; i < floats; ++i) {
+      data_[i] = std::numeric_limits<float>::quiet_NaN();  // nothing may be read before written
+    }
+    std::fill(data_ + floats, data_ + floats + kGuards, kGuard);
+  }
+  ~Scratch() {
+    for (int64_t i = floats_; i < floats_ + kGuards; ++i) {
+      EXPECT_EQ(data_[i], kGuard) << "scratch overrun";
+    }
+    std::free(data_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* data() { return data_; }
+
+ private:
+  int64_t floats_;
+  float* data_;
+};
+
+/// Largest |got - want| over tolerance; infinity for anything that is not finite.
+double worst(const float* got, const float* want, const double* tolerance, int64_t count) {
+  double largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double off = std::abs(static_cast<double>(got[i]) - want[i]);
+    if (!std::isfinite(off)) {
+      return std::numeric_limits<double>::infinity();
+    }
+    largest = std::max(largest, off / tolerance[i]);
+  }
+  return largest;
+}
+
+/// A linear layer that owns its memory.
+struct Layer {
+  LinearWeights w;
+  Floats dense;
+  std::vector<uint16_t> half, row_scale, col_scale;
+  std::vector<uint32_t> signs;
+
+  static Layer make(WeightFormat format, int64_t d_out, int64_t d_in, int64_t paths) {
+    Layer layer;
+    const int64_t words = (d_in + 31) / 32;
+    layer.dense = normals(d_out * d_in);
+    layer.half = to_halves(layer.dense);
+    layer.half[0] = 3;  // a subnormal
+    for (int64_t i = 0; i < paths * d_out * words; ++i) {
+      const int64_t used = std::min<int64_t>(32, d_in - i % words * 32);
+      const auto mask = static_cast<uint32_t>((uint64_t{1} << used) - 1);
+      layer.signs.push_back(static_cast<uint32_t>(generator()()) & mask);
+    }
+    // Paths of falling size, as residuals are; scales of both signs.
+    Floats rows, columns;
+    for (int64_t path = 0; path < paths; ++path) {
+      const float size = std::pow(0.5F, static_cast<float>(path));
+      const Floats g = normals(d_out, size), h = normals(d_in);
+      rows.insert(rows.end(), g.begin(), g.end());
+      columns.insert(columns.end(), h.begin(), h.end());
+    }
+    layer.row_scale = to_halves(rows);
+    layer.col_scale = to_halves(columns);
+    layer.w = {.format = format, .d_out = d_out, .d_in = d_in, .paths = paths};
+    layer.point();
+    return layer;
+  }
+
+  void point() {
+    w.dense = w.format == WeightFormat::kF32 ? static_cast<const void*>(dense.data()) : half.data();
+    w.signs = signs.data();
+    w.row_scale = row_scale.data();
+    w.col_scale = col_scale.data();
+  }
+
+  /// Sum over columns of (|w| |x|)^2 with |w| as the sum of the paths' magnitudes.
+  double product_norm(int64_t row, const float* x) const {
+    double sum = 0;
+    for (int64_t c = 0; c < w.d_in; ++c) {
+      double magnitude = 0;
+      if (w.format == WeightFormat::kResidualBinary) {
+        for (int64_t p = 0; p < w.paths; ++p) {
+          magnitude += std::abs(half_to_float(row_scale[p * w.d_out + row]) *
+                                half_to_float(col_scale[p * w.d_in + c]));
+        }
+      } else {
+        magnitude = std::abs(dense[row * w.d_in + c]);
+      }
+      sum += magnitude * magnitude * x[c] * x[c];
+    }
+    return std::sqrt(sum);
+  }
+};
+
+std::vector<double> matmul_tolerance(const Layer& layer, const Floats& x, int64_t tokens) {
+  const LinearWeights& w = layer.w;
+  std::vector<double> tolerance;
+  // The norm of the products times sqrt(terms); the constant covers short sums.
+  const double growth = kSafety * kEpsilon * (std::sqrt(static_cast<double>(w.d_in)) + 4);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t r = 0; r < w.d_out; ++r) {
+      tolerance.push_back(growth * layer.product_norm(r, x.data() + t * w.d_in) + 1e-30);
+    }
+  }
+  return tolerance;
+}
+
+Floats reference_product(const Layer& layer, const Floats& x, int64_t tokens) {
+  Floats y(static_cast<size_t>(tokens * layer.w.d_out));
+  reference_kernels().matmul(layer.w, x.data(), tokens, y.data(), 0, layer.w.d_out, nullptr);
+  return y;
+}
+
+class Kernels : public testing::TestWithParam<const KernelTable*> {
+ protected:
+  const KernelTable& table() const { return *GetParam(); }
+
+  void check_matmul(WeightFormat format, int64_t d_out, int64_t d_in, int64_t paths,
+                    int64_t tokens) {
+    SCOPED_TRACE("format " + std::to_string(static_cast<int>(format)) + " d_out " +
+                 std::to_string(d_out) + " d_in " + std::to_string(d_in) + " paths " +
+                 std::to_string(paths) + " tokens " + std::to_string(tokens));
+    const Layer layer = Layer::make(format, d_out, d_in, paths);
+    const Floats x = normals(tokens * d_in);
+    const Floats want = reference_product(layer, x, tokens);
+    Floats got = guarded(tokens * d_out);
+    Scratch scratch(table().matmul_scratch(d_in, tokens, paths));
+    table().matmul(layer.w, x.data(), tokens, got.data(), 0, d_out, scratch.data());
+    EXPECT_TRUE(guards_hold(got));
+    EXPECT_LE(
+        worst(got.data(), want.data(), matmul_tolerance(layer, x, tokens).data(), tokens * d_out),
+        1);
+  }
+};
+
+TEST_P(Kernels, MatmulOverColumns) {
+  for (int64_t d_in = 1; d_in <= 130; d_in += d_in < 36 ? 1 : 7) {
+    for (const int64_t tokens : {1, 3, 9}) {
+      check_matmul(WeightFormat::kF32, 7, d_in, 0, tokens);
+      check_matmul(WeightFormat::kF16, 7, d_in, 0, tokens);
+      check_matmul(WeightFormat::kResidualBinary, 7, d_in, 2, tokens);
+    }
+  }
+  for (const int64_t d_in : {384, 385, 576, 800, 1536}) {
+    for (const int64_t tokens : {1, 13}) {
+      check_matmul(WeightFormat::kF32, 33, d_in, 0, tokens);
+      check_matmul(WeightFormat::kF16, 33, d_in, 0, tokens);
+      check_matmul(WeightFormat::kResidualBinary, 33, d_in, 3, tokens);
+    }
+  }
+}
+
+TEST_P(Kernels, MatmulOverTokens) {
+  for (int64_t tokens = 1; tokens <= 40; ++tokens) {
+    check_matmul(WeightFormat::kF32, 37, 67, 0, tokens);
+    check_matmul(WeightFormat::kF16, 37, 67, 0, tokens);
+    check_matmul(WeightFormat::kResidualBinary, 37, 67, 1 + tokens % 4, tokens);
+  }
+}
+
+TEST_P(Kernels, MatmulOverPathsAndRows) {
+  for (int64_t paths = 1; paths <= 4; ++paths) {
+    for (const int64_t tokens : {1, 2, 5, 8, 9, 25}) {
+      for (const int64_t d_out : {1, 2, 5, 31, 32, 33, 64, 97, 400}) {
+        check_matmul(WeightFormat::kResidualBinary, d_out, 96, paths, tokens);
+      }
+    }
+  }
+}
+
+TEST_P(Kernels, MatmulWritesItsRowsOnly) {
+  const int64_t d_out = 150, d_in = 70;
+  for (const WeightFormat format :
+       {WeightFormat::kF32, WeightFormat::kF16, WeightFormat::kResidualBinary}) {
+    const Layer layer = Layer::make(format, d_out, d_in, 2);
+    for (const int64_t tokens : {1, 6, 20}) {
+      const Floats x = normals(tokens * d_in);
+      const Floats want = reference_product(layer, x, tokens);
+      const std::vector<double> tolerance = matmul_tolerance(layer, x, tokens);
+      for (const auto& [begin, end] :
+           {std::pair<int64_t, int64_t>{0, 32}, {32, 150}, {5, 6}, {31, 66}, {40, 40}}) {
+        Floats got = guarded(tokens * d_out);
+        Scratch scratch(table().matmul_scratch(d_in, tokens, 2));
+        table().matmul(layer.w, x.data(), tokens, got.data(), begin, end, scratch.data());
+        for (int64_t i = 0; i < tokens * d_out; ++i) {
+          if (i % d_out >= begin && i % d_out < end) {
+            ASSERT_LE(worst(&got[i], &want[i], &tolerance[i], 1), 1) << begin << " " << end;
+          } else {
+            ASSERT_EQ(got[i], kGuard) << begin << " " << end;
+          }
+        }
+        EXPECT_TRUE(guards_hold(got));
+      }
+    }
+  }
+}
+
+TEST_P(Kernels, RmsNorm) {
+  for (const int64_t d : {1, 3, 15, 16, 17, 64, 127, 576}) {
+    const Floats x = normals(3 * d), weight = normals(d);
+    Floats want(static_cast<size_t>(3 * d)), got = guarded(3 * d);
+    reference_kernels().rms_norm(x.data(), weight.data(), 3, d, 1e-5F, want.data());
+    table().rms_norm(x.data(), weight.data(), 3, d, 1e-5F, got.data());
+    EXPECT_TRUE(guards_hold(got));
+    std::vector<double> tolerance;
+    for (const float value : want) {
+      tolerance.push_back(kSafety * kEpsilon * 2 * std::abs(value) + 1e-30);
+    }
+    EXPECT_LE(worst(got.data(), want.data(), tolerance.data(), 3 * d), 1) << d;
+  }
+}
+
+TEST_P(Kernels, Rope) {
+  for (const int64_t d : {2, 6, 16, 30, 64, 128}) {
+    const int64_t tokens = 3, heads = 2;
+    Floats want = normals(tokens * heads * d), turns;
+    for (int64_t i = 0; i < tokens * d / 2; ++i) {
+      turns.push_back(std::cos(static_cast<float>(i)));
+      turns.push_back(std::sin(static_cast<float>(i)));
+    }
+    Floats got = want;
+    got.insert(got.end(), kGuards, kGuard);
+    std::vector<double> tolerance;
+    for (int64_t i = 0; i < tokens * heads * d; ++i) {
+      tolerance.push_back(kSafety * kEpsilon * std::hypot(want[i & ~1], want[i | 1]) + 1e-30);
+    }
+    reference_kernels().rope(want.data(), turns.data(), tokens, heads, d);
+    table().rope(got.data(), turns.data(), tokens, heads, d);
+    EXPECT_TRUE(guards_hold(got));
+    EXPECT_LE(worst(got.data(), want.data(), tolerance.data(), tokens * heads * d), 1) << d;
+  }
+}
+
+void check_attention(const KernelTable& table, CacheFormat format, int64_t tokens, int64_t first,
+                     int64_t heads, int64_t kv_heads, int64_t d) {
+  SCOPED_TRACE("tokens " + std::to_string(tokens) + " first " + std::to_string(first) + " heads " +
+               std::to_string(heads) + "/" + std::to_string(kv_heads) + " d " + std::to_string(d));
+  const int64_t positions = first + tokens, capacity = positions + 3;
+  const Floats q = normals(tokens * heads * d, 2.0F);
+  Floats k = normals(kv_heads * capacity * d), v = normals(kv_heads * capacity * d);
+  for (int64_t head = 0; head < kv_heads; ++head) {  // what is not filled must not be used
+    for (int64_t i = positions * d; i < capacity * d; ++i) {
+      k[head * capacity * d + i] = v[head * capacity * d + i] =
+          std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+  const std::vector<uint16_t> k16 = to_halves(k), v16 = to_halves(v);
+  const bool wide = format == CacheFormat::kF32;
+  const AttentionInput in = {.q = q.data(),
+                             .cache = format,
+                             .k = wide ? static_cast<const void*>(k.data()) : k16.data(),
+                             .v = wide ? static_cast<const void*>(v.data()) : v16.data(),
+                             .tokens = tokens,
+                             .first_position = first,
+                             .heads = heads,
+                             .kv_heads = kv_heads,
+                             .head_dim = d,
+                             .capacity = capacity};
+  const int64_t count = tokens * heads * d;
+  Floats want(static_cast<size_t>(count)), got = guarded(count), part = guarded(count);
+  Scratch oracle(reference_kernels().attention_scratch(tokens, positions, heads, kv_heads, d));
+  reference_kernels().attention(in, 0, heads, 0, tokens, oracle.data(), want.data());
+  Scratch scratch(table.attention_scratch(tokens, positions, heads, kv_heads, d));
+  table.attention(in, 0, heads, 0, tokens, scratch.data(), got.data());
+  EXPECT_TRUE(guards_hold(got));
+  // A score of n terms is off by delta ~ sqrt(d) eps |q||k|/sqrt(d) ~ 8 eps sqrt(d) here; that
+  // moves weights by the factor exp(delta), outputs by delta times the largest value.
+  const double tolerance = kSafety * kEpsilon * (16 * std::sqrt(static_cast<double>(d)) + 32);
+  const std::vector<double> tolerances(static_cast<size_t>(count), tolerance);
+  EXPECT_LE(worst(got.data(), want.data(), tolerances.data(), count), 1);
+
+  const int64_t h0 = heads / 2, t0 = tokens / 2;
+  table.attention(in, h0, heads, t0, tokens, scratch.data(), part.data());
+  EXPECT_TRUE(guards_hold(part));
+  for (int64_t i = 0; i < count; ++i) {
+    const bool mine = i / d % heads >= h0 && i / d / heads >= t0;
+    if (mine) {
+      ASSERT_NEAR(part[i], want[i], tolerance);
+    } else {
+      ASSERT_EQ(part[i], kGuard);
+    }
+  }
+}
+
+TEST_P(Kernels, Attention) {
+  for (const CacheFormat format : {CacheFormat::kF16, CacheFormat::kF32}) {
+    for (const int64_t tokens : {1, 2, 11, 12, 13, 47, 48, 49, 100}) {
+      for (const int64_t first : {0, 5, 383, 384, 790}) {
+        check_attention(table(), format, tokens, first, 3, 1, 16);
+      }
+    }
+    for (const int64_t d : {2, 6, 32, 34, 64, 80, 128, 256}) {
+      check_attention(table(), format, 19, 30, 4, 2, d);
+      check_attention(table(), format, 1, 30, 6, 2, d);
+    }
+    check_attention(table(), format, 60, 400, 9, 3, 64);
+  }
+}
+
+TEST_P(Kernels, AttentionOfExtremeScores) {
+  // One key far ahead of the rest, in the first, a middle and the last block.
+  const int64_t d = 16, positions = 900;
+  for (const int64_t chosen : {0, 500, 899}) {
+    Floats q(d, 30.0F), k(positions * d, -30.0F), v(positions * d, 1.0F), out = guarded(d);
+    for (int64_t i = 0; i < d; ++i) {
+      k[chosen * d + i] = 30.0F;
+      v[chosen * d + i] = -7.0F;
+    }
+    const AttentionInput in = {
+        q.data(), CacheFormat::kF32, k.data(), v.data(), 1, positions - 1, 1, 1, d, positions};
+    Scratch scratch(table().attention_scratch(1, positions, 1, 1, d));
+    table().attention(in, 0, 1, 0, 1, scratch.data(), out.data());
+    for (int64_t i = 0; i < d; ++i) {
+      EXPECT_EQ(out[i], -7.0F);
+    }
+  }
+}
+
+TEST_P(Kernels, Swiglu) {
+  for (const int64_t count : {1, 15, 16, 17, 1000}) {
+    Floats gate = normals(count, 8.0F);
+    const Floats up = normals(count);
+    gate[0] = -200.0F;
+    Floats want = gate, got = gate;
+    got.insert(got.end(), kGuards, kGuard);
+    reference_kernels().swiglu(want.data(), up.data(), count);
+    table().swiglu(got.data(), up.data(), count);
+    EXPECT_TRUE(guards_hold(got));
+    std::vector<double> tolerance;
+    for (const float value : want) {
+      // e^x within 2e-7, and an argument below -88 counts as infinitely small.
+      tolerance.push_back((2e-7 + kSafety * kEpsilon) * std::abs(value) + 1e-35);
+    }
+    EXPECT_LE(worst(got.data(), want.data(), tolerance.data(), count), 1) << count;
+  }
+}
+
+TEST_P(Kernels, CrossEntropy) {
+  for (const int64_t vocab : {1, 2, 15, 16, 17, 1000, 49152}) {
+    for (const float spread : {0.1F, 4.0F, 60.0F}) {
+      const Floats logits = normals(vocab, spread);
+      const auto target = static_cast<int32_t>(vocab / 2);
+      const double want = reference_kernels().cross_entropy(logits.data(), vocab, target);
+      const double got = table().cross_entropy(logits.data(), vocab, target);
+      EXPECT_NEAR(got, want, 1e-6 * std::max(1.0, want)) << vocab << " " << spread;
+    }
+  }
+  Floats logits = normals(100);
+  logits[98] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_FALSE(std::isfinite(table().cross_entropy(logits.data(), 100, 3)));
+  logits[98] = 0;
+  logits[3] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_FALSE(std::isfinite(table().cross_entropy(logits.data(), 100, 7)));
+}
+
+std::string table_name(const testing::TestParamInfo<const KernelTable*>& info) {
+  std::string name(info.param->name);
+  std::replace(name.begin(), name.end(), '-', '_');
+  return name;
+}
+
+INSTANTIATE_TEST_SUITE_P(Cpu, Kernels, testing::ValuesIn(cpu_kernels()), table_name);
+
+TEST(KernelTables, NamesAreDistinctAndPortableIsLast) {
+  const std::vector<const KernelTable*> tables = cpu_kernels();
+  ASSERT_FALSE(tables.empty());
+  EXPECT_EQ(tables.back()->name, "portable");
+  for (size_t i = 1; i < tables.size(); ++i) {
+    EXPECT_NE(tables[i]->name, tables[i - 1]->name);
+    EXPECT_NE(tables[i]->matmul, tables[i - 1]->matmul);
+  }
+}
+
+// The comparison must see the mistakes that kernels make.
+TEST(Comparator, RejectsWrongResults) {
+  const int64_t d_out = 32, d_in = 576, tokens = 2;
+  Layer layer = Layer::make(WeightFormat::kResidualBinary, d_out, d_in, 4);
+  const Floats x = normals(tokens * d_in);
+  const Floats want = reference_product(layer, x, tokens);
+  const std::vector<double> tolerance = matmul_tolerance(layer, x, tokens);
+  const auto badness = [&](const Floats& got) {
+    return worst(got.data(), want.data(), tolerance.data(), tokens * d_out);
+  };
+  EXPECT_EQ(badness(want), 0);
+  EXPECT_GT(badness(Floats(want.size())), 100);
+
+  Layer flipped = layer;
+  flipped.point();
+  flipped.signs[3] ^= 0x100U;
+  EXPECT_GT(badness(reference_product(flipped, x, tokens)), 100);
+
+  Layer swapped = layer;
+  swapped.point();
+  std::swap(swapped.row_scale[0], swapped.row_scale[1]);
+  EXPECT_GT(badness(reference_product(swapped, x, tokens)), 100);
+  swapped = layer;
+  swapped.point();
+  std::swap(swapped.col_scale[0], swapped.col_scale[1]);
+  EXPECT_GT(badness(reference_product(swapped, x, tokens)), 100);
+
+  // The smallest path dropped: its row scales come last.
+  Layer dropped = layer;
+  dropped.point();
+  std::fill(dropped.row_scale.end() - d_out, dropped.row_scale.end(), uint16_t{0});
+  EXPECT_GT(badness(reference_product(dropped, x, tokens)), 100);
+
+  Floats broken = want;
+  broken[5] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_GT(badness(broken), 100);
+}
+
+// The oracle against closed forms.
+TEST(Reference, ProductsOfSmallIntegers) {
+  // W[r, c] = r + 1, x[c] = c: y = (r + 1) n (n - 1) / 2.
+  const int64_t d_out = 3, d_in = 40;
+  Floats w, x;
+  for (int64_t r = 0; r < d_out; ++r) {
+    w.insert(w.end(), d_in, static_cast<float>(r + 1));
+  }
+  for (int64_t c = 0; c < d_in; ++c) {
+    x.push_back(static_cast<float>(c));
+  }
+  const std::vector<uint16_t> half = to_halves(w);
+  // Two binary paths: signs alternate in the first, all +1 in the second.
+  const std::vector<uint32_t> signs = {0x55555555U, 0x55U, 0x55555555U, 0x55U, 0x55555555U, 0x55U,
+                                       0xFFFFFFFFU, 0xFFU, 0xFFFFFFFFU, 0xFFU, 0xFFFFFFFFU, 0xFFU};
+  const std::vector<uint16_t> g = to_halves({1, 2, 3, 0.5F, 0.25F, -1}), h(80, float_to_half(2.0F));
+  const LinearWeights dense = {WeightFormat::kF32, d_out, d_in, 0, w.data()};
+  const LinearWeights halves = {WeightFormat::kF16, d_out, d_in, 0, half.data()};
+  const LinearWeights binary = {
+      WeightFormat::kResidualBinary, d_out, d_in, 2, nullptr, signs.data(), g.data(), h.data()};
+  Floats y(3);
+  for (const LinearWeights* weights : {&dense, &halves}) {
+    reference_kernels().matmul(*weights, x.data(), 1, y.data(), 0, d_out, nullptr);
+    EXPECT_EQ(y, (Floats{780, 1560, 2340}));
+  }
+  // Alternating sum 0 - 1 + 2 - ... - 39 = -20; times h = 2.
+  reference_kernels().matmul(binary, x.data(), 1, y.data(), 0, d_out, nullptr);
+  EXPECT_EQ(y, (Floats{-40 + 780, -80 + 390, -120 - 1560}));
+}
+
+TEST(Reference, OtherOperations) {
+  const KernelTable& table = reference_kernels();
+  const Floats x = {3, -4}, weight = {1, 2};
+  Floats y(2);
+  table.rms_norm(x.data(), weight.data(), 1, 2, 0.0F, y.data());
+  EXPECT_FLOAT_EQ(y[0], static_cast<float>(3 / std::sqrt(12.5)));
+  EXPECT_FLOAT_EQ(y[1], static_cast<float>(-8 / std::sqrt(12.5)));
+
+  Floats turned = {1, 0, 0, 2};
+  const Floats turns = {0, 1, -1, 0};  // by 90 and by 180 degrees
+  table.rope(turned.data(), turns.data(), 1, 1, 4);
+  EXPECT_EQ(turned, (Floats{0, 1, 0, -2}));
+
+  Floats gate = {0, std::log(3.0F)};
+  const Floats up = {5, 2};
+  table.swiglu(gate.data(), up.data(), 2);
+  EXPECT_FLOAT_EQ(gate[0], 0);
+  EXPECT_FLOAT_EQ(gate[1], 1.5F * std::log(3.0F));
+
+  const Floats logits = {0, std::log(2.0F), std::log(5.0F)};
+  EXPECT_NEAR(table.cross_entropy(logits.data(), 3, 1), std::log(4.0), 1e-7);
+
+  // Scores 0 and ln 3 (d = 1 would be odd; the second component is 0): weights 1/4 and 3/4.
+  const Floats q = {std::sqrt(2.0F), 0, std::sqrt(2.0F), 0}, k = {0, 0, std::log(3.0F), 0},
+               v = {4, 8, 0, 4};
+  const AttentionInput in = {q.data(), CacheFormat::kF32, k.data(), v.data(), 2, 0, 1, 1, 2, 2};
+  Floats scratch(2), out(4);
+  table.attention(in, 0, 1, 0, 2, scratch.data(), out.data());
+  EXPECT_FLOAT_EQ(out[0], 4);
+  EXPECT_FLOAT_EQ(out[1], 8);
+  EXPECT_NEAR(out[2], 1, 1e-6);
+  EXPECT_NEAR(out[3], 5, 1e-6);
+}
+
+}  // namespace
+}  // namespace rabit
