@@ -1,1 +1,561 @@
+// The engine: against a forward pass in double written here from the equations, on small random
+// models; against itself (split input, decoding, truncation, packed and reconstructed weights); and
+// against transformers' logits of the real model. Sampling: distributions, bounds, hostile logits.
+#include "rabit/engine.h"
+
 #include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "base/half.h"
+#include "io/gguf.h"
+#include "kernels/api/kernels.h"
+
+namespace rabit {
+namespace {
+
+using Floats = std::vector<float>;
+
+constexpr int64_t kLayers = 2, kWidth = 48, kHeads = 4, kKvHeads = 2, kHeadDim = 12, kHidden = 80,
+                  kVocab = 57;
+constexpr double kTheta = 5000, kNormEpsilon = 1e-5;
+
+/// A small random model: what it is as floats, and the tensors that its file holds.
+class SmallModel {
+ public:
+  /// paths 0: dense layers in F32; else packed with that many.
+  SmallModel(uint64_t seed, bool tied, int64_t paths) : generator_(seed), tied_(tied) {
+    add("token_embd.weight", kWidth, kVocab, 1.0F);
+    norm("output_norm.weight");
+    if (!tied) {
+      add("output.weight", kWidth, kVocab, 0.15F);
+    }
+    for (int64_t layer = 0; layer < kLayers; ++layer) {
+      const std::string block = "blk." + std::to_string(layer) + ".";
+      norm(block + "attn_norm.weight");
+      norm(block + "ffn_norm.weight");
+      linear(block + "attn_q", kWidth, kHeads * kHeadDim, paths);
+      linear(block + "attn_k", kWidth, kKvHeads * kHeadDim, paths);
+      linear(block + "attn_v", kWidth, kKvHeads * kHeadDim, paths);
+      linear(block + "attn_output", kHeads * kHeadDim, kWidth, paths);
+      linear(block + "ffn_gate", kWidth, kHidden, paths);
+      linear(block + "ffn_up", kWidth, kHidden, paths);
+      linear(block + "ffn_down", kHidden, kWidth, paths);
+    }
+  }
+
+  /// Writes the file; `reconstructed` replaces packed layers by their dense weights in F32.
+  void write(const std::filesystem::path& path, bool reconstructed = false) const {
+    GgufWriter writer;
+    writer.set("general.architecture", MetaValue::string("llama"));
+    writer.set("llama.block_count", MetaValue::u32(kLayers));
+    writer.set("llama.embedding_length", MetaValue::u32(kWidth));
+    writer.set("llama.feed_forward_length", MetaValue::u32(kHidden));
+    writer.set("llama.attention.head_count", MetaValue::u32(kHeads));
+    writer.set("llama.attention.head_count_kv", MetaValue::u32(kKvHeads));
+    writer.set("llama.context_length", MetaValue::u32(64));
+    writer.set("llama.attention.layer_norm_rms_epsilon", MetaValue::f32(kNormEpsilon));
+    writer.set("llama.rope.freq_base", MetaValue::f32(kTheta));
+    writer.set("llama.vocab_size", MetaValue::u32(kVocab));
+    for (const auto& [name, weight] : dense) {
+      const bool packed = signs.contains(name);
+      const std::vector<int64_t> ne = extents.at(name);
+      if (!packed || reconstructed) {
+        const std::string full = packed ? name + ".weight" : name;
+        ASSERT_TRUE(
+            writer.add_tensor(full, TensorType::kF32, ne, std::as_bytes(std::span(weight))));
+        continue;
+      }
+      const auto paths = static_cast<int64_t>(rows.at(name).size()) / ne[1];
+      ASSERT_TRUE(writer.add_tensor(name + ".sign", TensorType::kI32,
+                                    {(ne[0] + 31) / 32, ne[1], paths},
+                                    std::as_bytes(std::span(signs.at(name)))));
+      ASSERT_TRUE(writer.add_tensor(name + ".row_scale", TensorType::kF16, {ne[1], paths},
+                                    std::as_bytes(std::span(rows.at(name)))));
+      ASSERT_TRUE(writer.add_tensor(name + ".col_scale", TensorType::kF16, {ne[0], paths},
+                                    std::as_bytes(std::span(columns.at(name)))));
+    }
+    const Status status = writer.write(path);
+    ASSERT_TRUE(status) << status.error().message;
+  }
+
+  const Floats& weight(const std::string& name) const {
+    const auto it = dense.find(name);
+    return it != dense.end() ? it->second : dense.at(name + ".weight");
+  }
+  const Floats& head() const { return dense.at(tied_ ? "token_embd.weight" : "output.weight"); }
+
+  std::map<std::string, Floats> dense;  // packed layers under their bare name
+  std::map<std::string, std::vector<int64_t>> extents;
+  std::map<std::string, std::vector<uint32_t>> signs;
+  std::map<std::string, std::vector<uint16_t>> rows, columns;
+
+ private:
+  float normal() { return normal_(generator_); }
+
+  void add(const std::string& name, int64_t d_in, int64_t d_out, float scale) {
+    Floats& weight = dense[name];
+    for (int64_t i = 0; i < d_in * d_out; ++i) {
+      weight.push_back(scale * normal());
+    }
+    extents[name] = {d_in, d_out};
+  }
+
+  void norm(const std::string& name) {
+    for (int64_t i = 0; i < kWidth; ++i) {
+      dense[name].push_back(1.0F + 0.1F * normal());
+    }
+    extents[name] = {kWidth};
+  }
+
+  void linear(const std::string& name, int64_t d_in, int64_t d_out, int64_t paths) {
+    if (paths == 0) {
+      return add(name + ".weight", d_in, d_out, 0.15F);
+    }
+    extents[name] = {d_in, d_out};
+    Floats& weight = dense[name];
+    weight.assign(static_cast<size_t>(d_in * d_out), 0.0F);
+    for (int64_t path = 0; path < paths; ++path) {
+      for (int64_t r = 0; r < d_out; ++r) {
+        rows[name].push_back(float_to_half(0.15F * (1.0F + 0.2F * normal()) / (1.0F + path)));
+      }
+      for (int64_t c = 0; c < d_in; ++c) {
+        columns[name].push_back(float_to_half(1.0F + 0.2F * normal()));
+      }
+      for (int64_t r = 0; r < d_out; ++r) {
+        for (int64_t c = 0; c < d_in; ++c) {
+          if (c % 32 == 0) {
+            signs[name].push_back(0);
+          }
+          const bool plus = (generator_() & 1U) != 0;
+          signs[name].back() |= static_cast<uint32_t>(plus) << (c % 32);
+          const float magnitude = half_to_float(rows[name][path * d_out + r]) *
+                                  half_to_float(columns[name][path * d_in + c]);
+          weight[r * d_in + c] += plus ? magnitude : -magnitude;
+        }
+      }
+    }
+  }
+
+  std::mt19937_64 generator_;
+  std::normal_distribution<float> normal_;
+  bool tied_;
+};
+
+using Doubles = std::vector<double>;
+
+Doubles product(const Floats& w, const Doubles& x) {
+  Doubles y(w.size() / x.size());
+  for (size_t i = 0; i < w.size(); ++i) {
+    y[i / x.size()] += w[i] * x[i % x.size()];
+  }
+  return y;
+}
+
+Doubles normed(const Doubles& x, const Floats& weight) {
+  double squares = 0;
+  for (const double value : x) {
+    squares += value * value;
+  }
+  Doubles y;
+  for (size_t i = 0; i < x.size(); ++i) {
+    y.push_back(x[i] / std::sqrt(squares / static_cast<double>(x.size()) + kNormEpsilon) *
+                weight[i]);
+  }
+  return y;
+}
+
+void turn(Doubles& x, int64_t position) {
+  for (size_t i = 0; i < x.size(); i += 2) {
+    const double exponent = static_cast<double>(i % kHeadDim) / kHeadDim;
+    const double angle = static_cast<double>(position) * std::pow(kTheta, -exponent);
+    const double a = x[i], b = x[i + 1];
+    x[i] = a * std::cos(angle) - b * std::sin(angle);
+    x[i + 1] = a * std::sin(angle) + b * std::cos(angle);
+  }
+}
+
+/// Logits after every token, (tokens, kVocab), in double.
+std::vector<Doubles> forward_in_double(const SmallModel& model,
+                                       const std::vector<int32_t>& tokens) {
+  std::vector<std::vector<Doubles>> keys(kLayers), values(kLayers);
+  std::vector<Doubles> logits;
+  for (size_t position = 0; position < tokens.size(); ++position) {
+    const Floats& embedding = model.weight("token_embd.weight");
+    Doubles x(embedding.begin() + tokens[position] * kWidth,
+              embedding.begin() + (tokens[position] + 1) * kWidth);
+    for (int64_t layer = 0; layer < kLayers; ++layer) {
+      const std::string block = "blk." + std::to_string(layer) + ".";
+      const Doubles h = normed(x, model.weight(block + "attn_norm.weight"));
+      Doubles q = product(model.weight(block + "attn_q"), h);
+      Doubles k = product(model.weight(block + "attn_k"), h);
+      turn(q, static_cast<int64_t>(position));
+      turn(k, static_cast<int64_t>(position));
+      keys[layer].push_back(k);
+      values[layer].push_back(product(model.weight(block + "attn_v"), h));
+      Doubles attended(kHeads * kHeadDim);
+      for (int64_t head = 0; head < kHeads; ++head) {
+        const int64_t kv = head * kKvHeads / kHeads;
+        Doubles weights;
+        double total = 0;
+        for (const Doubles& key : keys[layer]) {
+          double dot = 0;
+          for (int64_t i = 0; i < kHeadDim; ++i) {
+            dot += q[head * kHeadDim + i] * key[kv * kHeadDim + i];
+          }
+          weights.push_back(std::exp(dot / std::sqrt(static_cast<double>(kHeadDim))));
+          total += weights.back();
+        }
+        for (size_t p = 0; p < weights.size(); ++p) {
+          for (int64_t i = 0; i < kHeadDim; ++i) {
+            attended[head * kHeadDim + i] +=
+                weights[p] / total * values[layer][p][kv * kHeadDim + i];
+          }
+        }
+      }
+      const Doubles out = product(model.weight(block + "attn_output"), attended);
+      for (int64_t i = 0; i < kWidth; ++i) {
+        x[i] += out[i];
+      }
+      const Doubles f = normed(x, model.weight(block + "ffn_norm.weight"));
+      Doubles gate = product(model.weight(block + "ffn_gate"), f);
+      const Doubles up = product(model.weight(block + "ffn_up"), f);
+      for (int64_t i = 0; i < kHidden; ++i) {
+        gate[i] *= up[i] / (1 + std::exp(-gate[i]));
+      }
+      const Doubles down = product(model.weight(block + "ffn_down"), gate);
+      for (int64_t i = 0; i < kWidth; ++i) {
+        x[i] += down[i];
+      }
+    }
+    logits.push_back(product(model.head(), normed(x, model.weight("output_norm.weight"))));
+  }
+  return logits;
+}
+
+std::vector<int32_t> random_tokens(int64_t count, uint64_t seed) {
+  std::mt19937_64 generator(seed);
+  std::vector<int32_t> tokens;
+  for (int64_t i = 0; i < count; ++i) {
+    tokens.push_back(static_cast<int32_t>(generator() % kVocab));
+  }
+  return tokens;
+}
+
+/// ||got - want|| / ||want||; NaN if either is.
+template <typename A, typename B>
+double relative_error(const A& got, const B& want) {
+  EXPECT_EQ(got.size(), want.size());
+  double off = 0, norm = 0;
+  for (size_t i = 0; i < want.size(); ++i) {
+    off += std::pow(static_cast<double>(got[i]) - want[i], 2);
+    norm += std::pow(static_cast<double>(want[i]), 2);
+  }
+  return std::sqrt(off / norm);
+}
+
+class Engine : public testing::Test {
+ protected:
+  Engine() {
+    folder_ = std::filesystem::temp_directory_path() /
+              ("rabit_engine_" + std::to_string(::getpid()) + "_" +
+               testing::UnitTest::GetInstance()->current_test_info()->name());
+    std::filesystem::create_directories(folder_);
+  }
+  ~Engine() override { std::filesystem::remove_all(folder_); }
+
+  std::filesystem::path path(const std::string& name) const { return folder_ / name; }
+
+  static std::unique_ptr<Session> session(const std::filesystem::path& path, int64_t capacity,
+                                          const EngineOptions& options = {2, true, ""}) {
+    auto model = Model::load(path, options);
+    EXPECT_TRUE(model) << (model ? "" : model.error().message);
+    auto session = Session::create(*model, capacity);
+    EXPECT_TRUE(session) << (session ? "" : session.error().message);
+    return std::move(session).value();
+  }
+
+  static std::vector<Floats> all_logits(Session& session, std::span<const int32_t> tokens,
+                                        int64_t vocab = kVocab) {
+    std::vector<Floats> rows;
+    const Status status =
+        session.forward_all(tokens, [&](int64_t first, int64_t count, const float* logits) {
+          EXPECT_EQ(first, static_cast<int64_t>(rows.size()));
+          for (int64_t i = 0; i < count; ++i) {
+            rows.emplace_back(logits + i * vocab, logits + (i + 1) * vocab);
+          }
+        });
+    EXPECT_TRUE(status) << (status ? "" : status.error().message);
+    return rows;
+  }
+
+  std::filesystem::path folder_;
+};
+
+TEST_F(Engine, EqualsForwardInDouble) {
+  std::vector<const KernelTable*> tables = cpu_kernels();
+  tables.push_back(&reference_kernels());
+  for (const bool tied : {false, true}) {
+    for (const int64_t paths : {0, 2}) {
+      const SmallModel small(3, tied, paths);
+      small.write(path("model.gguf"));
+      const std::vector<int32_t> tokens = random_tokens(60, 4);
+      const std::vector<Doubles> want = forward_in_double(small, tokens);
+      for (const KernelTable* table : tables) {
+        const std::string name(table->name);
+        const auto exact = session(path("model.gguf"), 60, {2, true, name});
+        const auto rounded = session(path("model.gguf"), 60, {1, false, name});
+        const std::vector<Floats> got = all_logits(*exact, tokens);
+        const std::vector<Floats> halves = all_logits(*rounded, tokens);
+        ASSERT_EQ(got.size(), want.size());
+        for (size_t i = 0; i < want.size(); ++i) {
+          EXPECT_LE(relative_error(got[i], want[i]), 2e-5) << name << " position " << i;
+          EXPECT_LE(relative_error(halves[i], want[i]), 1e-2) << name << " position " << i;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Engine, PackedEqualsItsReconstruction) {
+  for (const int64_t paths : {1, 3, 4}) {
+    const SmallModel small(5, false, paths);
+    small.write(path("packed.gguf"));
+    small.write(path("dense.gguf"), true);
+    const std::vector<int32_t> tokens = random_tokens(40, 6);
+    const auto packed = session(path("packed.gguf"), 64), dense = session(path("dense.gguf"), 64);
+    const std::vector<Floats> got = all_logits(*packed, tokens), want = all_logits(*dense, tokens);
+    for (size_t i = 0; i < want.size(); ++i) {
+      EXPECT_LE(relative_error(got[i], want[i]), 2e-5) << paths << " " << i;
+    }
+    const auto got_next = packed->forward(std::vector<int32_t>{1});
+    const auto want_next = dense->forward(std::vector<int32_t>{1});
+    EXPECT_LE(relative_error(*got_next, *want_next), 2e-5);
+  }
+}
+
+TEST_F(Engine, SplittingTheInputChangesNothing) {
+  const SmallModel small(7, true, 2);
+  small.write(path("model.gguf"));
+  const std::vector<int32_t> tokens = random_tokens(700, 8);  // more than one chunk
+  const auto whole = session(path("model.gguf"), 700);
+  const std::vector<Floats> want = all_logits(*whole, tokens);
+  ASSERT_EQ(want.size(), 700U);
+  for (const std::vector<int64_t>& pieces :
+       {std::vector<int64_t>{512, 188}, {1, 511, 1, 187}, {13, 600, 87}, {9, 8, 683}}) {
+    const auto split = session(path("model.gguf"), 700, {1, true, ""});
+    int64_t at = 0;
+    for (const int64_t piece : pieces) {
+      const auto got = split->forward(std::span(tokens).subspan(at, piece));
+      ASSERT_TRUE(got);
+      at += piece;
+      EXPECT_EQ(split->position(), at);
+      EXPECT_LE(relative_error(*got, want[at - 1]), 2e-5) << at;
+    }
+  }
+  const auto single = session(path("model.gguf"), 700);
+  for (int64_t i = 0; i < 100; ++i) {
+    const auto got = single->forward(std::span(tokens).subspan(i, 1));
+    ASSERT_TRUE(got);
+    EXPECT_LE(relative_error(*got, want[i]), 2e-5) << i;
+  }
+}
+
+TEST_F(Engine, TruncateForgets) {
+  const SmallModel small(9, true, 0);
+  small.write(path("model.gguf"));
+  const std::vector<int32_t> tokens = random_tokens(50, 10);
+  const auto one = session(path("model.gguf"), 64);
+  const std::vector<Floats> want = all_logits(*one, tokens);
+  one->truncate(20);
+  EXPECT_EQ(one->position(), 20);
+  ASSERT_TRUE(one->forward(random_tokens(30, 11)));
+  one->truncate(20);
+  const std::vector<Floats> got = all_logits(*one, std::span(tokens).subspan(20));
+  for (size_t i = 0; i < got.size(); ++i) {
+    EXPECT_LE(relative_error(got[i], want[20 + i]), 2e-5);
+  }
+  one->truncate(1000);  // there is nothing to forget there
+  EXPECT_EQ(one->position(), 50);
+  one->truncate(-3);
+  EXPECT_EQ(one->position(), 0);
+}
+
+TEST_F(Engine, RefusesBadInputAndKeepsItsState) {
+  const SmallModel small(12, true, 0);
+  small.write(path("model.gguf"));
+  const auto one = session(path("model.gguf"), 8);
+  const std::vector<int32_t> tokens = {1, 2, 3, 4, 5};
+  const auto want_next = [&] {
+    const auto fresh = session(path("model.gguf"), 8);
+    (void)fresh->forward(tokens);
+    const auto logits = fresh->forward(std::vector<int32_t>{6});
+    return Floats(logits->begin(), logits->end());
+  }();
+  ASSERT_TRUE(one->forward(tokens));
+  EXPECT_FALSE(one->forward({}));
+  EXPECT_FALSE(one->forward(std::vector<int32_t>{1, static_cast<int32_t>(kVocab)}));
+  EXPECT_FALSE(one->forward(std::vector<int32_t>{-1}));
+  const auto long_input = one->forward(std::vector<int32_t>{1, 2, 3, 4});
+  ASSERT_FALSE(long_input);
+  EXPECT_NE(long_input.error().message.find("8 positions"), std::string::npos);
+  EXPECT_FALSE(one->forward_all(std::vector<int32_t>{1, 2, 3, 4}, {}));
+  EXPECT_EQ(one->position(), 5);
+  const auto next = one->forward(std::vector<int32_t>{6});
+  ASSERT_TRUE(next);
+  EXPECT_EQ(Floats(next->begin(), next->end()), want_next);
+}
+
+TEST_F(Engine, RefusesBadOptionsAndFiles) {
+  SmallModel small(13, true, 2);
+  small.write(path("model.gguf"));
+  EXPECT_FALSE(Model::load(path("missing.gguf"), {}));
+  EXPECT_FALSE(Model::load(path("model.gguf"), {.threads = -1}));
+  const auto unknown = Model::load(path("model.gguf"), {.kernels = "nonsense"});
+  ASSERT_FALSE(unknown);
+  EXPECT_NE(unknown.error().message.find("portable"), std::string::npos);
+  const auto model = Model::load(path("model.gguf"), {.threads = 1});
+  ASSERT_TRUE(model);
+  EXPECT_EQ((*model)->vocab_size(), kVocab);
+  EXPECT_EQ((*model)->context_length(), 64);
+  EXPECT_EQ((*model)->threads(), 1);
+  EXPECT_FALSE(Session::create(*model, 0));
+  EXPECT_FALSE(Session::create(*model, int64_t{1} << 60));
+  EXPECT_FALSE(Session::create(nullptr, 8));
+
+  small.rows["blk.0.attn_q"][3] = 0x7C00;  // infinity
+  small.write(path("scale.gguf"));
+  const auto scale = Model::load(path("scale.gguf"), {});
+  ASSERT_FALSE(scale);
+  EXPECT_NE(scale.error().message.find("blk.0.attn_q.row_scale"), std::string::npos);
+
+  SmallModel large(14, true, 0);
+  large.dense["blk.1.ffn_up.weight"][7] = 1e6F;
+  large.write(path("large.gguf"));
+  EXPECT_FALSE(Model::load(path("large.gguf"), {}));
+  EXPECT_TRUE(Model::load(path("large.gguf"), {.dense_as_f32 = true}));
+  large.dense["blk.1.ffn_up.weight"][7] = std::numeric_limits<float>::quiet_NaN();
+  large.write(path("nan.gguf"));
+  EXPECT_FALSE(Model::load(path("nan.gguf"), {.dense_as_f32 = true}));
+}
+
+TEST_F(Engine, WeightBytesAreThoseOfOneToken) {
+  const SmallModel small(15, true, 2);
+  small.write(path("model.gguf"));
+  uint64_t want = kVocab * kWidth * 2;
+  for (const auto& [name, words] : small.signs) {
+    want += words.size() * 4 + (small.rows.at(name).size() + small.columns.at(name).size()) * 2;
+  }
+  EXPECT_EQ((*Model::load(path("model.gguf"), {}))->weight_bytes(), want);
+}
+
+TEST_F(Engine, EqualsTransformers) {
+  if (!std::filesystem::exists(RABIT_MODEL)) {
+    GTEST_SKIP() << RABIT_MODEL << " is missing";
+  }
+  std::ifstream in(RABIT_SOURCE_DIR "/tests/golden/logits.json");
+  ASSERT_TRUE(in) << "tests/golden/logits.json is missing";
+  const auto golden = nlohmann::json::parse(in);
+  const auto tokens = golden["tokens"].get<std::vector<int32_t>>();
+  const auto probes = golden["probe_ids"].get<std::vector<int64_t>>();
+  const auto want = golden["logits"].get<std::vector<Doubles>>();
+  const auto logsumexp = golden["logsumexp"].get<Doubles>();
+  const auto argmax = golden["argmax"].get<std::vector<int64_t>>();
+  const auto vocab = golden["vocab_size"].get<int64_t>();
+  const auto check = [&](bool as_f32, double tolerance) {
+    const auto one = session(RABIT_MODEL, static_cast<int64_t>(tokens.size()), {0, as_f32, ""});
+    const std::vector<Floats> got = all_logits(*one, tokens, vocab);
+    ASSERT_EQ(got.size(), want.size());
+    for (size_t i = 0; i < want.size(); ++i) {
+      Floats probed;
+      for (const int64_t id : probes) {
+        probed.push_back(got[i][id]);
+      }
+      ASSERT_LE(relative_error(probed, want[i]), tolerance) << "position " << i;
+      const double log_sum = reference_kernels().cross_entropy(got[i].data(), vocab, 0) + got[i][0];
+      ASSERT_NEAR(log_sum, logsumexp[i], tolerance * std::abs(logsumexp[i])) << "position " << i;
+      if (as_f32) {
+        const auto top = std::max_element(got[i].begin(), got[i].end()) - got[i].begin();
+        // A tie within the tolerance may go either way.
+        ASSERT_GE(got[i][argmax[i]], got[i][top] - tolerance * std::abs(got[i][top]));
+      }
+    }
+  };
+  check(true, 1e-4);
+  check(false, 2e-2);
+}
+
+TEST(SamplerTest, GreedyTakesTheFirstLargest) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float inf = std::numeric_limits<float>::infinity();
+  Sampler sampler({.temperature = 0});
+  EXPECT_EQ(sampler.sample(Floats{1, 5, 5, 2}), 1);
+  EXPECT_EQ(sampler.sample(Floats{nan, 1, nan, 2, nan}), 3);
+  for (const float temperature : {0.0F, 0.8F, nan, inf, 1e-30F}) {
+    Sampler any({.temperature = temperature});
+    EXPECT_EQ(any.sample(Floats{nan, nan}), 0);
+    EXPECT_EQ(any.sample(Floats{-inf, -inf}), 0);
+    EXPECT_EQ(any.sample(Floats{1, inf, 3}), 1);
+    const int32_t token = any.sample(Floats{nan, 1, -inf, 2});
+    EXPECT_TRUE(token == 1 || token == 3);
+  }
+  EXPECT_EQ(sampler.sample({}), 0);
+}
+
+TEST(SamplerTest, SameSeedSameTokens) {
+  const Floats logits = {0, 0.1F, 0.2F, 0.3F, 0.4F};
+  Sampler a({.temperature = 1, .top_k = 0, .top_p = 1, .min_p = 0, .seed = 42});
+  Sampler b({.temperature = 1, .top_k = 0, .top_p = 1, .min_p = 0, .seed = 42});
+  Sampler c({.temperature = 1, .top_k = 0, .top_p = 1, .min_p = 0, .seed = 43});
+  int different = 0;
+  for (int i = 0; i < 200; ++i) {
+    const int32_t token = a.sample(logits);
+    EXPECT_EQ(token, b.sample(logits));
+    different += token != c.sample(logits);
+  }
+  EXPECT_GT(different, 50);
+}
+
+/// How often each token is drawn out of 20,000.
+std::vector<double> frequencies(const SamplingOptions& options, const Floats& logits) {
+  Sampler sampler(options);
+  std::vector<double> counts(logits.size());
+  for (int i = 0; i < 20000; ++i) {
+    counts[sampler.sample(logits)] += 1.0 / 20000;
+  }
+  return counts;
+}
+
+TEST(SamplerTest, DrawsFromTheDistribution) {
+  const Floats logits = {std::log(0.1F), std::log(0.5F), std::log(0.3F), std::log(0.1F)};
+  const SamplingOptions all = {.temperature = 1, .top_k = 0, .top_p = 1, .min_p = 0, .seed = 1};
+  const auto expect = [&](const SamplingOptions& options, const std::vector<double>& want) {
+    const std::vector<double> got = frequencies(options, logits);
+    for (size_t i = 0; i < want.size(); ++i) {
+      EXPECT_NEAR(got[i], want[i], 0.015) << i;  // four standard deviations of a half
+    }
+  };
+  expect(all, {0.1, 0.5, 0.3, 0.1});
+  SamplingOptions options = all;
+  options.top_k = 2;
+  expect(options, {0, 0.625, 0.375, 0});
+  options = all;
+  options.top_p = 0.85F;  // 0.5 + 0.3 < 0.85: one of the equal ones, the first, joins
+  expect(options, {0.1 / 0.9, 0.5 / 0.9, 0.3 / 0.9, 0});
+  options = all;
+  options.min_p = 0.3F;  // 0.1 < 0.3 * 0.5
+  expect(options, {0, 0.625, 0.375, 0});
+  options = all;
+  options.temperature = 0.5F;  // squares of the probabilities
+  expect(options, {0.01 / 0.36, 0.25 / 0.36, 0.09 / 0.36, 0.01 / 0.36});
+}
+
+}  // namespace
+}  // namespace rabit

@@ -209,19 +209,6 @@ Result<const KernelTable*> choose_kernels(const std::string& name) {
                std::string(reference.name)};
 }
 
-/// Tensors that would change the result, and that the forward pass knows nothing of.
-Status refuse_unknown_tensors(const GgufFile& file) {
-  for (const TensorInfo& tensor : file.tensors()) {
-    const std::string& name = tensor.name;
-    if (name.ends_with(".bias") || name.starts_with("rope_f") ||
-        name.find("_q_norm") < name.size() || name.find("_k_norm") < name.size() ||
-        name.find("_exps") < name.size()) {
-      return tensor_error(file, tensor, "models with such a tensor are not supported");
-    }
-  }
-  return {};
-}
-
 }  // namespace
 
 Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
@@ -242,7 +229,6 @@ Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
     return Error{path.string() + ": heads of " + std::to_string(config.head_dim) +
                  " are not supported: even, at most " + std::to_string(kMaxHeadDim)};
   }
-  RABIT_CHECK(refuse_unknown_tensors(file));
   model->cache = options.dense_as_f32 ? CacheFormat::kF32 : CacheFormat::kF16;
   model->pool =
       std::make_unique<ThreadPool>(options.threads == 0 ? usable_threads() : options.threads);
