@@ -216,6 +216,19 @@ class WithModel(CliTest):
         )
         self.assertLess(special["prompt_tokens"], plain["prompt_tokens"])
 
+    def test_run_writes_whole_characters(self):
+        arguments = ("run", "-m", MODEL, "-p", "Emoji: 😀😀😀😀", "-n", 24, "-s", 3, "--temp", 1.2)
+        process = subprocess.Popen(
+            [RABIT, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, bufsize=0
+        )
+        chunks = []
+        while chunk := os.read(process.stdout.fileno(), 65536):
+            chunks.append(chunk.decode("utf-8"))  # one that ends inside a character does not decode
+        process.stdout.close()
+        self.assertEqual(process.wait(timeout=60), SUCCESS)
+        self.assertGreater(len(chunks), 3)
+
     def test_run_stops_at_a_full_context(self):
         arguments = ("run", "-m", MODEL, "-p", "The capital of France is", "--ignore-eos")
         told = json.loads(self.succeeds(*arguments, "-n", -1, "-c", 9, "--temp", 0, "--json"))
