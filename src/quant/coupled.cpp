@@ -1,6 +1,6 @@
 // The coupled forward and what derives from it: gradients of the scales, packed signs, error.
-// One definition of the sign rule, `peel`, serves all of them. Rows are independent, columns are the
-// vectorized direction.
+// One definition of the sign rule, `peel`, serves all of them. Rows are independent, columns are
+// the vectorized direction.
 
 #include <algorithm>
 
@@ -21,8 +21,8 @@ inline __attribute__((always_inline)) float peel(float& residual, float p) {
 }
 
 template <int kPaths>
-RABIT_MULTIVERSION void forward_rows(const Shape& s, const float* w, const float* g,
-                                     const float* h, int64_t begin, int64_t end, float* out) {
+RABIT_MULTIVERSION void forward_rows(const Shape& s, const float* w, const float* g, const float* h,
+                                     int64_t begin, int64_t end, float* __restrict out) {
   for (int64_t r = begin; r < end; ++r) {
     const float* row = w + r * s.d_in;
     float* out_row = out + r * s.d_in;
@@ -39,23 +39,28 @@ RABIT_MULTIVERSION void forward_rows(const Shape& s, const float* w, const float
 
 template <int kPaths>
 RABIT_MULTIVERSION void backward_rows(const Shape& s, const float* w, const float* g,
-                                      const float* h, const float* grad, int64_t begin,
-                                      int64_t end, float* dg, float* dh) {
+                                      const float* h, const float* grad, int64_t begin, int64_t end,
+                                      float* dg, float* __restrict dh) {
   for (int64_t r = begin; r < end; ++r) {
     const float* row = w + r * s.d_in;
     const float* grad_row = grad + r * s.d_in;
     float lanes[kPaths][kLanes] = {};
     int64_t c = 0;
     for (; c + kLanes <= s.d_in; c += kLanes) {
+      float residual[kLanes];
       for (int64_t l = 0; l < kLanes; ++l) {
-        float residual = row[c + l];
-        for (int i = 0; i < kPaths; ++i) {
-          const float signed_grad = residual < 0.0F ? -grad_row[c + l] : grad_row[c + l];
-          const float gi = g[i * s.d_out + r];
-          const float hi = h[i * s.d_in + c + l];
-          lanes[i][l] += signed_grad * hi;
-          dh[i * s.d_in + c + l] += signed_grad * gi;
-          peel(residual, gi * hi);
+        residual[l] = row[c + l];
+      }
+      for (int i = 0; i < kPaths; ++i) {
+        const float gi = g[i * s.d_out + r];
+        const float* hi = h + i * s.d_in + c;
+        float* dhi = dh + i * s.d_in + c;
+        for (int64_t l = 0; l < kLanes; ++l) {
+          const float grad_here = grad_row[c + l];
+          const float signed_grad = residual[l] < 0.0F ? -grad_here : grad_here;
+          lanes[i][l] += signed_grad * hi[l];
+          dhi[l] += signed_grad * gi;
+          peel(residual[l], gi * hi[l]);
         }
       }
     }
@@ -84,8 +89,8 @@ RABIT_MULTIVERSION void backward_rows(const Shape& s, const float* w, const floa
 
 void coupled_forward(const Shape& shape, const float* w, const float* g, const float* h,
                      int64_t row_begin, int64_t row_end, float* w_hat) {
-  using Rows = void (*)(const Shape&, const float*, const float*, const float*, int64_t, int64_t,
-                        float*);
+  using Rows =
+      void (*)(const Shape&, const float*, const float*, const float*, int64_t, int64_t, float*);
   static constexpr Rows kByPaths[kMaxPaths] = {forward_rows<1>, forward_rows<2>, forward_rows<3>,
                                                forward_rows<4>};
   kByPaths[shape.paths - 1](shape, w, g, h, row_begin, row_end, w_hat);
@@ -95,8 +100,8 @@ void coupled_backward(const Shape& shape, const float* w, const float* g, const 
                       const float* grad, int64_t row_begin, int64_t row_end, float* dg, float* dh) {
   using Rows = void (*)(const Shape&, const float*, const float*, const float*, const float*,
                         int64_t, int64_t, float*, float*);
-  static constexpr Rows kByPaths[kMaxPaths] = {backward_rows<1>, backward_rows<2>,
-                                               backward_rows<3>, backward_rows<4>};
+  static constexpr Rows kByPaths[kMaxPaths] = {backward_rows<1>, backward_rows<2>, backward_rows<3>,
+                                               backward_rows<4>};
   kByPaths[shape.paths - 1](shape, w, g, h, grad, row_begin, row_end, dg, dh);
 }
 

@@ -1,7 +1,7 @@
-// Error feedback through the columns of one layer (design: the latent is each column as it stood when
-// it was rounded). Rows are independent given U, so threads take rows. Columns go in blocks: inside a
-// block each error is pushed at once, past its end all of the block's errors together, which reads
-// the rest of the row once a block.
+// Error feedback through the columns of one layer (design: the latent is each column as it stood
+// when it was rounded). Rows are independent given U, so threads take rows. Columns go in blocks:
+// inside a block each error is pushed at once, past its end all of the block's errors together,
+// which reads the rest of the row once a block.
 
 #include <algorithm>
 
@@ -14,7 +14,8 @@ namespace {
 
 constexpr int64_t kBlock = 64;
 
-// values[c] -= sum_j errors[j] u[j, c], c in [begin, end), j in [0, count); u's rows are `stride` apart.
+// values[c] -= sum_j errors[j] u[j, c], c in [begin, end), j in [0, count); u's rows are `stride`
+// apart.
 RABIT_MULTIVERSION void push(const float* errors, const float* u, int64_t stride, int64_t count,
                              int64_t begin, int64_t end, float* values) {
   constexpr int64_t kTile = 64;

@@ -1,6 +1,6 @@
 // Scales for a given weight: greedy and Gauss-Seidel SVID, then alternating least squares under the
-// signs that the coupled forward derives. Works on W' = diag(s_out) W diag(s_in) and maps the scales
-// back; positive factors change no sign, so the coupled forward of W' and of W agree.
+// signs that the coupled forward derives. Works on W' = diag(s_out) W diag(s_in) and maps the
+// scales back; positive factors change no sign, so the coupled forward of W' and of W agree.
 
 #include <algorithm>
 #include <cmath>
@@ -13,8 +13,10 @@
 namespace rabit::quant {
 namespace {
 
-constexpr int kPowerSteps = 8;     // |R| is positive: its leading factor converges in a few steps
-constexpr double kRidge = 1e-6;    // of the k x k normal equations' mean diagonal
+// |R| is positive: its leading factor converges in a few steps, and in fewer from the last sweep's.
+constexpr int kPowerSteps = 8;
+constexpr int kWarmPowerSteps = 2;
+constexpr double kRidge = 1e-6;  // of the k x k normal equations' mean diagonal
 constexpr int64_t kLanes = 16;
 
 RABIT_MULTIVERSION float dot_abs(const float* a, const float* b, int64_t n) {
@@ -35,7 +37,8 @@ RABIT_MULTIVERSION float dot_abs(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
-RABIT_MULTIVERSION void add_scaled_abs(const float* a, float factor, int64_t n, float* sum) {
+RABIT_MULTIVERSION void add_scaled_abs(const float* a, float factor, int64_t n,
+                                       float* __restrict sum) {
   for (int64_t c = 0; c < n; ++c) {
     sum[c] += __builtin_fabsf(a[c]) * factor;
   }
@@ -49,13 +52,16 @@ double squared_norm(const float* v, int64_t n) {
   return sum;
 }
 
-// Best rank-1 factors (g, h) of |R| (d_out, d_in) in the least-squares sense, by power iteration.
-void rank_one(int64_t d_out, int64_t d_in, const float* r, float* g, float* h) {
-  std::vector<float> ones(static_cast<size_t>(d_in), 1.0F);
-  for (int64_t row = 0; row < d_out; ++row) {
-    g[row] = dot_abs(r + row * d_in, ones.data(), d_in) / static_cast<float>(d_in);
+// Best rank-1 factors (g, h) of |R| (d_out, d_in) in the least-squares sense, by power iteration
+// from the row means or, `warm`, from the g given.
+void rank_one(int64_t d_out, int64_t d_in, const float* r, bool warm, float* g, float* h) {
+  if (!warm) {
+    const std::vector<float> ones(static_cast<size_t>(d_in), 1.0F);
+    for (int64_t row = 0; row < d_out; ++row) {
+      g[row] = dot_abs(r + row * d_in, ones.data(), d_in) / static_cast<float>(d_in);
+    }
   }
-  for (int step = 0; step < kPowerSteps; ++step) {
+  for (int step = 0; step < (warm ? kWarmPowerSteps : kPowerSteps); ++step) {
     const double g_norm = squared_norm(g, d_out);
     std::fill(h, h + d_in, 0.0F);
     if (g_norm == 0.0) {
@@ -72,10 +78,9 @@ void rank_one(int64_t d_out, int64_t d_in, const float* r, float* g, float* h) {
   }
 }
 
-// r -= or += diag(g) sign(r's own residual) diag(h) is spelled out by the callers; this adds
-// `factor` times path (signs, g, h) to r. (d_out, d_in)
+// r += factor diag(g) b diag(h), b the signs. (d_out, d_in)
 RABIT_MULTIVERSION void add_path(int64_t d_out, int64_t d_in, const float* b, const float* g,
-                                 const float* h, float factor, float* r) {
+                                 const float* h, float factor, float* __restrict r) {
   for (int64_t row = 0; row < d_out; ++row) {
     const float scale = factor * g[row];
     for (int64_t c = 0; c < d_in; ++c) {
@@ -124,23 +129,45 @@ RABIT_MULTIVERSION void row_sums(const Shape& s, const float* row, const Scales&
                                  float row_rhs[kPaths]) {
   float gram[kPaths * kPaths][kLanes] = {};
   float rhs[kPaths][kLanes] = {};
-  const float* h = old.h.data();
   for (int64_t base = 0; base < s.d_in; base += kLanes) {
-    const int64_t width = std::min(kLanes, s.d_in - base);
+    const int64_t width = base + kLanes <= s.d_in ? kLanes : s.d_in - base;
+    // Padding lanes hold zeros, which add nothing.
+    float value[kLanes] = {}, residual[kLanes], signed_h[kPaths][kLanes] = {};
     for (int64_t l = 0; l < width; ++l) {
-      const int64_t c = base + l;
-      float residual = row[c];
-      float signed_h[kPaths];
-      for (int i = 0; i < kPaths; ++i) {
-        const float sign = residual < 0.0F ? -1.0F : 1.0F;
-        sign_rows[i * s.d_in + c] = sign;
-        signed_h[i] = sign * h[i * s.d_in + c];
-        residual -= old.g[i * s.d_out + r] * signed_h[i];
+      value[l] = row[base + l];
+    }
+    for (int64_t l = 0; l < kLanes; ++l) {
+      residual[l] = value[l];
+    }
+    for (int i = 0; i < kPaths; ++i) {
+      const float gi = old.g[i * s.d_out + r];
+      const float* hi = old.h.data() + i * s.d_in + base;
+      float sign[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) {
+        sign[l] = residual[l] < 0.0F ? -1.0F : 1.0F;
       }
-      for (int i = 0; i < kPaths; ++i) {
-        rhs[i][l] += row[c] * signed_h[i];
-        for (int j = i; j < kPaths; ++j) {
-          gram[i * kPaths + j][l] += signed_h[i] * signed_h[j];
+      if (width == kLanes) {
+        for (int64_t l = 0; l < kLanes; ++l) {
+          signed_h[i][l] = sign[l] * hi[l];
+        }
+      } else {
+        for (int64_t l = 0; l < width; ++l) {
+          signed_h[i][l] = sign[l] * hi[l];
+        }
+      }
+      float* signs_out = sign_rows + i * s.d_in + base;
+      for (int64_t l = 0; l < width; ++l) {
+        signs_out[l] = sign[l];
+      }
+      for (int64_t l = 0; l < kLanes; ++l) {
+        residual[l] -= gi * signed_h[i][l];
+        rhs[i][l] += value[l] * signed_h[i][l];
+      }
+    }
+    for (int i = 0; i < kPaths; ++i) {
+      for (int j = i; j < kPaths; ++j) {
+        for (int64_t l = 0; l < kLanes; ++l) {
+          gram[i * kPaths + j][l] += signed_h[i][l] * signed_h[j][l];
         }
       }
     }
@@ -162,13 +189,21 @@ RABIT_MULTIVERSION void row_sums(const Shape& s, const float* row, const Scales&
 
 template <int kPaths>
 RABIT_MULTIVERSION void column_sums(const Shape& s, const float* row, const float* sign_rows,
-                                    const float g[kPaths], float* gram, float* rhs) {
-  for (int64_t c = 0; c < s.d_in; ++c) {
-    for (int i = 0; i < kPaths; ++i) {
-      const float signed_g = g[i] * sign_rows[i * s.d_in + c];
-      rhs[i * s.d_in + c] += row[c] * signed_g;
-      for (int j = i; j < kPaths; ++j) {
-        gram[(i * kPaths + j) * s.d_in + c] += signed_g * g[j] * sign_rows[j * s.d_in + c];
+                                    const float g[kPaths], float* __restrict gram,
+                                    float* __restrict rhs) {
+  for (int i = 0; i < kPaths; ++i) {
+    const float* sign_i = sign_rows + i * s.d_in;
+    float* rhs_i = rhs + i * s.d_in;
+    const float gi = g[i];
+    for (int64_t c = 0; c < s.d_in; ++c) {
+      rhs_i[c] += row[c] * gi * sign_i[c];
+    }
+    for (int j = i; j < kPaths; ++j) {
+      const float* sign_j = sign_rows + j * s.d_in;
+      float* gram_ij = gram + (i * kPaths + j) * s.d_in;
+      const float gij = gi * g[j];
+      for (int64_t c = 0; c < s.d_in; ++c) {
+        gram_ij[c] += gij * sign_i[c] * sign_j[c];
       }
     }
   }
@@ -256,7 +291,7 @@ Scales gauss_seidel(const Shape& s, const float* w, int64_t sweeps) {
       for (size_t e = 0; e < size; ++e) {
         b[e] = residual[e] < 0.0F ? -1.0F : 1.0F;
       }
-      rank_one(s.d_out, s.d_in, residual.data(), g, h);
+      rank_one(s.d_out, s.d_in, residual.data(), sweep > 0, g, h);
       add_path(s.d_out, s.d_in, b.data(), g, h, -1.0F, residual.data());
     }
   }

@@ -1,11 +1,12 @@
 // Residual binarization of one linear layer: the mathematics, on plain spans.
 //
 //   What = sum over paths i of diag(g_i) B_i diag(h_i),  B_i in {-1, +1}   (d_out, d_in)
-//   R_0 = W;  B_i = sign(R_{i-1}), sign(0) = sign(-0) = +1;  R_i = R_{i-1} - diag(g_i) B_i diag(h_i)
+//   R_0 = W;  B_i = sign(R_{i-1}), sign(0) = sign(-0) = +1;  R_i = R_{i-1} - diag(g_i) B_i
+//   diag(h_i)
 //
 // All matrices are row-major; scales are stored path after path: g is (k, d_out), h is (k, d_in).
-// Every product g*h is rounded to float before it is added (no fused multiply-add), so that the same
-// signs come out wherever this is mirrored.
+// Every product g*h is rounded to float before it is added (no fused multiply-add), so that the
+// same signs come out wherever this is mirrored.
 #pragma once
 
 #include <cstdint>
@@ -73,11 +74,11 @@ Scales fit_scales(const Shape& shape, const float* w, std::span<const float> s_o
 /// (Xu et al., OneBit, arXiv 2402.11295, section 3.2).
 Scales svid(const Shape& shape, const float* w);
 
-/// Error feedback (design section 1). Goes through the columns in order, rounds each to its level by
-/// the coupled sign rule under fixed scales, and pushes the error onto the columns still open.
+/// Error feedback (design section 1). Goes through the columns in order, rounds each to its level
+/// by the coupled sign rule under fixed scales, and pushes the error onto the columns still open.
 /// w (d_out, d_in) is replaced by the latent: each column as it stood when it was rounded, so that
-/// coupled_forward derives exactly the levels chosen. `u` (d_in, d_in): upper Cholesky factor of the
-/// inverse of the damped second moment H of the inputs.
+/// coupled_forward derives exactly the levels chosen. `u` (d_in, d_in): upper Cholesky factor of
+/// the inverse of the damped second moment H of the inputs.
 void error_feedback(const Shape& shape, float* w, const Scales& scales, const float* u,
                     ThreadPool& pool);
 
