@@ -17,7 +17,8 @@ namespace rabit {
 struct EngineOptions {
   int threads = 0;  ///< 0: as many as the process may use; at most 1024
   /// Dense weights and the KV cache in F32 instead of F16: logits at float accuracy (relative error
-  /// below 1e-4) for twice the memory. F16 moves logits by about 1e-3 of their norm.
+  /// below 1e-4) for twice the memory. F16 moves logits by 1e-3 of their norm on average,
+  /// up to 1e-2 at single positions.
   bool dense_as_f32 = false;
   std::string kernels;  ///< name of a kernel table, empty: the best that runs here
 };

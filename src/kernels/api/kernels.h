@@ -28,8 +28,8 @@ struct LinearWeights {
 /// Largest head_dim that attention takes.
 inline constexpr int64_t kMaxHeadDim = 256;
 
-/// Element type of the KV cache. F16 halves its memory; F32 keeps the logits at float accuracy,
-/// because rounding keys and values to F16 alone moves them by about 1e-3 of their norm.
+/// Element type of the KV cache. F16 halves its memory; F32 keeps the logits at float accuracy
+/// (with F32 weights, within 1e-4 of their norm).
 enum class CacheFormat { kF16, kF32 };
 
 /// One causal attention: queries at positions first_position + t over cached keys and values.
