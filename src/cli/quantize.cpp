@@ -3,7 +3,7 @@
 #include <fmt/format.h>
 
 #include <cmath>
-#include <fstream>
+#include <limits>
 #include <nlohmann/json.hpp>
 
 #include "base/files.h"
@@ -21,9 +21,10 @@ Command add_quantize(CLI::App& app) {
   CLI::App* command = app.add_subcommand("quantize", "Quantize a model (not in this build)");
   command->allow_extras();
   return {command, [] {
-            return Status(Error{"quantize: this build has no training (it was configured with "
-                                "-DRABIT_TRAIN=OFF); run scripts/setup.sh and build the release "
-                                "preset"});
+            return Status(
+                Error{"quantize: this build has no training (it was configured with "
+                      "-DRABIT_TRAIN=OFF); run scripts/setup.sh and build the release "
+                      "preset"});
           }};
 }
 
@@ -34,7 +35,7 @@ namespace {
 struct Arguments {
   std::string model, out, compute = "auto", embedding = "q8_0", eval_text;
   std::vector<std::string> data;
-  int64_t eval_ctx = 2048;
+  int64_t eval_ctx = 2048, threads = 0, seed = 1;
   bool no_error_feedback = false, json = false;
   train::QuantizeOptions options;
 };
@@ -95,9 +96,11 @@ Status run(const Arguments& arguments) {
   options.compute = arguments.compute == "bf16"  ? train::Compute::kBF16
                     : arguments.compute == "f32" ? train::Compute::kF32
                                                  : train::Compute::kAuto;
-  options.embedding = arguments.embedding == "f16" ? train::EmbeddingType::kF16
-                                                   : train::EmbeddingType::kQ8_0;
+  options.embedding =
+      arguments.embedding == "f16" ? train::EmbeddingType::kF16 : train::EmbeddingType::kQ8_0;
   options.error_feedback = !arguments.no_error_feedback;
+  options.threads = static_cast<int>(arguments.threads);
+  options.seed = static_cast<uint64_t>(arguments.seed);
   RABIT_CHECK(check_writable(arguments.out));
   RABIT_ASSIGN(const auto model, GgufFile::open(arguments.model));
   RABIT_ASSIGN(const auto tokenizer, load_tokenizer(*model));
@@ -147,8 +150,13 @@ Status run(const Arguments& arguments) {
     fmt::print(stderr, "{}\n", line);
   };
   observer.message(fmt::format("{} tokens of training text", text.tokens.size()));
-  const Status status =
-      train::quantize(*model, text, held_out, arguments.out, options, observer);
+  if (!held_out.tokens.empty() && static_cast<int64_t>(held_out.tokens.size()) < held_out.ctx) {
+    return Error{
+        fmt::format("--eval {}: {} tokens are less than one window of {}; give a longer text "
+                    "or a smaller --eval-ctx",
+                    arguments.eval_text, held_out.tokens.size(), held_out.ctx)};
+  }
+  const Status status = train::quantize(*model, text, held_out, arguments.out, options, observer);
   if (progress) {
     progress->finish();
   }
@@ -167,7 +175,7 @@ Status run(const Arguments& arguments) {
   }
   if (arguments.json) {
     RABIT_ASSIGN(const std::string log, read_file(arguments.out + ".json"));
-    fmt::print("{}", log);
+    RABIT_CHECK(write_stdout(log));
   }
   fmt::print(stderr, "wrote {} ({:.1f} MB), log in {}.json\n", arguments.out,
              static_cast<double>(std::filesystem::file_size(arguments.out)) / 1e6, arguments.out);
@@ -180,85 +188,81 @@ Command add_quantize(CLI::App& app) {
   auto arguments = std::make_shared<Arguments>();
   auto& a = *arguments;
   auto& o = a.options;
+  constexpr int64_t kMany = int64_t{1} << 40;
   CLI::App* command = app.add_subcommand(
-      "quantize", "Turn a pretrained model into stacked +-1 matrices and train them to behave like it");
+      "quantize",
+      "Turn a pretrained model into stacked +-1 matrices and train them to behave like it");
   command->add_option("MODEL", a.model, "GGUF file of the original model")->required();
-  command->add_option("-o,--output", a.out, "Packed GGUF file to write; OUT.json gets the log")
+  command
+      ->add_option("-o,--output", a.out, "Packed GGUF file to write; OUT.json gets the run's log")
       ->required();
-  command->add_option("--data", a.data,
-                      "UTF-8 text files to train on; documents end at lines that hold only "
-                      "<|endoftext|>")
+  command
+      ->add_option("--data", a.data,
+                   "UTF-8 text files to train on; documents end at lines that hold only "
+                   "<|endoftext|>")
       ->required();
-  command->add_option("--bits", o.paths, "Binary paths, one bit a weight each: 1 to 4")
-      ->capture_default_str();
-  const auto group = [&](const char* name) { return command->add_option_group(name); };
-  auto* length = group("How long");
-  length->add_option("--minutes", o.minutes, "Bound on the whole run's time; 0: none")
-      ->capture_default_str()->check(CLI::NonNegativeNumber);
-  length->add_option("--tokens", o.tokens,
-                     "Tokens of end-to-end distillation; -1: 4 million, or 0 on a CPU with --minutes")
-      ->capture_default_str()->check(CLI::Range(int64_t{-1}, int64_t{1} << 50));
-  length->add_option("--calib-tokens", o.calib_tokens,
-                     "Tokens for error feedback and the block-by-block warm start")
-      ->capture_default_str()->check(CLI::PositiveNumber);
-  length->add_option("--warm-epochs", o.warm_epochs,
-                     "Passes over them for each block; 0: no warm start")
-      ->capture_default_str();
-  auto* where = group("Where");
+  add_integer(command, "--bits", o.paths, 1, 4, "Binary paths, one bit a weight each");
+
+  auto* length = command->add_option_group("How long");
+  add_number(length, "--minutes", o.minutes, 0, 1e6, "Bound on the whole run's time; 0: none");
+  add_integer(length, "--tokens", o.tokens, -1, kMany,
+              "Tokens of end-to-end distillation; -1: 4 million, or 0 on a CPU with --minutes");
+  add_integer(length, "--calib-tokens", o.calib_tokens, 1, kMany,
+              "Tokens for error feedback and the block-by-block warm start");
+  add_number(length, "--warm-epochs", o.warm_epochs, 0, 1e4,
+             "Passes over them for each block; 0: no warm start");
+
+  auto* where = command->add_option_group("Where");
   where->add_option("--device", o.device, "cpu, cuda or cuda:N")->capture_default_str();
-  where->add_option("-t,--threads", o.threads, "CPU threads; 0: all that the process may use")
-      ->capture_default_str()->check(CLI::Range(0, 4096));
+  add_threads(where, a.threads);
   where->add_option("--compute", a.compute, "Arithmetic of the products: auto, bf16 or f32")
-      ->capture_default_str()->check(CLI::IsMember({"auto", "bf16", "f32"}));
+      ->capture_default_str()
+      ->check(CLI::IsMember({"auto", "bf16", "f32"}));
   where->add_flag("--resume", o.resume, "Go on from OUT.ckpt, which an interrupted run left");
-  where->add_option("--checkpoint-minutes", o.checkpoint_minutes, "Time between checkpoints")
-      ->capture_default_str()->check(CLI::PositiveNumber);
-  auto* start = group("Start");
+  add_number(where, "--checkpoint-minutes", o.checkpoint_minutes, 0.01, 1e6,
+             "Time between checkpoints");
+
+  auto* start = command->add_option_group("Start");
   start->add_flag("--no-error-feedback", a.no_error_feedback,
                   "Fit the scales by importance alone, without error feedback");
-  start->add_option("--ef-damp", o.ef_damp,
-                    "Damping of the inputs' second moment, in parts of its mean diagonal")
-      ->capture_default_str();
-  start->add_option("--alpha-in", o.alpha_in, "Exponent of the columns' importance")
-      ->capture_default_str()->check(CLI::Range(0.0, 4.0));
-  start->add_option("--alpha-out", o.alpha_out,
-                    "Exponent of the rows' importance (only with --no-error-feedback)")
-      ->capture_default_str()->check(CLI::Range(0.0, 4.0));
-  start->add_option("--init-sweeps", o.init_sweeps, "Gauss-Seidel sweeps of SVID")
-      ->capture_default_str()->check(CLI::Range(1, 1000));
-  start->add_option("--als-steps", o.als_steps, "Least-squares refits of the scales")
-      ->capture_default_str()->check(CLI::Range(0, 1000));
-  auto* training = group("Training");
-  training->add_option("--seq-len", o.seq_len, "Tokens a window")->capture_default_str();
-  training->add_option("--seed", o.seed, "Seed of every random choice")->capture_default_str();
-  training->add_option("--warm-batch", o.warm_batch, "Windows a step in the warm start")
-      ->capture_default_str();
-  training->add_option("--warm-muon-lr", o.warm_muon_lr, "Muon's rate in the warm start")
-      ->capture_default_str();
-  training->add_option("--warm-scale-lr", o.warm_scale_lr, "The scales' rate in the warm start")
-      ->capture_default_str();
-  training->add_option("--batch", o.batch, "Windows a step end to end")->capture_default_str();
-  training->add_option("--muon-lr", o.muon_lr, "Muon's rate end to end")->capture_default_str();
-  training->add_option("--scale-lr", o.scale_lr, "The scales' rate end to end")
-      ->capture_default_str();
-  training->add_option("--warmup", o.warmup, "Share of a phase with rising rates")
-      ->capture_default_str();
-  training->add_option("--gamma", o.gamma, "Weight of the blocks' normalised error end to end")
-      ->capture_default_str()->check(CLI::NonNegativeNumber);
-  training->add_option("--clip", o.clip, "Largest norm of the scales' gradients")
-      ->capture_default_str()->check(CLI::PositiveNumber);
-  auto* output = group("Output");
+  add_number(start, "--ef-damp", o.ef_damp, 1e-8, 1e3,
+             "Damping of the inputs' second moment, in parts of its mean diagonal");
+  add_number(start, "--alpha-in", o.alpha_in, 0, 4, "Exponent of the columns' importance");
+  add_number(start, "--alpha-out", o.alpha_out, 0, 4,
+             "Exponent of the rows' importance (only with --no-error-feedback)");
+  add_integer(start, "--init-sweeps", o.init_sweeps, 1, 1000, "Gauss-Seidel sweeps of SVID");
+  add_integer(start, "--als-steps", o.als_steps, 0, 1000, "Least-squares refits of the scales");
+
+  auto* training = command->add_option_group("Training");
+  add_integer(training, "--seq-len", o.seq_len, 16, int64_t{1} << 20, "Tokens a window");
+  add_integer(training, "--seed", a.seed, 0, std::numeric_limits<int64_t>::max(),
+              "Seed of every random choice");
+  add_integer(training, "--warm-batch", o.warm_batch, 1, 1 << 20,
+              "Windows a step in the warm start");
+  add_number(training, "--warm-muon-lr", o.warm_muon_lr, 0, 10, "Muon's rate in the warm start");
+  add_number(training, "--warm-scale-lr", o.warm_scale_lr, 0, 10,
+             "The scales' rate in the warm start");
+  add_integer(training, "--batch", o.batch, 1, 1 << 20, "Windows a step end to end");
+  add_number(training, "--muon-lr", o.muon_lr, 0, 10, "Muon's rate end to end");
+  add_number(training, "--scale-lr", o.scale_lr, 0, 10, "The scales' rate end to end");
+  add_number(training, "--warmup", o.warmup, 0, 0.9, "Share of a phase with rising rates");
+  add_number(training, "--gamma", o.gamma, 0, 1e6,
+             "Weight of the blocks' normalised error end to end");
+  add_number(training, "--clip", o.clip, 1e-9, 1e9, "Largest norm of the scales' gradients");
+
+  auto* output = command->add_option_group("Output");
   output->add_option("--embedding", a.embedding, "Type of embedding and head: q8_0 or f16")
-      ->capture_default_str()->check(CLI::IsMember({"q8_0", "f16"}));
+      ->capture_default_str()
+      ->check(CLI::IsMember({"q8_0", "f16"}));
   output->add_option("--eval", a.eval_text,
                      "Text to measure teacher and student on after training, with torch");
-  output->add_option("--eval-ctx", a.eval_ctx, "Window of --eval")
-      ->capture_default_str()->check(CLI::Range(int64_t{2}, int64_t{1} << 20));
+  add_integer(output, "--eval-ctx", a.eval_ctx, 2, int64_t{1} << 20, "Window of --eval");
   output->add_flag("--json", a.json, "Print the run's log as one JSON object");
   command->footer(
       "Examples:\n"
       "  rabit quantize model.gguf -o model.2bit.gguf --data text.txt --minutes 10\n"
-      "  rabit quantize model.gguf -o model.2bit.gguf --data text.txt --device cuda --tokens 4000000\n"
+      "  rabit quantize model.gguf -o model.2bit.gguf --data text.txt --device cuda --tokens "
+      "4000000\n"
       "  rabit quantize model.gguf -o model.3bit.gguf --data text.txt --bits 3 --warm-epochs 0 "
       "--tokens 0\n"
       "  rabit quantize model.gguf -o model.2bit.gguf --data text.txt --resume");

@@ -3,9 +3,9 @@
 // layers before it produce, within the block too. q, k, v share one input, gate and up another.
 
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 
 #include <cmath>
-#include <fmt/format.h>
 
 #include "base/interrupt.h"
 #include "train/session.h"
@@ -39,8 +39,8 @@ std::vector<float> to_vector(const at::Tensor& tensor) {
   return {data, data + host.numel()};
 }
 
-// value^exponent, floored at a thousandth of the mean (a dead column must not get a zero weight), with
-// mean 1.
+// value^exponent, floored at a thousandth of the mean (a dead column must not get a zero weight),
+// with mean 1.
 std::vector<float> importance_from(at::Tensor values, double exponent) {
   values = values.to(at::kDouble);
   values = at::clamp_min(values, std::max(values.mean().item<double>() * 1e-3, 1e-30));
@@ -80,26 +80,37 @@ Result<at::Tensor> inverse_factor(const at::Tensor& h, double damp, const std::s
   at::Tensor damped = h.to(at::kDouble);
   const double mean = damped.diagonal().mean().item<double>();
   if (!std::isfinite(mean) || mean <= 0.0) {
-    return Error{name + ": the calibration inputs of this layer are all zero or not finite; give "
-                        "other text"};
+    return Error{name +
+                 ": the calibration inputs of this layer are all zero or not finite; give "
+                 "other text"};
   }
   damped.diagonal().add_(damp * mean);
   const auto [factor, info] = at::linalg_cholesky_ex(damped);
   if (info.item<int64_t>() != 0) {
-    return Error{name + ": the second moment of the inputs is not positive definite; raise "
-                        "--ef-damp or --calib-tokens"};
+    return Error{name +
+                 ": the second moment of the inputs is not positive definite; raise "
+                 "--ef-damp or --calib-tokens"};
   }
   const at::Tensor inverse = at::cholesky_inverse(factor);
   const auto [upper, info2] = at::linalg_cholesky_ex(inverse, /*upper=*/true);
   if (info2.item<int64_t>() != 0) {
-    return Error{name + ": the inverse second moment is not positive definite; raise --ef-damp or "
-                        "--calib-tokens"};
+    return Error{name +
+                 ": the inverse second moment is not positive definite; raise --ef-damp or "
+                 "--calib-tokens"};
   }
   return upper.to(at::kCPU, at::kFloat).contiguous();
 }
 
+// Adds the time until it goes to the session's count.
+struct FitTimer {
+  TrainSession& session;
+  Clock clock{};
+  ~FitTimer() { session.fit_seconds += clock.elapsed(); }
+};
+
 Status quantize_roles(TrainSession& session, int64_t layer, std::initializer_list<Role> roles,
                       const at::Tensor& h, StudentBlock& block) {
+  const FitTimer timer{session};
   const QuantizeOptions& options = session.options;
   const std::vector<float> s_in = importance_from(h.diagonal().sqrt(), options.alpha_in);
   RABIT_ASSIGN(const at::Tensor u,
@@ -173,8 +184,8 @@ Status initialise_block(TrainSession& session, int64_t layer, const at::Tensor& 
   };
 
   SecondMoment attended;
-  at::Tensor attention = at::empty({windows, x.size(1), config.d_q()},
-                                   x.options().dtype(teacher.compute));
+  at::Tensor attention =
+      at::empty({windows, x.size(1), config.d_q()}, x.options().dtype(teacher.compute));
   RABIT_CHECK(each_chunk([&](int64_t begin, int64_t count) {
     const at::Tensor a =
         norm(config, chunk_of(x, begin, count), weights.attn_norm, teacher.compute);
@@ -188,13 +199,12 @@ Status initialise_block(TrainSession& session, int64_t layer, const at::Tensor& 
 
   const auto ffn_input = [&](int64_t begin, int64_t count) {
     const at::Tensor middle =
-        chunk_of(x, begin, count) +
-        product(Role::kAttnOutput, chunk_of(attention, begin, count));
+        chunk_of(x, begin, count) + product(Role::kAttnOutput, chunk_of(attention, begin, count));
     return norm(config, middle, weights.ffn_norm, teacher.compute);
   };
   SecondMoment ffn_in;
-  RABIT_CHECK(each_chunk(
-      [&](int64_t begin, int64_t count) { ffn_in.add(ffn_input(begin, count)); }));
+  RABIT_CHECK(
+      each_chunk([&](int64_t begin, int64_t count) { ffn_in.add(ffn_input(begin, count)); }));
   RABIT_CHECK(quantize_roles(session, layer, {Role::kFfnGate, Role::kFfnUp}, ffn_in.mean(), block));
   student = student_weights(block, weights, teacher.compute);
 
@@ -239,8 +249,7 @@ constexpr int64_t kImportanceWindows = 32;
 
 }  // namespace
 
-Result<std::vector<std::array<Importance, kRoleCount>>> measure_importance(
-    TrainSession& session) {
+Result<std::vector<std::array<Importance, kRoleCount>>> measure_importance(TrainSession& session) {
   const Network& teacher = session.teacher;
   const ModelConfig& config = session.config();
   const Rotary rotary = make_rotary(config, session.options.seq_len, teacher.device);
@@ -274,14 +283,15 @@ Result<std::vector<std::array<Importance, kRoleCount>>> measure_importance(
 
 Status initialise_block(TrainSession& session, int64_t layer,
                         const std::array<Importance, kRoleCount>& importance) {
+  const FitTimer timer{session};
   for (const Role role : kRoles) {
     RABIT_CHECK(check_interrupt());
     const quant::Shape shape = shape_of(session, role);
     const at::Tensor w = host_weight(session, layer, role);
     const Importance& weight = importance[index_of(role)];
-    const quant::Scales scales = quant::fit_scales(
-        shape, w.const_data_ptr<float>(), weight.out, weight.in,
-        {session.options.init_sweeps, session.options.als_steps}, session.pool);
+    const quant::Scales scales =
+        quant::fit_scales(shape, w.const_data_ptr<float>(), weight.out, weight.in,
+                          {session.options.init_sweeps, session.options.als_steps}, session.pool);
     session.student.blocks[static_cast<size_t>(layer)][index_of(role)] =
         make_linear(session, shape, w, scales);
   }

@@ -22,8 +22,8 @@ class Tensors {
     const at::Tensor host = tensor.detach().to(at::kCPU, at::kFloat).contiguous();
     kept_.push_back(host);
     std::vector<int64_t> ne(host.sizes().rbegin(), host.sizes().rend());
-    const auto bytes = std::as_bytes(
-        std::span(host.const_data_ptr<float>(), static_cast<size_t>(host.numel())));
+    const auto bytes =
+        std::as_bytes(std::span(host.const_data_ptr<float>(), static_cast<size_t>(host.numel())));
     return writer.add_tensor(name, TensorType::kF32, std::move(ne), bytes);
   }
 
@@ -35,9 +35,8 @@ Result<at::Tensor> read(const GgufFile& file, const std::string& name, std::vect
   const std::vector<int64_t> ne(sizes.rbegin(), sizes.rend());
   RABIT_ASSIGN(const TensorInfo* info, file.get_tensor(name, ne));
   at::Tensor tensor = at::empty(sizes, at::kFloat);
-  RABIT_CHECK(dequantize(*info, 0,
-                         std::span(tensor.mutable_data_ptr<float>(),
-                                   static_cast<size_t>(tensor.numel()))));
+  RABIT_CHECK(dequantize(
+      *info, 0, std::span(tensor.mutable_data_ptr<float>(), static_cast<size_t>(tensor.numel()))));
   return tensor;
 }
 
@@ -47,13 +46,12 @@ std::string settings_fingerprint(const TrainSession& session) {
   // Settings that may differ between a run and its continuation are left out: how long, which
   // device, how many threads, how often to save.
   nlohmann::json settings = session.log["settings"];
-  for (const char* free : {"minutes", "tokens", "device", "threads", "checkpoint_minutes", "resume",
-                           "compute"}) {
+  for (const char* free :
+       {"minutes", "tokens", "device", "threads", "checkpoint_minutes", "resume", "compute"}) {
     settings.erase(free);
   }
-  return nlohmann::json{{"settings", settings},
-                        {"data", session.log["data"]},
-                        {"source", session.log["source"]}}
+  return nlohmann::json{
+      {"settings", settings}, {"data", session.log["data"]}, {"source", session.log["source"]}}
       .dump();
 }
 
@@ -161,8 +159,8 @@ Result<Resumed> load_checkpoint(TrainSession& session) {
       if (resumed.distill.step > 0) {
         // Muon keeps its momentum with the longer side last.
         RABIT_ASSIGN(const at::Tensor momentum,
-                     read(*file, name + ".momentum", {std::min(sizes.d_out, sizes.d_in),
-                                                      std::max(sizes.d_out, sizes.d_in)}));
+                     read(*file, name + ".momentum",
+                          {std::min(sizes.d_out, sizes.d_in), std::max(sizes.d_out, sizes.d_in)}));
         resumed.distill.momentum.push_back(momentum);
       }
     }

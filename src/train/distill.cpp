@@ -1,9 +1,9 @@
 // End to end: the whole student against the teacher's distribution over the next token.
 
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 
 #include <cmath>
-#include <fmt/format.h>
 
 #include "base/interrupt.h"
 #include "train/kl_loss.h"
@@ -118,7 +118,8 @@ Status distill(TrainSession& session, int64_t tokens, DistillState state) {
     if (progress >= 1.0) {
       break;
     }
-    const Losses losses = distill_loss(session, rotary, batch_windows(session, step, options.batch));
+    const Losses losses =
+        distill_loss(session, rotary, batch_windows(session, step, options.batch));
     losses.total.backward();
     const double value = losses.divergence.item<double>();
     const double norm = gradient_norm(scales);
@@ -126,9 +127,10 @@ Status distill(TrainSession& session, int64_t tokens, DistillState state) {
       clear_gradients(matrices);
       clear_gradients(scales);
       if (++bad_steps == kMaxBadSteps) {
-        return Error{fmt::format("step {}: the loss or its gradient is not finite in {} steps "
-                                 "running; lower --muon-lr and --scale-lr",
-                                 step, kMaxBadSteps)};
+        return Error{
+            fmt::format("step {}: the loss or its gradient is not finite in {} steps "
+                        "running; lower --muon-lr and --scale-lr",
+                        step, kMaxBadSteps)};
       }
       continue;
     }

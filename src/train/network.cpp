@@ -14,9 +14,8 @@ Result<at::Tensor> load_tensor(const GgufFile& file, const std::string& name,
   RABIT_ASSIGN(const TensorInfo* info, file.get_tensor(name, ne));
   const std::vector<int64_t> sizes(ne.rbegin(), ne.rend());
   at::Tensor tensor = at::empty(sizes, at::kFloat);
-  RABIT_CHECK(dequantize(
-      *info, 0,
-      std::span(tensor.data_ptr<float>(), static_cast<size_t>(tensor.numel()))));
+  RABIT_CHECK(dequantize(*info, 0,
+                         std::span(tensor.data_ptr<float>(), static_cast<size_t>(tensor.numel()))));
   return tensor.to(device, type);
 }
 
@@ -37,8 +36,7 @@ Result<Network> load_network(const GgufFile& file, at::Device device, at::Scalar
   if (config.tied_head) {
     network.head = network.embedding;
   } else {
-    RABIT_ASSIGN(network.head,
-                 load("output.weight", {config.d_model, config.vocab_size}, compute));
+    RABIT_ASSIGN(network.head, load("output.weight", {config.d_model, config.vocab_size}, compute));
   }
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     BlockWeights block;

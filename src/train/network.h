@@ -1,6 +1,6 @@
-// The decoder in torch operations, one set of functions for teacher and student: a block is computed
-// from seven dense weight matrices, wherever they come from.
-// The residual stream is float32; products run in the compute type (bf16 or f32).
+// The decoder in torch operations, one set of functions for teacher and student: a block is
+// computed from seven dense weight matrices, wherever they come from. The residual stream is
+// float32; products run in the compute type (bf16 or f32).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -46,7 +46,8 @@ struct Rotary {
 };
 Rotary make_rotary(const ModelConfig& config, int64_t positions, at::Device device);
 
-/// Rows of the embedding. ids (sequences, positions) int64 -> float32 (sequences, positions, d_model)
+/// Rows of the embedding. ids (sequences, positions) int64 -> float32 (sequences, positions,
+/// d_model)
 at::Tensor embed(const Network& network, const at::Tensor& ids);
 
 /// RMSNorm of the stream in float32, result in the compute type. Zhang and Sennrich,

@@ -117,10 +117,8 @@ void AdamW::step(double learning_rate) {
   const double steps = static_cast<double>(state_.steps);
   const double correction1 = 1.0 - std::pow(options_.beta1, steps);
   const double correction2 = 1.0 - std::pow(options_.beta2, steps);
-  const at::Tensor denominator =
-      (state_.square / correction2).sqrt_().add_(options_.epsilon);
-  const at::Tensor update =
-      (state_.mean / denominator).mul_(-learning_rate / correction1);
+  const at::Tensor denominator = (state_.square / correction2).sqrt_().add_(options_.epsilon);
+  const at::Tensor update = (state_.mean / denominator).mul_(-learning_rate / correction1);
   int64_t offset = 0;
   for (auto& parameter : parameters_) {
     if (options_.weight_decay != 0.0) {

@@ -1,10 +1,10 @@
 // From the trained student to the packed file (design section 3), and the proof that they agree.
 
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 
 #include <cmath>
 #include <cstring>
-#include <fmt/format.h>
 
 #include "base/half.h"
 #include "base/interrupt.h"
@@ -66,8 +66,8 @@ Status add_layer(GgufWriter& writer, const NamedLayer& layer) {
                            bytes_of(layer.packed.col_scale));
 }
 
-// Compares the file with the student: signs through the float scales they were trained with give the
-// fake-quant weight to the bit, and the F16 scales are those scales, rounded.
+// Compares the file with the student: signs through the float scales they were trained with give
+// the fake-quant weight to the bit, and the F16 scales are those scales, rounded.
 Status verify(const TrainSession& session, const std::filesystem::path& path) {
   RABIT_ASSIGN(const auto file, GgufFile::open(path));
   RABIT_ASSIGN(const ModelConfig config, read_model_config(*file));
@@ -107,9 +107,10 @@ Status verify(const TrainSession& session, const std::filesystem::path& path) {
           const double exact = product(scales.g, scales.h);
           const double stored = product(row_scale, col_scale);
           if (std::fabs(exact - stored) > std::fabs(exact) * 1.1e-3 + 1e-6) {
-            return Error{fmt::format("{}: {}: path {}, row {}: the stored scale is off ({} for {}); "
-                                     "nothing was kept",
-                                     path.string(), name, i + 1, r, stored, exact)};
+            return Error{
+                fmt::format("{}: {}: path {}, row {}: the stored scale is off ({} for {}); "
+                            "nothing was kept",
+                            path.string(), name, i + 1, r, stored, exact)};
           }
         }
       }
@@ -132,8 +133,7 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
       const StudentLinear& linear =
           session.student.blocks[static_cast<size_t>(layer)][index_of(role)];
       const at::Tensor latent = linear.latent.detach().to(at::kCPU).contiguous();
-      auto packed =
-          quant::pack(linear.shape, latent.const_data_ptr<float>(), host_scales(linear));
+      auto packed = quant::pack(linear.shape, latent.const_data_ptr<float>(), host_scales(linear));
       if (!packed) {
         return Error{linear_name(layer, role) + ": " + packed.error().message};
       }

@@ -5,9 +5,9 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <fmt/format.h>
 
 #include <cmath>
-#include <fmt/format.h>
 
 #include "base/files.h"
 #include "base/interrupt.h"
@@ -47,8 +47,8 @@ Result<at::Device> pick_device(const std::string& name) {
   }
   const int devices = at::detail::getCUDAHooks().deviceCount();
   if (index >= devices) {
-    return Error{fmt::format("--device {}: this machine has {} CUDA device{}, numbered from 0", name,
-                             devices, devices == 1 ? "" : "s")};
+    return Error{fmt::format("--device {}: this machine has {} CUDA device{}, numbered from 0",
+                             name, devices, devices == 1 ? "" : "s")};
   }
   return at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
 }
@@ -115,7 +115,8 @@ Status check_options(const QuantizeOptions& o) {
   RABIT_CHECK(range("--warmup", o.warmup, 0, 0.9));
   for (const auto& [name, rate] :
        {std::pair{"--muon-lr", o.muon_lr}, std::pair{"--scale-lr", o.scale_lr},
-        std::pair{"--warm-muon-lr", o.warm_muon_lr}, std::pair{"--warm-scale-lr", o.warm_scale_lr}}) {
+        std::pair{"--warm-muon-lr", o.warm_muon_lr},
+        std::pair{"--warm-scale-lr", o.warm_scale_lr}}) {
     RABIT_CHECK(range(name, rate, 0, 10));
   }
   return {};
@@ -125,18 +126,20 @@ Status check_options(const QuantizeOptions& o) {
 Result<at::Tensor> cut_windows(const TrainingText& text, int64_t seq_len, int64_t vocab) {
   const int64_t count = static_cast<int64_t>(text.tokens.size()) / seq_len;
   if (count < 1) {
-    return Error{fmt::format("the training text has {} tokens, less than one window of {}; give more "
-                             "text or a smaller --seq-len",
-                             text.tokens.size(), seq_len)};
+    return Error{
+        fmt::format("the training text has {} tokens, less than one window of {}; give more "
+                    "text or a smaller --seq-len",
+                    text.tokens.size(), seq_len)};
   }
   at::Tensor windows = at::empty({count, seq_len}, at::kLong);
   int64_t* ids = windows.mutable_data_ptr<int64_t>();
   for (int64_t i = 0; i < count * seq_len; ++i) {
     ids[i] = text.tokens[static_cast<size_t>(i)];
     if (ids[i] < 0 || ids[i] >= vocab) {
-      return Error{fmt::format("token {} of the training text is {}, outside the model's vocabulary "
-                               "of {}",
-                               i, ids[i], vocab)};
+      return Error{
+          fmt::format("token {} of the training text is {}, outside the model's vocabulary "
+                      "of {}",
+                      i, ids[i], vocab)};
     }
   }
   return windows;
@@ -165,14 +168,15 @@ Status evaluate(TrainSession& session, const HeldOut& held_out) {
   for (const bool student : {false, true}) {
     TorchLogits source(session.teacher, student ? &session.student.blocks : nullptr);
     const char* name = student ? "student" : "teacher";
-    RABIT_ASSIGN(const PerplexityResult result,
-                 perplexity(source, held_out.tokens, {held_out.ctx, 0},
-                            [&](int64_t done, int64_t total, double nll) {
-                              if (session.observer.progress) {
-                                session.observer.progress(
-                                    {std::string("perplexity, ") + name, done, total, nll});
-                              }
-                            }));
+    RABIT_ASSIGN(
+        const PerplexityResult result,
+        perplexity(
+            source, held_out.tokens, {held_out.ctx, 0},
+            [&](int64_t done, int64_t total, double nll) {
+              if (session.observer.progress) {
+                session.observer.progress({std::string("perplexity, ") + name, done, total, nll});
+              }
+            }));
     session.log["perplexity"][name] = {{"perplexity", result.perplexity},
                                        {"perplexity_stderr", result.perplexity_stderr},
                                        {"tokens_scored", result.tokens_scored},
@@ -210,8 +214,9 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
   session.clock = Clock(bounded ? (total - spent) * warm_share : 0.0);
   const Clock phases(bounded ? total - spent : 0.0);
   session.observer.message(fmt::format(
-      "plan: {} blocks from {} tokens, {}, warm start of {} epochs{}; then {} tokens end to end{}",
-      session.config().layers,
+      "plan: {} blocks from {}{} tokens, {}, warm start of {} epochs{}; then {} tokens end to "
+      "end{}",
+      session.config().layers, bounded ? "at most " : "",
       std::min(options.calib_tokens, session.windows.numel()),
       options.error_feedback ? "error feedback" : "no error feedback", options.warm_epochs,
       bounded ? fmt::format(" within {:.0f} s", session.clock.left()) : "", distill_tokens,
@@ -256,8 +261,15 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
 
   std::filesystem::path checkpoint = out;
   checkpoint += ".ckpt";
-  TrainSession session{options,   observer, std::move(teacher), {},    shuffle_windows(windows, options.seed),
-                       ThreadPool(threads), clock,              json(), checkpoint};
+  TrainSession session{options,
+                       observer,
+                       std::move(teacher),
+                       {},
+                       shuffle_windows(windows, options.seed),
+                       ThreadPool(threads),
+                       clock,
+                       json(),
+                       checkpoint};
   session.student.blocks.resize(static_cast<size_t>(config.layers));
   session.log["settings"] = describe(options);
   json files = json::array();

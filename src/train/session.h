@@ -39,11 +39,12 @@ struct TrainSession {
   const TrainObserver& observer;
   Network teacher;
   Student student;
-  at::Tensor windows;   // (count, seq_len) int64 on the host: the text, cut
-  ThreadPool pool;      // for quant/; torch has its own threads
-  Clock clock;          // the whole run's
-  nlohmann::json log;   // settings, phases, losses
+  at::Tensor windows;  // (count, seq_len) int64 on the host: the text, cut
+  ThreadPool pool;     // for quant/; torch has its own threads
+  Clock clock;         // the whole run's
+  nlohmann::json log;  // settings, phases, losses
   std::filesystem::path checkpoint_path;
+  double fit_seconds = 0.0;  // spent so far in fitting scales and error feedback
 
   const ModelConfig& config() const { return teacher.config; }
 };
@@ -64,11 +65,10 @@ inline std::vector<int64_t> shuffled(int64_t count, uint64_t seed) {
 
 /// Leaves of the graph, in one fixed order: latents, then scales.
 std::vector<at::Tensor> latents(const Student& student, size_t begin_block, size_t end_block);
-std::vector<at::Tensor> scale_tensors(const Student& student, size_t begin_block,
-                                      size_t end_block);
+std::vector<at::Tensor> scale_tensors(const Student& student, size_t begin_block, size_t end_block);
 
-/// Phase 1 of block `layer`: fits scales and, if asked, runs error feedback, from the residual stream
-/// x (S, T, d_model) that the quantized prefix produces. Fills student.blocks[layer].
+/// Phase 1 of block `layer`: fits scales and, if asked, runs error feedback, from the residual
+/// stream x (S, T, d_model) that the quantized prefix produces. Fills student.blocks[layer].
 Status initialise_block(TrainSession& session, int64_t layer, const at::Tensor& x);
 
 /// Importances by layer and role where error feedback is off: s_in, s_out of design section 1.
@@ -106,8 +106,8 @@ struct Resumed {
   bool distilling = false;
   DistillState distill;
 };
-/// Reads what save_checkpoint wrote into session.student. Errors: missing or damaged, another model,
-/// other data or settings (says which).
+/// Reads what save_checkpoint wrote into session.student. Errors: missing or damaged, another
+/// model, other data or settings (says which).
 Result<Resumed> load_checkpoint(TrainSession& session);
 
 /// Packs the student and writes the model, reads it back and compares it with the student, then

@@ -39,8 +39,8 @@ Status TorchLogits::score(std::span<const int32_t> tokens, std::span<double> nll
     const at::Tensor logits =
         at::matmul(hidden.narrow(0, begin, size), network_.head.t()).to(at::kFloat);
     const at::Tensor targets = ids[0].narrow(0, begin + 1, size).unsqueeze(1);
-    const at::Tensor losses =
-        (at::logsumexp(logits, -1) - logits.gather(1, targets).squeeze(1)).to(at::kCPU, at::kDouble);
+    const at::Tensor losses = (at::logsumexp(logits, -1) - logits.gather(1, targets).squeeze(1))
+                                  .to(at::kCPU, at::kDouble);
     const double* values = losses.const_data_ptr<double>();
     std::copy(values, values + size, nll.begin() + begin);
   }

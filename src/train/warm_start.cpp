@@ -1,11 +1,11 @@
-// Block by block: initialise a block from the stream that the quantized prefix produces, train it to
-// give the teacher block's output, go on with the stream it produces itself. Needs one block's graph
-// and two streams, x_student and x_teacher, (windows, seq_len, d_model) float32.
+// Block by block: initialise a block from the stream that the quantized prefix produces, train it
+// to give the teacher block's output, go on with the stream it produces itself. Needs one block's
+// graph and two streams, x_student and x_teacher, (windows, seq_len, d_model) float32.
 
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 
 #include <cmath>
-#include <fmt/format.h>
 
 #include "base/interrupt.h"
 #include "train/optimizer.h"
@@ -31,7 +31,9 @@ Status run_block(const TrainSession& session, const BlockWeights& weights, const
   return {};
 }
 
-// Mean over tokens of |y - target|^2 relative to the mean of |target - x|^2, what the block adds.
+// Error of the student block's output in units of what the teacher's block adds to the stream:
+// sum |y - target|^2 / sum |target - x|^2. Sums over all tokens: the few with outsized activations
+// set the scale, and dividing token by token was measured worse (docs/training.md).
 at::Tensor block_loss(const at::Tensor& y, const at::Tensor& target, const at::Tensor& change) {
   return (y - target).square().sum() / change.square().sum();
 }
@@ -43,10 +45,10 @@ struct BlockRun {
   double tokens_per_second = 0.0;
 };
 
-// Trains student block `layer`; `budget` seconds bound it where > 0.
+// Trains student block `layer` for `epochs` passes over x; `budget` seconds bound it where > 0.
 Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary& rotary,
                              const at::Tensor& x, const at::Tensor& target,
-                             const at::Tensor& teacher_x, double budget) {
+                             const at::Tensor& teacher_x, double epochs, double budget) {
   const QuantizeOptions& options = session.options;
   const auto block = static_cast<size_t>(layer);
   const std::vector<at::Tensor> matrices = latents(session.student, block, block + 1);
@@ -57,7 +59,7 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
   const int64_t windows = x.size(0);
   const int64_t batch = std::min(options.warm_batch, windows);
   const auto steps = static_cast<int64_t>(
-      std::floor(options.warm_epochs * static_cast<double>(windows) / static_cast<double>(batch)));
+      std::floor(epochs * static_cast<double>(windows) / static_cast<double>(batch)));
   BlockRun run;
   std::vector<double> losses;
   std::vector<int64_t> order;
@@ -77,8 +79,8 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
     at::Tensor picks = at::empty({batch}, at::kLong);
     for (int64_t i = 0; i < batch; ++i) {
       if (next == order.size()) {
-        order = shuffled(windows, options.seed * 1000003 + static_cast<uint64_t>(layer) * 1009 +
-                                      epoch++);
+        order = shuffled(windows,
+                         options.seed * 1000003 + static_cast<uint64_t>(layer) * 1009 + epoch++);
         next = 0;
       }
       picks[i] = order[next++];
@@ -87,9 +89,8 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
     const at::Tensor x_batch = x.index_select(0, picks);
     const at::Tensor target_batch = target.index_select(0, picks);
     const at::Tensor change = target_batch - teacher_x.index_select(0, picks);
-    const BlockWeights weights =
-        student_weights(session.student.blocks[block], session.teacher.blocks[block],
-                        session.teacher.compute);
+    const BlockWeights weights = student_weights(
+        session.student.blocks[block], session.teacher.blocks[block], session.teacher.compute);
     const at::Tensor loss = block_loss(
         block_forward(session.config(), weights, rotary, x_batch, session.teacher.compute),
         target_batch, change);
@@ -100,9 +101,10 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
       clear_gradients(matrices);
       clear_gradients(scales);
       if (++bad_steps == kMaxBadSteps) {
-        return Error{fmt::format("block {}: the loss or its gradient is not finite in {} steps "
-                                 "running; lower --warm-muon-lr and --warm-scale-lr",
-                                 layer, kMaxBadSteps)};
+        return Error{
+            fmt::format("block {}: the loss or its gradient is not finite in {} steps "
+                        "running; lower --warm-muon-lr and --warm-scale-lr",
+                        layer, kMaxBadSteps)};
       }
       continue;
     }
@@ -124,9 +126,56 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
     }
   }
   run.steps = static_cast<int64_t>(losses.size());
-  run.tokens_per_second = static_cast<double>(run.steps * batch * x.size(1)) /
-                          std::max(1e-9, clock.elapsed());
+  run.tokens_per_second =
+      static_cast<double>(run.steps * batch * x.size(1)) / std::max(1e-9, clock.elapsed());
   return run;
+}
+
+// Seconds that a block takes on this machine.
+struct BlockCost {
+  double fit = 0.0;               // scales and error feedback, whatever the text's length
+  double pass_per_window = 0.0;   // second moments, and both streams through the block
+  double train_per_window = 0.0;  // one step, a window
+};
+
+constexpr int64_t kMeasuredWindows = 4;
+constexpr int64_t kMinWindows = 8;     // fewer are no sample of the text
+constexpr double kMostOverhead = 0.6;  // of a block's time may go to anything but its training
+
+// Runs the phases on block 0 with a few windows and forgets the outcome.
+Result<BlockCost> measure_cost(TrainSession& session, const Rotary& rotary, const at::Tensor& x) {
+  const int64_t windows = std::min(kMeasuredWindows, x.size(0));
+  const auto count = static_cast<double>(windows);
+  const at::Tensor sample = x.narrow(0, 0, windows);
+  at::Tensor output = at::empty_like(sample);
+  BlockCost cost;
+  const StudentBlock kept = session.student.blocks[0];
+  const double fit_before = session.fit_seconds;
+  const Clock init_clock;
+  if (session.options.error_feedback) {
+    RABIT_CHECK(initialise_block(session, 0, sample));
+  } else {
+    std::array<Importance, kRoleCount> none;
+    RABIT_CHECK(initialise_block(session, 0, none));
+  }
+  cost.fit = session.fit_seconds - fit_before;
+  cost.pass_per_window = (init_clock.elapsed() - cost.fit) / count;
+  const Clock forward_clock;
+  RABIT_CHECK(run_block(session, session.teacher.blocks[0], rotary, sample, output));
+  cost.pass_per_window += 2.0 * forward_clock.elapsed() / count;
+  if (session.options.warm_epochs > 0.0) {
+    // The second of two runs: the first pays for what torch sets up once.
+    for (int i = 0; i < 2; ++i) {
+      const Clock train_clock;
+      RABIT_ASSIGN(const BlockRun run,
+                   train_block(session, 0, rotary, sample, output, sample, 1.0, 0.0));
+      cost.train_per_window = train_clock.elapsed() /
+                              static_cast<double>(std::max<int64_t>(1, run.steps) *
+                                                  std::min(session.options.warm_batch, windows));
+    }
+  }
+  session.student.blocks[0] = kept;
+  return cost;
 }
 
 }  // namespace
@@ -135,15 +184,54 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   const QuantizeOptions& options = session.options;
   const ModelConfig& config = session.config();
   const Network& teacher = session.teacher;
-  const int64_t windows =
-      std::min(session.windows.size(0), std::max<int64_t>(1, options.calib_tokens / options.seq_len));
+  int64_t windows = std::min(session.windows.size(0),
+                             std::max<int64_t>(1, options.calib_tokens / options.seq_len));
   const Rotary rotary = make_rotary(config, options.seq_len, teacher.device);
   const bool train = options.warm_epochs > 0.0;
+  double epochs = options.warm_epochs;
 
   std::vector<std::array<Importance, kRoleCount>> importance;
   if (!options.error_feedback) {
     RABIT_ASSIGN(importance, measure_importance(session));
   }
+  if (session.clock.limited() && first_block < config.layers) {
+    const at::Tensor sample = [&] {
+      const at::NoGradGuard no_grad;
+      return embed(
+          teacher,
+          session.windows.narrow(0, 0, std::min(windows, kMeasuredWindows)).to(teacher.device));
+    }();
+    RABIT_ASSIGN(const BlockCost cost, measure_cost(session, rotary, sample));
+    const double share = session.clock.left() / static_cast<double>(config.layers - first_block);
+    const auto affordable = [&](double passes) {
+      return (share - cost.fit) / (cost.pass_per_window + passes * cost.train_per_window);
+    };
+    if (affordable(epochs) < static_cast<double>(std::min(windows, kMinWindows))) {
+      epochs = std::min(epochs, 1.0);
+    }
+    const double most = affordable(epochs);
+    if (most < static_cast<double>(std::min(windows, kMinWindows))) {
+      const double needed = cost.fit + static_cast<double>(kMinWindows) *
+                                           (cost.pass_per_window + epochs * cost.train_per_window);
+      return Error{fmt::format(
+          "--minutes {}: too short for this machine, which needs about {:.1f} minutes at least",
+          options.minutes,
+          std::ceil((needed * static_cast<double>(config.layers) + session.clock.elapsed() + 30.0) /
+                    6.0) /
+              10.0)};
+    }
+    windows = std::min(windows, static_cast<int64_t>(most));
+    session.observer.message(fmt::format(
+        "measured: {:.2f} s to fit a block, {:.0f} tokens/s through it, {:.0f} tokens/s in "
+        "training; "
+        "plan: {} tokens x {} epochs for each block, {:.0f} s",
+        cost.fit, static_cast<double>(options.seq_len) / cost.pass_per_window,
+        train ? static_cast<double>(options.seq_len) / cost.train_per_window : 0.0,
+        windows * options.seq_len, epochs,
+        std::min(share, cost.fit + static_cast<double>(windows) *
+                                       (cost.pass_per_window + epochs * cost.train_per_window))));
+  }
+  session.log["calib_tokens_used"] = windows * options.seq_len;
 
   const at::Tensor ids = session.windows.narrow(0, 0, windows).to(teacher.device);
   at::Tensor x_teacher, target;
@@ -172,6 +260,15 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   for (int64_t layer = first_block; layer < config.layers; ++layer) {
     const auto block = static_cast<size_t>(layer);
     const Clock block_clock;
+    const double share = session.clock.left() / static_cast<double>(config.layers - layer);
+    if (session.clock.limited() && other_seconds > kMostOverhead * share && windows > kMinWindows) {
+      // Slower than measured: less text for the blocks to come rather than a missed bound.
+      windows = std::max(kMinWindows, static_cast<int64_t>(static_cast<double>(windows) *
+                                                           kMostOverhead * share / other_seconds));
+      for (at::Tensor* stream : {&x_student, &x_teacher, &target}) {
+        *stream = stream->defined() ? stream->narrow(0, 0, windows).clone() : *stream;
+      }
+    }
     const auto body = [&]() -> Status {
       if (options.error_feedback) {
         RABIT_CHECK(initialise_block(session, layer, x_student));
@@ -186,12 +283,11 @@ Status warm_start(TrainSession& session, int64_t first_block) {
         // Each remaining block gets an equal share of what is left once the rest is paid for.
         double budget = 0.0;
         if (session.clock.limited()) {
-          const double blocks_left = static_cast<double>(config.layers - layer);
-          const double rest = std::max(other_seconds, init_seconds * 1.15);
-          budget = std::max(0.1, session.clock.left() / blocks_left - rest);
+          budget = std::max(0.1, share - std::max(other_seconds, init_seconds * 1.15));
         }
         const Clock train_clock;
-        RABIT_ASSIGN(run, train_block(session, layer, rotary, x_student, target, x_teacher, budget));
+        RABIT_ASSIGN(
+            run, train_block(session, layer, rotary, x_student, target, x_teacher, epochs, budget));
         train_seconds = train_clock.elapsed();
         std::swap(x_teacher, target);
       }
@@ -203,6 +299,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       }
       other_seconds = block_clock.elapsed() - train_seconds;
       session.log["warm_start"].push_back({{"block", layer},
+                                           {"windows", windows},
                                            {"steps", run.steps},
                                            {"loss_first", run.first_loss},
                                            {"loss_last", run.last_loss},
