@@ -64,6 +64,8 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
   writer.set(key("fingerprint"), MetaValue::string(settings_fingerprint(session)));
   writer.set(key("log"), MetaValue::string(session.log.dump()));
   writer.set(key("blocks_done"), MetaValue::u32(static_cast<uint32_t>(blocks_done)));
+  // Steps may have been taken none of which was usable: then there is no state to keep.
+  const bool optimized = distill != nullptr && distill->mean.defined();
   size_t matrix = 0;
   for (int64_t layer = 0; layer < blocks_done; ++layer) {
     for (const Role role : kRoles) {
@@ -73,7 +75,7 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
       RABIT_CHECK(tensors.add(writer, name + ".latent", linear.latent));
       RABIT_CHECK(tensors.add(writer, name + ".g", linear.g));
       RABIT_CHECK(tensors.add(writer, name + ".h", linear.h));
-      if (distill != nullptr && distill->step > 0) {
+      if (optimized) {
         RABIT_CHECK(tensors.add(writer, name + ".momentum", distill->momentum[matrix++]));
       }
     }
@@ -81,7 +83,7 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
   if (distill != nullptr) {
     writer.set(key("distill_step"), MetaValue::u64(static_cast<uint64_t>(distill->step)));
     writer.set(key("adam_steps"), MetaValue::u64(static_cast<uint64_t>(distill->adam_steps)));
-    if (distill->step > 0) {
+    if (optimized) {
       RABIT_CHECK(tensors.add(writer, "adam.mean", distill->mean));
       RABIT_CHECK(tensors.add(writer, "adam.square", distill->square));
     }
@@ -122,8 +124,13 @@ Result<Resumed> load_checkpoint(TrainSession& session) {
                  show(before) + " there, " + show(now) + " here; use the same or start anew"};
   }
   for (const char* phase : {"warm_start", "distill"}) {
-    if (log.contains(phase)) {
+    if (log.contains(phase) && log[phase].is_array()) {
       session.log[phase] = log[phase];
+    }
+  }
+  for (const char* count : {"calib_tokens_used", "distill_planned", "distill_tokens"}) {
+    if (log.contains(count) && log[count].is_number_integer()) {
+      session.log[count] = log[count];
     }
   }
 
@@ -137,7 +144,11 @@ Result<Resumed> load_checkpoint(TrainSession& session) {
   if (resumed.distilling) {
     RABIT_ASSIGN(resumed.distill.step, file->get_int(key("distill_step")));
     RABIT_ASSIGN(resumed.distill.adam_steps, file->get_int(key("adam_steps")));
+    if (resumed.blocks_done != session.config().layers) {
+      return Error{where + ": damaged checkpoint: distillation before all blocks are done"};
+    }
   }
+  const bool optimized = resumed.distilling && file->find_tensor("adam.mean") != nullptr;
   const at::Device device = session.teacher.device;
   int64_t scale_count = 0;
   for (int64_t layer = 0; layer < resumed.blocks_done; ++layer) {
@@ -156,7 +167,7 @@ Result<Resumed> load_checkpoint(TrainSession& session) {
       RABIT_ASSIGN(linear.g, leaf(".g", {paths, sizes.d_out}));
       RABIT_ASSIGN(linear.h, leaf(".h", {paths, sizes.d_in}));
       scale_count += linear.g.numel() + linear.h.numel();
-      if (resumed.distill.step > 0) {
+      if (optimized) {
         // Muon keeps its momentum with the longer side last.
         RABIT_ASSIGN(const at::Tensor momentum,
                      read(*file, name + ".momentum",
@@ -165,7 +176,7 @@ Result<Resumed> load_checkpoint(TrainSession& session) {
       }
     }
   }
-  if (resumed.distill.step > 0) {
+  if (optimized) {
     RABIT_ASSIGN(resumed.distill.mean, read(*file, "adam.mean", {scale_count}));
     RABIT_ASSIGN(resumed.distill.square, read(*file, "adam.square", {scale_count}));
   }

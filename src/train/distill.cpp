@@ -80,7 +80,7 @@ Losses distill_loss(const TrainSession& session, const Rotary& rotary, const at:
 
 }  // namespace
 
-Status distill(TrainSession& session, int64_t tokens, DistillState state) {
+Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   const QuantizeOptions& options = session.options;
   const size_t blocks = session.student.blocks.size();
   const std::vector<at::Tensor> matrices = latents(session.student, 0, blocks);
@@ -98,15 +98,18 @@ Status distill(TrainSession& session, int64_t tokens, DistillState state) {
   const double time_budget = session.clock.limited() ? session.clock.left() : 0.0;
   const Clock clock(time_budget);
   Clock since_checkpoint;
-  const auto save = [&](int64_t step) {
+  const auto state_at = [&](int64_t step) {
     const AdamW::State adam_state = adam.state();
-    const DistillState now{step, muon.state(), adam_state.mean, adam_state.square,
-                           adam_state.steps};
+    return DistillState{step, muon.state(), adam_state.mean, adam_state.square, adam_state.steps};
+  };
+  const auto save = [&](int64_t step) {
+    const DistillState now = state_at(step);
     return save_checkpoint(session, static_cast<int64_t>(blocks), &now);
   };
   int bad_steps = 0;
   double smoothed = NAN;
-  for (int64_t step = first_step; step < steps; ++step) {
+  int64_t step = first_step;
+  for (; step < steps; ++step) {
     if (interrupted()) {
       RABIT_CHECK(save(step));
       return check_interrupt();
@@ -164,6 +167,7 @@ Status distill(TrainSession& session, int64_t tokens, DistillState state) {
       since_checkpoint = Clock();
     }
   }
+  state = state_at(step);
   return {};
 }
 

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -90,8 +91,8 @@ Status verify(const TrainSession& session, const std::filesystem::path& path) {
       const quant::Scales scales = host_scales(linear);
       const std::vector<float> unpacked = quant::reconstruct(shape, words, scales.g, scales.h);
       const at::Tensor trained = coupled_weight(linear, at::kFloat).to(at::kCPU).contiguous();
-      if (std::memcmp(unpacked.data(), trained.const_data_ptr<float>(),
-                      unpacked.size() * sizeof(float)) != 0) {
+      // By value: where every scale is zero, one may say 0 and the other -0.
+      if (!std::equal(unpacked.begin(), unpacked.end(), trained.const_data_ptr<float>())) {
         return Error{path.string() + ": " + name +
                      ": the packed signs are not those of the trained weights; nothing was kept"};
       }

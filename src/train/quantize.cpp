@@ -95,8 +95,7 @@ json describe(const QuantizeOptions& o) {
           {"gamma", o.gamma},
           {"clip", o.clip},
           {"embedding", o.embedding == EmbeddingType::kQ8_0 ? "q8_0" : "f16"},
-          {"checkpoint_minutes", o.checkpoint_minutes},
-          {"resume", o.resume}};
+          {"checkpoint_minutes", o.checkpoint_minutes}};
 }
 
 Status check_options(const QuantizeOptions& o) {
@@ -143,6 +142,26 @@ Result<at::Tensor> cut_windows(const TrainingText& text, int64_t seq_len, int64_
     }
   }
   return windows;
+}
+
+// Before hours of training rather than after them.
+Status check_held_out(const HeldOut& held_out, int64_t vocab) {
+  if (held_out.tokens.empty()) {
+    return {};
+  }
+  if (held_out.ctx < 2 || static_cast<int64_t>(held_out.tokens.size()) < held_out.ctx) {
+    return Error{
+        fmt::format("the held-out text has {} tokens for windows of {}; give a longer text or "
+                    "another window, of at least 2 tokens",
+                    held_out.tokens.size(), held_out.ctx)};
+  }
+  for (const int32_t id : held_out.tokens) {
+    if (id < 0 || id >= vocab) {
+      return Error{fmt::format(
+          "the held-out text has the token {}, outside the model's vocabulary of {}", id, vocab)};
+    }
+  }
+  return {};
 }
 
 // A random sample of windows stands first: calibration takes them from the front.
@@ -211,8 +230,11 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
   }
   const double spent = session.clock.elapsed();
   const double warm_share = distill_tokens > 0 ? 1.0 - kDistillShare : 1.0;
-  session.clock = Clock(bounded ? (total - spent) * warm_share : 0.0);
-  const Clock phases(bounded ? total - spent : 0.0);
+  session.warm_share = warm_share;
+  // A bound that loading has used up already is still one: 0 would mean none.
+  const double left = std::max(1e-3, total - spent);
+  session.clock = Clock(bounded ? left * warm_share : 0.0);
+  const Clock phases(bounded ? left : 0.0);
   session.observer.message(fmt::format(
       "plan: {} blocks from {}{} tokens, {}, warm start of {} epochs{}; then {} tokens end to "
       "end{}",
@@ -222,18 +244,31 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
       bounded ? fmt::format(" within {:.0f} s", session.clock.left()) : "", distill_tokens,
       bounded && distill_tokens > 0 ? fmt::format(" within {:.0f} s", phases.left() * kDistillShare)
                                     : ""));
-  if (!resumed.distilling) {
+  const int64_t layers = session.config().layers;
+  if (!resumed.distilling && resumed.blocks_done < layers) {
     RABIT_CHECK(warm_start(session, resumed.blocks_done));
   }
-  if (distill_tokens > 0) {
+  // Distillation that time ended is as complete as one that ran out of steps.
+  const bool distilled = session.log.value("distill_planned", int64_t{0}) >= distill_tokens;
+  if (!distilled) {
     session.clock = Clock(bounded ? std::max(1.0, phases.left()) : 0.0);
-    RABIT_CHECK(distill(session, distill_tokens, std::move(resumed.distill)));
-    session.log["distill_tokens"] = distill_tokens;
+    RABIT_CHECK(distill(session, distill_tokens, resumed.distill));
+    resumed.distilling = true;
+    session.log["distill_planned"] = distill_tokens;
+    session.log["distill_tokens"] = resumed.distill.step * options.batch * options.seq_len;
   }
-  RABIT_CHECK(evaluate(session, held_out));
-  RABIT_CHECK(write_packed_model(session, model, out));
-  session.log["seconds"] = phases.elapsed() + spent;
-  RABIT_CHECK(write_log(session.log, out));
+  const auto finish = [&]() -> Status {
+    RABIT_CHECK(evaluate(session, held_out));
+    RABIT_CHECK(write_packed_model(session, model, out));
+    session.log["seconds"] = phases.elapsed() + spent;
+    return write_log(session.log, out);
+  };
+  if (const Status status = finish(); !status) {
+    // Training is done: whatever ended the rest, it must not have been in vain.
+    const Status saved =
+        save_checkpoint(session, layers, resumed.distilling ? &resumed.distill : nullptr);
+    return saved || !status.error().interrupted ? status : saved;
+  }
   std::error_code ignored;
   std::filesystem::remove(session.checkpoint_path, ignored);
   return {};
@@ -243,8 +278,12 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
 
 Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& held_out,
                 const std::filesystem::path& out, const QuantizeOptions& options,
-                const TrainObserver& observer) try {
+                const TrainObserver& caller) try {
   const Clock clock;
+  TrainObserver observer = caller;
+  if (!observer.message) {
+    observer.message = [](const std::string&) {};
+  }
   RABIT_CHECK(check_options(options));
   RABIT_ASSIGN(const at::Device device, pick_device(options.device));
   const at::ScalarType compute = pick_compute(options.compute, device);
@@ -255,6 +294,11 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
   if (options.seq_len > config.context_length) {
     return Error{fmt::format("--seq-len {}: the model was trained for at most {} positions",
                              options.seq_len, config.context_length)};
+  }
+  RABIT_CHECK(check_held_out(held_out, config.vocab_size));
+  std::error_code unlike;
+  if (std::filesystem::equivalent(model.path(), out, unlike)) {
+    return Error{out.string() + ": is the original model itself; write to another file"};
   }
   RABIT_ASSIGN(const at::Tensor windows, cut_windows(text, options.seq_len, config.vocab_size));
   RABIT_ASSIGN(Network teacher, load_network(model, device, compute));
@@ -281,6 +325,7 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
   session.log["source"] = {{"name", model.path().filename().string()}, {"sha256", digest}};
   session.log["compute"] = compute == at::kBFloat16 ? "bf16" : "f32";
   session.log["threads"] = threads;
+  session.log["resumed"] = options.resume;
   session.log["warm_start"] = json::array();
   session.log["distill"] = json::array();
   return run(session, model, held_out, out);

@@ -80,7 +80,8 @@ struct TrainingText {
 };
 
 /// Runs everything and writes the packed model to `out`, a log of all settings and losses to
-/// `<out>.json`; on an interrupt or when time is up for it, a checkpoint to `<out>.ckpt`. Errors:
+/// `<out>.json`; from time to time, on an interrupt, and when what follows training fails, a
+/// checkpoint to `<out>.ckpt`. Errors:
 /// an unsupported model, a missing device, too little text, settings that contradict each other, a
 /// checkpoint of other settings, a loss that is not finite, a full disk, an interrupt.
 Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& held_out,

@@ -44,6 +44,7 @@ struct TrainSession {
   Clock clock;         // the whole run's
   nlohmann::json log;  // settings, phases, losses
   std::filesystem::path checkpoint_path;
+  double warm_share = 1.0;   // of a bounded run's time, for phases 1 and 2
   double fit_seconds = 0.0;  // spent so far in fitting scales and error feedback
 
   const ModelConfig& config() const { return teacher.config; }
@@ -92,8 +93,9 @@ struct DistillState {
   int64_t adam_steps = 0;
 };
 
-/// Phase 3: end-to-end distillation of the whole student, from `state` on.
-Status distill(TrainSession& session, int64_t tokens, DistillState state);
+/// Phase 3: end-to-end distillation of the whole student, from `state` on, which holds the end's
+/// when it succeeds.
+Status distill(TrainSession& session, int64_t tokens, DistillState& state);
 
 /// What a continuation must share with the run that it continues, as JSON text.
 std::string settings_fingerprint(const TrainSession& session);

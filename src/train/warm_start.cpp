@@ -35,7 +35,9 @@ Status run_block(const TrainSession& session, const BlockWeights& weights, const
 // sum |y - target|^2 / sum |target - x|^2. Sums over all tokens: the few with outsized activations
 // set the scale, and dividing token by token was measured worse (docs/training.md).
 at::Tensor block_loss(const at::Tensor& y, const at::Tensor& target, const at::Tensor& change) {
-  return (y - target).square().sum() / change.square().sum();
+  // A block that adds nothing is measured by the stream itself.
+  return (y - target).square().sum() /
+         at::maximum(change.square().sum(), target.square().sum() * 1e-12);
 }
 
 struct BlockRun {
@@ -216,7 +218,8 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       return Error{fmt::format(
           "--minutes {}: too short for this machine, which needs about {:.1f} minutes at least",
           options.minutes,
-          std::ceil((needed * static_cast<double>(config.layers) + session.clock.elapsed() + 30.0) /
+          std::ceil((needed * static_cast<double>(config.layers) / session.warm_share +
+                     session.clock.elapsed() + 30.0) /
                     6.0) /
               10.0)};
     }

@@ -1,0 +1,247 @@
+// The decoder in torch against a forward pass in double and against the packed runtime's engine;
+// the start of a block's student, and the importances it may use.
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cmath>
+
+#include "rabit/engine.h"
+#include "tiny_model.h"
+#include "train/session.h"
+#include "train/torch_logits.h"
+
+namespace rabit::train {
+namespace {
+
+std::vector<float> to_floats(const at::Tensor& tensor) {
+  const at::Tensor host = tensor.detach().to(at::kCPU, at::kFloat).contiguous();
+  return {host.const_data_ptr<float>(), host.const_data_ptr<float>() + host.numel()};
+}
+
+class TrainNetwork : public testing::Test {
+ protected:
+  TrainNetwork()
+      : folder_(std::filesystem::temp_directory_path() /
+                ("rabit_train_network_" + std::to_string(::getpid()) + "_" +
+                 testing::UnitTest::GetInstance()->current_test_info()->name())) {
+    std::filesystem::create_directories(folder_);
+  }
+  ~TrainNetwork() override { std::filesystem::remove_all(folder_); }
+
+  std::filesystem::path write(const SmallModel& small) const {
+    small.write(folder_ / "model.gguf");
+    return folder_ / "model.gguf";
+  }
+
+  static Network load(const std::filesystem::path& path) {
+    const auto file = GgufFile::open(path);
+    EXPECT_TRUE(file);
+    auto network = load_network(**file, at::kCPU, at::kFloat);
+    EXPECT_TRUE(network) << (network ? "" : network.error().message);
+    return std::move(network).value();
+  }
+
+  std::filesystem::path folder_;
+};
+
+at::Tensor ids_of(const std::vector<int32_t>& tokens, int64_t sequences) {
+  at::Tensor ids = at::empty({static_cast<int64_t>(tokens.size())}, at::kLong);
+  std::copy(tokens.begin(), tokens.end(), ids.mutable_data_ptr<int64_t>());
+  return ids.view({sequences, -1});
+}
+
+at::Tensor logits_of(const Network& network, const at::Tensor& ids) {
+  const at::NoGradGuard no_grad;
+  const Rotary rotary = make_rotary(network.config, ids.size(1), at::kCPU);
+  at::Tensor x = embed(network, ids);
+  for (const auto& block : network.blocks) {
+    x = block_forward(network.config, block, rotary, x, at::kFloat);
+  }
+  return at::matmul(norm(network.config, x, network.output_norm, at::kFloat), network.head.t());
+}
+
+TEST_F(TrainNetwork, EqualsForwardInDouble) {
+  for (const int64_t kv_heads : {1, 2, 4}) {
+    TinySizes sizes;
+    sizes.kv_heads = kv_heads;
+    const SmallModel small(3, kv_heads == 2, 0, sizes);
+    const Network network = load(write(small));
+    const std::vector<int32_t> a = random_tokens(40, 1, sizes.vocab),
+                               b = random_tokens(40, 2, sizes.vocab);
+    std::vector<int32_t> both = a;
+    both.insert(both.end(), b.begin(), b.end());
+    const at::Tensor logits = logits_of(network, ids_of(both, 2));
+    for (const int64_t sequence : {0, 1}) {
+      const std::vector<Doubles> want = forward_in_double(small, sequence == 0 ? a : b);
+      for (size_t i = 0; i < want.size(); ++i) {
+        const at::Tensor row = logits[sequence][static_cast<int64_t>(i)];
+        EXPECT_LE(relative_error(to_floats(row), want[i]), 1e-4)
+            << kv_heads << " kv heads, sequence " << sequence << ", position " << i;
+      }
+    }
+  }
+}
+
+TEST_F(TrainNetwork, ScoresAsTheEngineDoes) {
+  const SmallModel small(4, false, 0);
+  const std::filesystem::path path = write(small);
+  const Network network = load(path);
+  const std::vector<int32_t> tokens = random_tokens(60, 5, small.sizes.vocab);
+  std::vector<double> got(tokens.size() - 1);
+  TorchLogits source(network, nullptr);
+  EXPECT_EQ(source.vocab_size(), small.sizes.vocab);
+  ASSERT_TRUE(source.score(tokens, got));
+
+  const auto model = Model::load(path, {1, true, ""});
+  ASSERT_TRUE(model);
+  const auto session = Session::create(*model, 60);
+  ASSERT_TRUE(session);
+  std::vector<double> want;
+  const auto sink = [&](int64_t first, int64_t count, const float* logits) {
+    for (int64_t i = 0; i < count && first + i + 1 < 60; ++i) {
+      const float* row = logits + i * small.sizes.vocab;
+      double sum = 0;
+      for (int64_t v = 0; v < small.sizes.vocab; ++v) {
+        sum += std::exp(static_cast<double>(row[v]));
+      }
+      want.push_back(std::log(sum) - row[tokens[static_cast<size_t>(first + i + 1)]]);
+    }
+  };
+  ASSERT_TRUE((*session)->forward_all(tokens, sink));
+  ASSERT_EQ(want.size(), got.size());
+  for (size_t i = 0; i < want.size(); ++i) {
+    EXPECT_NEAR(got[i], want[i], 1e-4) << i;
+  }
+}
+
+TEST_F(TrainNetwork, RefusesPackedModels) {
+  const auto file = GgufFile::open(write(SmallModel(5, true, 2)));
+  ASSERT_TRUE(file);
+  const auto network = load_network(**file, at::kCPU, at::kFloat);
+  ASSERT_FALSE(network);
+  EXPECT_NE(network.error().message.find("packed already"), std::string::npos);
+}
+
+double block_error(const TrainSession& session, const StudentBlock& student, const at::Tensor& x) {
+  const at::NoGradGuard no_grad;
+  const Rotary rotary = make_rotary(session.config(), x.size(1), at::kCPU);
+  const BlockWeights& teacher = session.teacher.blocks[0];
+  const at::Tensor want = block_forward(session.config(), teacher, rotary, x, at::kFloat);
+  const at::Tensor got = block_forward(
+      session.config(), student_weights(student, teacher, at::kFloat), rotary, x, at::kFloat);
+  return ((got - want).square().sum() / (want - x).square().sum()).item<double>();
+}
+
+TEST_F(TrainNetwork, ErrorFeedbackLowersTheErrorOfABlock) {
+  const SmallModel small(6, true, 0);
+  QuantizeOptions options;
+  const TrainObserver observer;
+  TrainSession session{options, observer, load(write(small)), {}, {}, ThreadPool(1), Clock()};
+  session.student.blocks.resize(2);
+  // Inputs that lie near a space of 8 dimensions of 48, as those of real layers lie near few.
+  at::manual_seed(1);
+  const at::Tensor mix = at::randn({8, small.sizes.width});
+  const at::Tensor x =
+      at::matmul(at::randn({24, 32, 8}), mix) + 0.1 * at::randn({24, 32, small.sizes.width});
+  ASSERT_TRUE(initialise_block(session, 0, x));
+  const double with = block_error(session, session.student.blocks[0], x);
+  ASSERT_TRUE(initialise_block(session, 0, std::array<Importance, kRoleCount>{}));
+  const double without = block_error(session, session.student.blocks[0], x);
+  EXPECT_LT(with, 0.8 * without);
+  EXPECT_GT(with, 0.0);
+}
+
+// Mean 1, with the floor that keeps dead columns.
+Doubles normalised(Doubles values) {
+  double mean = 0;
+  for (const double v : values) {
+    mean += v / static_cast<double>(values.size());
+  }
+  double after = 0;
+  for (double& v : values) {
+    v = std::max(v, mean * 1e-3);
+    after += v / static_cast<double>(values.size());
+  }
+  for (double& v : values) {
+    v /= after;
+  }
+  return values;
+}
+
+// -log p(target) of a final hidden state x (width) in double.
+double loss_in_double(const SmallModel& small, const Doubles& x, int32_t target) {
+  const Doubles logits = product(
+      small.head(), normed(x, small.weight("output_norm.weight"), small.sizes.norm_epsilon));
+  double sum = 0;
+  for (const double v : logits) {
+    sum += std::exp(v);
+  }
+  return std::log(sum) - logits[static_cast<size_t>(target)];
+}
+
+TEST_F(TrainNetwork, ImportanceIsWhatItSays) {
+  const SmallModel small(7, false, 0);
+  const int64_t width = small.sizes.width, length = 16, windows = 3;
+  QuantizeOptions options;
+  options.seq_len = length;
+  options.alpha_in = 1.0;
+  options.alpha_out = 1.0;
+  const TrainObserver observer;
+  const std::vector<int32_t> tokens = random_tokens(windows * length, 8, small.sizes.vocab);
+  TrainSession session{options,       observer, load(write(small)), {}, ids_of(tokens, windows),
+                       ThreadPool(1), Clock()};
+  const auto importance = measure_importance(session);
+  ASSERT_TRUE(importance) << importance.error().message;
+
+  // Inputs of the first projections: the normed embedding.
+  Doubles in(static_cast<size_t>(width));
+  for (const int32_t token : tokens) {
+    const Floats& embedding = small.weight("token_embd.weight");
+    const Doubles x(embedding.begin() + token * width, embedding.begin() + (token + 1) * width);
+    const Doubles h = normed(x, small.weight("blk.0.attn_norm.weight"), small.sizes.norm_epsilon);
+    for (size_t c = 0; c < in.size(); ++c) {
+      in[c] += std::fabs(h[c]);
+    }
+  }
+  for (const Role role : {Role::kAttnQ, Role::kAttnK, Role::kAttnV}) {
+    EXPECT_LE(relative_error((*importance)[0][index_of(role)].in, normalised(in)), 1e-5);
+  }
+
+  // Outputs of the last layer's last product: the loss of a position depends on that position's
+  // stream alone, so finite differences there are the gradient.
+  const Network& network = session.teacher;
+  const Rotary rotary = make_rotary(network.config, length, at::kCPU);
+  const at::NoGradGuard no_grad;
+  at::Tensor stream = embed(network, session.windows);
+  for (const auto& block : network.blocks) {
+    stream = block_forward(network.config, block, rotary, stream, at::kFloat);
+  }
+  Doubles out(static_cast<size_t>(width));
+  for (int64_t w = 0; w < windows; ++w) {
+    for (int64_t t = 0; t + 1 < length; ++t) {
+      const std::vector<float> row = to_floats(stream[w][t]);
+      Doubles x(row.begin(), row.end());
+      const int32_t target = tokens[static_cast<size_t>(w * length + t + 1)];
+      for (size_t c = 0; c < out.size(); ++c) {
+        const double kept = x[c], step = 1e-4;
+        x[c] = kept + step;
+        const double above = loss_in_double(small, x, target);
+        x[c] = kept - step;
+        const double below = loss_in_double(small, x, target);
+        x[c] = kept;
+        out[c] += std::pow((above - below) / (2 * step), 2);
+      }
+    }
+  }
+  for (double& v : out) {
+    v = std::sqrt(v);
+  }
+  EXPECT_LE(relative_error((*importance)[1][index_of(Role::kFfnDown)].out, normalised(out)), 1e-4);
+  EXPECT_GT(relative_error((*importance)[0][index_of(Role::kFfnDown)].out, normalised(out)), 1e-2)
+      << "the first block's must differ";
+}
+
+}  // namespace
+}  // namespace rabit::train

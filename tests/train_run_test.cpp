@@ -1,0 +1,579 @@
+// Whole runs of train::quantize on a tiny model: what comes out, that it is repeatable, and that a
+// run which was interrupted anywhere goes on to the very same file.
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cmath>
+#include <thread>
+
+#include "base/files.h"
+#include "base/interrupt.h"
+#include "cli/engine_logits.h"
+#include "eval/perplexity.h"
+#include "io/dequant.h"
+#include "tiny_model.h"
+#include "train/session.h"
+#include "train/torch_logits.h"
+
+namespace rabit::train {
+namespace {
+
+using nlohmann::json;
+
+constexpr TinySizes kSizes{
+    .layers = 3, .width = 64, .heads = 4, .kv_heads = 2, .hidden = 96, .vocab = 80, .context = 64};
+constexpr int64_t kWindow = 32, kTokens = 40 * kWindow;
+
+class TrainRun : public testing::Test {
+ protected:
+  TrainRun()
+      : folder_(std::filesystem::temp_directory_path() /
+                ("rabit_train_run_" + std::to_string(::getpid()) + "_" +
+                 testing::UnitTest::GetInstance()->current_test_info()->name())) {
+    std::filesystem::create_directories(folder_);
+    write_model(SmallModel(1, true, 0, kSizes));
+    text_ = {random_tokens(kTokens, 2, kSizes.vocab), {"text.txt"}, {std::string(64, 'a')}};
+    held_out_ = {random_tokens(4 * kWindow, 3, kSizes.vocab), kWindow};
+    options_.threads = 1;
+    options_.compute = Compute::kF32;
+    options_.seq_len = kWindow;
+    options_.calib_tokens = 16 * kWindow;
+    options_.warm_epochs = 2;
+    options_.warm_batch = 4;
+    options_.batch = 4;
+    options_.tokens = 6 * 4 * kWindow;  // six steps
+  }
+  ~TrainRun() override {
+    set_interrupted(false);
+    std::filesystem::remove_all(folder_);
+  }
+
+  void write_model(const SmallModel& small) {
+    small.write(folder_ / "model.gguf");
+    auto model = GgufFile::open(folder_ / "model.gguf");
+    ASSERT_TRUE(model);
+    model_ = std::move(model).value();
+  }
+
+  std::filesystem::path path(const std::string& name) const { return folder_ / name; }
+
+  Status quantize(const std::string& name, const QuantizeOptions& options,
+                  const TrainObserver& observer = {}) const {
+    return train::quantize(*model_, text_, held_out_, path(name), options, observer);
+  }
+
+  /// Expects success, and nothing but the model and its log.
+  void succeeds(const std::string& name, const QuantizeOptions& options,
+                const TrainObserver& observer = {}) const {
+    const Status status = quantize(name, options, observer);
+    ASSERT_TRUE(status) << status.error().message;
+    EXPECT_TRUE(std::filesystem::exists(path(name)));
+    for (const char* left : {".ckpt", ".unverified", ".partial", ".unverified.partial"}) {
+      EXPECT_FALSE(std::filesystem::exists(path(name + left))) << left;
+    }
+  }
+
+  /// Expects one line that says `says`, and no model.
+  void fails(const std::string& name, const QuantizeOptions& options, const std::string& says,
+             const TrainObserver& observer = {}) const {
+    const Status status = quantize(name, options, observer);
+    ASSERT_FALSE(status) << says;
+    EXPECT_FALSE(status.error().interrupted) << status.error().message;
+    EXPECT_NE(status.error().message.find(says), std::string::npos) << status.error().message;
+    EXPECT_EQ(status.error().message.find('\n'), std::string::npos) << status.error().message;
+    for (const char* left : {"", ".unverified", ".partial", ".unverified.partial", ".json"}) {
+      EXPECT_FALSE(std::filesystem::exists(path(name + left))) << says << left;
+    }
+  }
+
+  std::string bytes(const std::string& name) const {
+    const auto read = read_file(path(name));
+    EXPECT_TRUE(read) << name;
+    return read ? *read : std::string();
+  }
+
+  json log(const std::string& name) const { return json::parse(bytes(name + ".json")); }
+
+  /// Sets the flag when `phase` reports `done`, or with `done` 0 when a message begins with it.
+  static TrainObserver interrupt_at(const std::string& phase, int64_t done) {
+    TrainObserver observer;
+    observer.progress = [=](const TrainProgress& p) {
+      if (p.phase == phase && p.done == done) {
+        set_interrupted(true);
+      }
+    };
+    observer.message = [=](const std::string& line) {
+      if (done == 0 && line.rfind(phase, 0) == 0) {
+        set_interrupted(true);
+      }
+    };
+    return observer;
+  }
+
+  /// Runs until interrupted; expects no model, and a checkpoint or none.
+  void interrupted_run(const std::string& name, const QuantizeOptions& options,
+                       const TrainObserver& observer, bool checkpoint) const {
+    const Status status = quantize(name, options, observer);
+    set_interrupted(false);
+    ASSERT_FALSE(status) << "not interrupted";
+    EXPECT_TRUE(status.error().interrupted) << status.error().message;
+    for (const char* left : {"", ".unverified", ".partial", ".ckpt.partial", ".json"}) {
+      EXPECT_FALSE(std::filesystem::exists(path(name + left))) << left;
+    }
+    EXPECT_EQ(std::filesystem::exists(path(name + ".ckpt")), checkpoint);
+  }
+
+  std::filesystem::path folder_;
+  std::shared_ptr<GgufFile> model_;
+  TrainingText text_;
+  HeldOut held_out_;
+  QuantizeOptions options_;
+};
+
+double engine_perplexity(const std::filesystem::path& path, const HeldOut& held_out) {
+  const auto model = Model::load(path, {1, true, ""});
+  EXPECT_TRUE(model) << (model ? "" : model.error().message);
+  const auto source = cli::EngineLogitSource::create(*model, held_out.ctx);
+  EXPECT_TRUE(source);
+  const auto result = perplexity(**source, held_out.tokens, {held_out.ctx, 0}, {});
+  EXPECT_TRUE(result);
+  return result->perplexity;
+}
+
+TEST_F(TrainRun, PackedFileScoresAsTheStudent) {
+  for (int64_t paths = 1; paths <= 4; ++paths) {
+    for (const EmbeddingType embedding : {EmbeddingType::kF16, EmbeddingType::kQ8_0}) {
+      QuantizeOptions options = options_;
+      options.paths = paths;
+      options.embedding = embedding;
+      const bool half = embedding == EmbeddingType::kF16;
+      const std::string name = std::to_string(paths) + (half ? "h.gguf" : "q.gguf");
+      succeeds(name, options);
+      const double student = log(name)["perplexity"]["student"]["perplexity"];
+      const double packed = engine_perplexity(path(name), held_out_);
+      // Rounded to F16 are the scales, and to F16 or Q8_0 the embedding.
+      EXPECT_NEAR(std::log(packed) / std::log(student), 1.0, half ? 3e-4 : 3e-3) << name;
+      const double teacher = log(name)["perplexity"]["teacher"]["perplexity"];
+      EXPECT_NEAR(engine_perplexity(path("model.gguf"), held_out_) / teacher, 1.0, 1e-4);
+      EXPECT_GT(std::fabs(student / teacher - 1.0), 1e-3) << "the student is the teacher";
+
+      const auto file = GgufFile::open(path(name));
+      ASSERT_TRUE(file);
+      EXPECT_EQ((*file)->find_tensor("token_embd.weight")->type,
+                half ? TensorType::kF16 : TensorType::kQ8_0);
+      EXPECT_EQ(*(*file)->get_int("rabit.paths"), paths);
+      EXPECT_EQ(*(*file)->get_int("rabit.train.tokens"), options.tokens);
+      EXPECT_EQ(*(*file)->get_string("rabit.source.sha256"), *sha256_file(path("model.gguf")));
+    }
+  }
+}
+
+TEST_F(TrainRun, MorePathsComeCloser) {
+  double before = 1e30;
+  options_.tokens = 0;
+  for (int64_t paths = 1; paths <= 4; ++paths) {
+    options_.paths = paths;
+    succeeds("out.gguf", options_);
+    const double error = log("out.gguf")["warm_start"][2]["output_error"];
+    EXPECT_LT(error, before) << paths;
+    before = error;
+  }
+}
+
+TEST_F(TrainRun, SameSeedSameBytes) {
+  for (const bool error_feedback : {true, false}) {
+    options_.error_feedback = error_feedback;
+    options_.alpha_out = 0.5;
+    options_.gamma = 0.1;
+    succeeds("a.gguf", options_);
+    succeeds("b.gguf", options_);
+    EXPECT_EQ(bytes("a.gguf"), bytes("b.gguf"));
+    QuantizeOptions other = options_;
+    other.seed = 2;
+    succeeds("c.gguf", other);
+    EXPECT_NE(bytes("a.gguf"), bytes("c.gguf"));
+  }
+}
+
+TEST_F(TrainRun, LogHasSettingsAndLosses) {
+  succeeds("out.gguf", options_);
+  const json told = log("out.gguf");
+  for (const char* key : {"paths",          "device",      "threads",
+                          "compute",        "seed",        "seq_len",
+                          "minutes",        "tokens",      "calib_tokens",
+                          "error_feedback", "ef_damp",     "alpha_in",
+                          "alpha_out",      "init_sweeps", "als_steps",
+                          "warm_epochs",    "warm_batch",  "warm_muon_lr",
+                          "warm_scale_lr",  "batch",       "muon_lr",
+                          "scale_lr",       "warmup",      "gamma",
+                          "clip",           "embedding",   "checkpoint_minutes"}) {
+    EXPECT_TRUE(told["settings"].contains(key)) << key;
+  }
+  EXPECT_EQ(told["resumed"], false);
+  EXPECT_EQ(told["settings"]["calib_tokens"], options_.calib_tokens);
+  EXPECT_EQ(told["data"]["files"][0]["sha256"], std::string(64, 'a'));
+  EXPECT_EQ(told["data"]["tokens"], kTokens);
+  EXPECT_EQ(told["warm_start"].size(), 3U);
+  EXPECT_EQ(told["distill"].size(), 6U);
+  EXPECT_EQ(told["distill_tokens"], options_.tokens);
+  EXPECT_EQ(told["perplexity"]["student"]["tokens_scored"], 4 * (kWindow - 1));
+  for (const auto& block : told["warm_start"]) {
+    EXPECT_EQ(block["steps"], 8);  // two epochs of 16 windows, four a step
+    EXPECT_GT(block["output_error"].get<double>(), 0.0);
+  }
+  const auto file = GgufFile::open(path("out.gguf"));
+  ASSERT_TRUE(file);
+  EXPECT_EQ(json::parse(*(*file)->get_string("rabit.train.settings")), told["settings"]);
+}
+
+TEST_F(TrainRun, TrainingHelps) {
+  options_.warm_epochs = 0;
+  options_.tokens = 0;
+  succeeds("none.gguf", options_);
+  options_.warm_epochs = 20;
+  succeeds("warm.gguf", options_);
+  const auto error = [&](const char* name) {
+    return log(name)["warm_start"].back()["output_error"].get<double>();
+  };
+  const auto first = log("warm.gguf")["warm_start"][0];
+  EXPECT_LT(first["loss_last"].get<double>(), 0.9 * first["loss_first"].get<double>());
+  EXPECT_TRUE(log("none.gguf")["warm_start"][0]["output_error"].is_null());
+  EXPECT_GT(error("warm.gguf"), 0.0);
+}
+
+TEST_F(TrainRun, InterruptedRunsGoOnToTheSameFile) {
+  succeeds("whole.gguf", options_);
+  const std::string want = bytes("whole.gguf");
+  struct Stop {
+    const char* phase;
+    int64_t done;
+  };
+  const int64_t step = options_.batch * kWindow;
+  for (const auto& [phase, done] :
+       {Stop{"warm start", 1}, Stop{"warm start", 2}, Stop{"warm start", 3}, Stop{"distil", step},
+        Stop{"distil", 4 * step}, Stop{"distil", 6 * step}, Stop{"perplexity, teacher", 2},
+        Stop{"perplexity, student", 1}, Stop{"perplexity of the student", 0}}) {
+    SCOPED_TRACE(std::string(phase) + " " + std::to_string(done));
+    interrupted_run("whole2.gguf", options_, interrupt_at(phase, done), true);
+    QuantizeOptions resume = options_;
+    resume.resume = true;
+    // Once more, at once: what was done must still be there.
+    interrupted_run("whole2.gguf", resume, interrupt_at("plan: ", 0), true);
+    std::vector<std::string> phases;
+    TrainObserver observer;
+    observer.progress = [&](const TrainProgress& p) { phases.push_back(p.phase); };
+    succeeds("whole2.gguf", resume, observer);
+    EXPECT_TRUE(bytes("whole2.gguf") == want);
+    EXPECT_EQ(log("whole2.gguf")["warm_start"].size(), 3U);
+    EXPECT_EQ(log("whole2.gguf")["distill"].size(), 6U);
+    EXPECT_EQ(log("whole2.gguf")["distill_tokens"], options_.tokens);
+    EXPECT_EQ(log("whole2.gguf")["resumed"], true);
+    const auto count = std::count(phases.begin(), phases.end(), "distil");
+    EXPECT_EQ(count, std::string(phase) == "distil"       ? 6 - done / step
+                     : std::string(phase) == "warm start" ? 6
+                                                          : 0);
+    std::filesystem::remove(path("whole2.gguf"));
+    std::filesystem::remove(path("whole2.gguf.json"));
+  }
+}
+
+TEST_F(TrainRun, InterruptedWithoutDistillation) {
+  options_.tokens = 0;
+  for (const bool error_feedback : {true, false}) {
+    options_.error_feedback = error_feedback;
+    succeeds("whole.gguf", options_);
+    for (const auto& [phase, done] : std::vector<std::pair<std::string, int64_t>>{
+             {"warm start", 1}, {"warm start", 3}, {"perplexity of the student", 0}}) {
+      SCOPED_TRACE(phase + " " + std::to_string(done));
+      interrupted_run("part.gguf", options_, interrupt_at(phase, done), true);
+      QuantizeOptions resume = options_;
+      resume.resume = true;
+      succeeds("part.gguf", resume);
+      EXPECT_TRUE(bytes("part.gguf") == bytes("whole.gguf"));
+      std::filesystem::remove(path("part.gguf"));
+      std::filesystem::remove(path("part.gguf.json"));
+    }
+  }
+}
+
+TEST_F(TrainRun, InterruptedBeforeAnythingIsDone) {
+  interrupted_run("out.gguf", options_, interrupt_at("plan: ", 0), false);
+  options_.error_feedback = false;
+  interrupted_run("out.gguf", options_, interrupt_at("importance", 3), false);
+  set_interrupted(true);
+  interrupted_run("out.gguf", options_, {}, false);
+}
+
+TEST_F(TrainRun, InterruptedInsideABlock) {
+  options_.tokens = 0;
+  options_.warm_epochs = 10;
+  succeeds("whole.gguf", options_);
+  // From another thread at a moment of the second block that differs from machine to machine.
+  std::thread clock;
+  TrainObserver observer;
+  observer.progress = [&](const TrainProgress& p) {
+    if (p.done == 1) {
+      clock = std::thread([] {
+        std::this_thread::sleep_for(std::chrono::milliseconds(30));
+        set_interrupted(true);
+      });
+    }
+  };
+  const Status status = quantize("part.gguf", options_, observer);
+  clock.join();
+  set_interrupted(false);
+  ASSERT_FALSE(status);
+  EXPECT_TRUE(status.error().interrupted);
+  options_.resume = true;
+  succeeds("part.gguf", options_);
+  EXPECT_TRUE(bytes("part.gguf") == bytes("whole.gguf"));
+}
+
+TEST_F(TrainRun, WhatFollowsTrainingMayFailWithoutLosingIt) {
+  // A folder in the place of the file to be written stands for a disk that fails.
+  std::filesystem::create_directories(path("out.gguf.unverified") / "full");
+  const Status status = quantize("out.gguf", options_);
+  ASSERT_FALSE(status);
+  EXPECT_FALSE(status.error().interrupted);
+  EXPECT_TRUE(std::filesystem::exists(path("out.gguf.ckpt")));
+  std::filesystem::remove_all(path("out.gguf.unverified"));
+  options_.resume = true;
+  succeeds("out.gguf", options_);
+}
+
+TEST_F(TrainRun, OtherSettingsDoNotResume) {
+  interrupted_run("out.gguf", options_, interrupt_at("warm start", 2), true);
+  options_.resume = true;
+  const auto refused = [&](const std::string& name, const auto& change) {
+    QuantizeOptions other = options_;
+    change(other);
+    fails("out.gguf", other, "/settings/" + name);
+    EXPECT_TRUE(std::filesystem::exists(path("out.gguf.ckpt"))) << name;
+  };
+  refused("paths", [](auto& o) { o.paths = 3; });
+  refused("seed", [](auto& o) { o.seed = 9; });
+  refused("seq_len", [](auto& o) { o.seq_len = 16; });
+  refused("calib_tokens", [](auto& o) { o.calib_tokens = 320; });
+  refused("error_feedback", [](auto& o) { o.error_feedback = false; });
+  refused("ef_damp", [](auto& o) { o.ef_damp = 0.02; });
+  refused("warm_epochs", [](auto& o) { o.warm_epochs = 3; });
+  refused("warm_muon_lr", [](auto& o) { o.warm_muon_lr = 1e-3; });
+  refused("scale_lr", [](auto& o) { o.scale_lr = 1e-3; });
+  refused("embedding", [](auto& o) { o.embedding = EmbeddingType::kF16; });
+  const TrainingText kept = text_;
+  text_.digests = {std::string(64, 'b')};
+  fails("out.gguf", options_, "/data/files/0/sha256");
+  text_ = kept;
+  write_model(SmallModel(11, true, 0, kSizes));
+  fails("out.gguf", options_, "/source/sha256");
+  write_model(SmallModel(1, true, 0, kSizes));
+  succeeds("out.gguf", options_);
+}
+
+TEST_F(TrainRun, BadCheckpoints) {
+  options_.resume = true;
+  fails("out.gguf", options_, "no checkpoint to resume from");
+  options_.resume = false;
+  interrupted_run("out.gguf", options_, interrupt_at("distil", 2 * options_.batch * kWindow), true);
+  options_.resume = true;
+  const std::string whole = bytes("out.gguf.ckpt");
+  const auto put = [&](const std::string& content) {
+    auto file = AtomicFile::create(path("out.gguf.ckpt"));
+    ASSERT_TRUE(file);
+    ASSERT_TRUE(file->write(content));
+    ASSERT_TRUE(file->commit());
+  };
+  for (const size_t size :
+       {size_t{0}, size_t{3}, size_t{100}, size_t{5000}, whole.size() / 2, whole.size() - 1}) {
+    put(whole.substr(0, size));
+    fails("out.gguf", options_, "out.gguf.ckpt");
+  }
+  const auto with = [&](const std::string& from, const std::string& to) {
+    std::string changed = whole;
+    const size_t at = changed.find(from);
+    ASSERT_NE(at, std::string::npos) << from;
+    changed.replace(at, to.size(), to);
+    put(changed);
+    fails("out.gguf", options_, "");
+  };
+  with("rabit.checkpoint.fingerprint", "rabit.checkpoint.fingerprinx");
+  with("{\"data\"", "[[[[[[[");
+  with("blk.1.attn_k.momentum", "blk.1.attn_k.momentux");
+  with("adam.square", "adam.squarx");
+  with("blk.2.ffn_down.latent", "blk.2.ffn_down.latenx");
+  const std::string blocks = "rabit.checkpoint.blocks_done";
+  with(blocks + std::string("\x04\0\0\0", 4), blocks + std::string("\x04\0\0\0\x02", 5));
+  with(blocks + std::string("\x04\0\0\0", 4), blocks + std::string("\x04\0\0\0\x09", 5));
+  put(whole);
+  succeeds("out.gguf", options_);
+}
+
+TEST_F(TrainRun, LossesThatAreNotFiniteEndTheRun) {
+  // Products past float's range in the first block's teacher.
+  SmallModel large(1, false, 0, kSizes);
+  for (const char* name : {"blk.0.ffn_gate.weight", "blk.0.ffn_up.weight"}) {
+    for (float& v : large.dense[name]) {
+      v *= 1e20F;
+    }
+  }
+  write_model(large);
+  QuantizeOptions options = options_;
+  options.error_feedback = false;
+  options.alpha_in = 0;
+  fails("out.gguf", options, "block 0: the loss or its gradient is not finite in 5 steps running");
+  // Only distillation sees the head.
+  SmallModel broken(1, false, 0, kSizes);
+  broken.dense["output.weight"][5] = std::numeric_limits<float>::infinity();
+  write_model(broken);
+  held_out_ = {};
+  options_.warm_epochs = 0;
+  fails("out.gguf", options_, "not finite in 5 steps running; lower --muon-lr");
+}
+
+TEST_F(TrainRun, DevicesThatAreNotThere) {
+  const auto with = [&](const std::string& device, const std::string& says) {
+    QuantizeOptions options = options_;
+    options.device = device;
+    fails("out.gguf", options, says);
+  };
+  for (const char* device :
+       {"tpu", "", "CUDA", "cuda:", "cuda:x", "cuda:-1", "cuda:123456", "cpu:0"}) {
+    with(device, "not a device; use cpu, cuda or cuda:N");
+  }
+  if (at::globalContext().hasCUDA()) {
+    with("cuda:99", "CUDA device");
+  } else {
+    with("cuda", "no GPU can be used");
+    with("cuda:99", "no GPU can be used");
+  }
+}
+
+TEST_F(TrainRun, BadInput) {
+  const auto with = [&](const auto& change, const std::string& says) {
+    QuantizeOptions options = options_;
+    const TrainingText text = text_;
+    const HeldOut held_out = held_out_;
+    change(options);
+    fails("out.gguf", options, says);
+    text_ = text;
+    held_out_ = held_out;
+  };
+  with([](auto& o) { o.seq_len = 65; }, "at most 64 positions");
+  with([](auto& o) { o.seq_len = 15; }, "--seq-len");
+  with([](auto& o) { o.paths = 0; }, "--bits");
+  with([](auto& o) { o.paths = 5; }, "--bits");
+  with([](auto& o) { o.warm_muon_lr = 11; }, "--warm-muon-lr");
+  with([](auto& o) { o.scale_lr = NAN; }, "--scale-lr");
+  with([](auto& o) { o.batch = 0; }, "--batch");
+  with([&](auto&) { text_.tokens.resize(kWindow - 1); }, "less than one window of 32");
+  with([&](auto&) { text_.tokens.clear(); }, "less than one window of 32");
+  with([&](auto&) { text_.tokens[70] = 80; }, "token 70 of the training text is 80");
+  with([&](auto&) { text_.tokens[0] = -1; }, "token 0 of the training text is -1");
+  with([&](auto&) { held_out_.tokens.resize(kWindow - 1); }, "held-out text has 31 tokens");
+  with([&](auto&) { held_out_.tokens[3] = 80; }, "held-out text has the token 80");
+  const Status itself = quantize("model.gguf", options_);
+  ASSERT_FALSE(itself);
+  EXPECT_NE(itself.error().message.find("the original model itself"), std::string::npos);
+  write_model(SmallModel(1, true, 2, kSizes));
+  with([](auto&) {}, "packed already");
+}
+
+TEST_F(TrainRun, OneWindowIsEnough) {
+  text_.tokens.resize(kWindow + 5);
+  options_.ef_damp = 0.1;  // 32 tokens do not span 64 columns
+  succeeds("out.gguf", options_);
+}
+
+TEST_F(TrainRun, BlocksThatAddNothing) {
+  SmallModel identity(1, true, 0, kSizes);
+  for (const char* name : {"blk.0.attn_output.weight", "blk.0.ffn_down.weight",
+                           "blk.2.attn_output.weight", "blk.2.ffn_down.weight"}) {
+    std::fill(identity.dense[name].begin(), identity.dense[name].end(), 0.0F);
+  }
+  write_model(identity);
+  succeeds("out.gguf", options_);
+  const double student = log("out.gguf")["perplexity"]["student"]["perplexity"];
+  EXPECT_NEAR(std::log(engine_perplexity(path("out.gguf"), held_out_)) / std::log(student), 1.0,
+              3e-3);
+}
+
+TEST_F(TrainRun, TimeBound) {
+  options_.minutes = 0.2;
+  fails("out.gguf", options_, "at least 15 s are needed");
+  options_.minutes = 0.25 + 1e-5;
+  fails("out.gguf", options_, "too short for this machine, which needs about 0.");
+  options_.minutes = 0.35;  // six seconds beyond what is kept for packing
+  options_.warm_epochs = 100;
+  options_.tokens = -1;  // on a CPU with a bound: none
+  const Clock clock;
+  succeeds("out.gguf", options_);
+  EXPECT_LE(clock.elapsed(), 0.35 * 60 - 15 + 4);
+  const json told = log("out.gguf");
+  EXPECT_FALSE(told.contains("distill_tokens"));
+  for (const auto& block : told["warm_start"]) {
+    EXPECT_GT(block["steps"].get<int>(), 0);
+  }
+  options_.tokens = int64_t{1} << 40;
+  options_.warm_epochs = 1;
+  const Clock both;
+  succeeds("both.gguf", options_);
+  EXPECT_LE(both.elapsed(), 0.35 * 60 - 15 + 4);
+  EXPECT_GE(both.elapsed(), 3.0) << "distillation goes on as long as it may";
+  EXPECT_LT(log("both.gguf")["distill_tokens"].get<int64_t>(), options_.tokens);
+}
+
+TEST_F(TrainRun, TimeThatRanOutIsNoReasonToTrainAgain) {
+  options_.minutes = 0.29;
+  options_.tokens = int64_t{1} << 40;
+  interrupted_run("out.gguf", options_, interrupt_at("perplexity, teacher", 1), true);
+  options_.resume = true;
+  std::vector<std::string> phases;
+  TrainObserver observer;
+  observer.progress = [&](const TrainProgress& p) { phases.push_back(p.phase); };
+  succeeds("out.gguf", options_, observer);
+  EXPECT_EQ(std::count(phases.begin(), phases.end(), "distil"), 0);
+  EXPECT_GT(log("out.gguf")["distill_tokens"].get<int64_t>(), 0);
+}
+
+TEST_F(TrainRun, PackingRefusesWhatIsNotTheStudent) {
+  const TrainObserver observer;
+  auto network = load_network(*model_, at::kCPU, at::kFloat);
+  ASSERT_TRUE(network);
+  TrainSession session{options_,      observer, std::move(network).value(), {}, {},
+                       ThreadPool(1), Clock()};
+  session.log = {{"settings", json::object()},
+                 {"source", {{"sha256", ""}}},
+                 {"data", {{"files", json::array()}}}};
+  session.student.blocks.resize(3);
+  for (int64_t layer = 0; layer < 3; ++layer) {
+    ASSERT_TRUE(initialise_block(session, layer, std::array<Importance, kRoleCount>{}));
+  }
+  ASSERT_TRUE(write_packed_model(session, *model_, path("good.gguf")));
+  StudentLinear& linear = session.student.blocks[1][index_of(Role::kFfnUp)];
+  const StudentLinear kept = linear;
+  // In memory in another order than its sizes say: training reads other signs there than packing.
+  linear.latent = kept.latent.detach().t().contiguous().t().set_requires_grad(true);
+  const Status lost = write_packed_model(session, *model_, path("lost.gguf"));
+  ASSERT_FALSE(lost);
+  EXPECT_NE(lost.error().message.find("blk.1.ffn_up: the packed signs are not those"),
+            std::string::npos)
+      << lost.error().message;
+  linear = kept;
+  linear.g = (kept.g.detach() * INFINITY).set_requires_grad(true);
+  const Status infinite = write_packed_model(session, *model_, path("lost.gguf"));
+  ASSERT_FALSE(infinite);
+  EXPECT_NE(infinite.error().message.find("blk.1.ffn_up"), std::string::npos);
+  for (const char* left : {"lost.gguf", "lost.gguf.unverified"}) {
+    EXPECT_FALSE(std::filesystem::exists(path(left))) << left;
+  }
+  // Scales of zero give levels of zero of either sign, which are no different signs.
+  linear.g = at::zeros_like(kept.g).set_requires_grad(true);
+  const Status zero = write_packed_model(session, *model_, path("zero.gguf"));
+  EXPECT_TRUE(zero) << zero.error().message;
+}
+
+}  // namespace
+}  // namespace rabit::train
