@@ -474,6 +474,10 @@ TEST_F(TrainRun, BadInput) {
   with([&](auto&) { text_.tokens[0] = -1; }, "token 0 of the training text is -1");
   with([&](auto&) { held_out_.tokens.resize(kWindow - 1); }, "held-out text has 31 tokens");
   with([&](auto&) { held_out_.tokens[3] = 80; }, "held-out text has the token 80");
+  std::filesystem::create_directories(path("folder"));
+  const Status folder = quantize("folder", options_);
+  ASSERT_FALSE(folder);
+  EXPECT_NE(folder.error().message.find("not a regular file"), std::string::npos);
   const Status itself = quantize("model.gguf", options_);
   ASSERT_FALSE(itself);
   EXPECT_NE(itself.error().message.find("the original model itself"), std::string::npos);

@@ -296,7 +296,11 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
                              options.seq_len, config.context_length)};
   }
   RABIT_CHECK(check_held_out(held_out, config.vocab_size));
+  // The rename at the end would replace even a device such as /dev/null.
   std::error_code unlike;
+  if (std::filesystem::exists(out, unlike) && !std::filesystem::is_regular_file(out, unlike)) {
+    return Error{"cannot write " + out.string() + ": it is not a regular file"};
+  }
   if (std::filesystem::equivalent(model.path(), out, unlike)) {
     return Error{out.string() + ": is the original model itself; write to another file"};
   }

@@ -1,0 +1,424 @@
+#!/usr/bin/env python3
+"""`rabit quantize` from outside, on a tiny model that this file writes: what comes out works with
+every other subcommand, bad input ends in one line and no file, an interrupted run goes on.
+
+Environment: RABIT_BINARY the program.
+"""
+
+import json
+import math
+import os
+import random
+import re
+import resource
+import shlex
+import signal
+import struct
+import subprocess
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+RABIT = os.path.abspath(os.environ.get("RABIT_BINARY", "build/release/bin/rabit"))
+SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+LAYERS, WIDTH, HEADS, KV_HEADS, HIDDEN, CONTEXT = 3, 64, 4, 2, 96, 128
+MERGES = ["t h", "th e", "i n", "a n", "e r"]
+TEXT = (
+    "The lighthouse stood at the end of a long spit of sand, and the keeper walked out to it every "
+    "evening before the sun went down. He carried a lamp, a loaf of bread and a book. In winter "
+    "the waves broke over the path, and then he waited for the tide.\n<|endoftext|>\nNobody had "
+    "told him that the light was no longer needed, for nobody remembered that he was there.\n"
+)
+# Small enough for a test; an example's own values give way to them.
+SMALL = {
+    "--seq-len": "32", "--calib-tokens": "512", "--warm-epochs": "1", "--batch": "2",
+    "--tokens": "128", "-t": "1",
+}
+LEFTOVERS = ("", ".json", ".partial", ".unverified", ".unverified.partial", ".probe",
+             ".probe.partial", ".ckpt.partial")
+
+
+def byte_alphabet():
+    """The characters that stand for the bytes 0 to 255 in a byte-level vocabulary."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    return [chr(b if b in plain else next(others)) for b in range(256)]
+
+
+def text_of(value):
+    data = value.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def meta(key, kind, value):
+    """One GGUF metadata entry."""
+    numbers = {"u32": (4, "<I"), "f32": (6, "<f"), "bool": (7, "<?")}
+    if kind in numbers:
+        number, form = numbers[kind]
+        return text_of(key) + struct.pack("<I", number) + struct.pack(form, value)
+    if kind == "string":
+        return text_of(key) + struct.pack("<I", 8) + text_of(value)
+    if kind == "strings":
+        head = struct.pack("<IIQ", 9, 8, len(value))
+        return text_of(key) + head + b"".join(map(text_of, value))
+    head = struct.pack("<IIQ", 9, 5, len(value))  # i32s
+    return text_of(key) + head + struct.pack(f"<{len(value)}i", *value)
+
+
+def tiny_model(path):
+    """Writes a random "llama" with a complete byte-level tokenizer."""
+    draw = random.Random(1)
+    tokens = byte_alphabet() + [merge.replace(" ", "") for merge in MERGES] + ["<|endoftext|>"]
+    end, vocab = len(tokens) - 1, len(tokens)
+    entries = [
+        meta("general.architecture", "string", "llama"),
+        meta("general.name", "string", "tiny"),
+        meta("llama.block_count", "u32", LAYERS),
+        meta("llama.embedding_length", "u32", WIDTH),
+        meta("llama.feed_forward_length", "u32", HIDDEN),
+        meta("llama.attention.head_count", "u32", HEADS),
+        meta("llama.attention.head_count_kv", "u32", KV_HEADS),
+        meta("llama.context_length", "u32", CONTEXT),
+        meta("llama.attention.layer_norm_rms_epsilon", "f32", 1e-5),
+        meta("llama.rope.freq_base", "f32", 10000.0),
+        meta("llama.vocab_size", "u32", vocab),
+        meta("tokenizer.ggml.model", "string", "gpt2"),
+        meta("tokenizer.ggml.pre", "string", "smollm"),
+        meta("tokenizer.ggml.tokens", "strings", tokens),
+        meta("tokenizer.ggml.token_type", "i32s", [1] * end + [3]),
+        meta("tokenizer.ggml.merges", "strings", MERGES),
+        meta("tokenizer.ggml.bos_token_id", "u32", end),
+        meta("tokenizer.ggml.eos_token_id", "u32", end),
+        meta("tokenizer.ggml.add_bos_token", "bool", False),
+    ]
+    kv_width = KV_HEADS * WIDTH // HEADS
+    shapes = [("token_embd.weight", (WIDTH, vocab), 0.5), ("output_norm.weight", (WIDTH,), None)]
+    for layer in range(LAYERS):
+        for name, shape, size in (
+            ("attn_norm", (WIDTH,), None), ("attn_q", (WIDTH, WIDTH), 0.12),
+            ("attn_k", (WIDTH, kv_width), 0.12), ("attn_v", (WIDTH, kv_width), 0.12),
+            ("attn_output", (WIDTH, WIDTH), 0.12), ("ffn_norm", (WIDTH,), None),
+            ("ffn_gate", (WIDTH, HIDDEN), 0.12), ("ffn_up", (WIDTH, HIDDEN), 0.12),
+            ("ffn_down", (HIDDEN, WIDTH), 0.12),
+        ):
+            shapes.append((f"blk.{layer}.{name}.weight", shape, size))
+    infos, data = b"", b""
+    for name, shape, size in shapes:
+        infos += text_of(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, len(data))
+        values = [1.0 if size is None else draw.gauss(0, size) for _ in range(math.prod(shape))]
+        data += struct.pack(f"<{len(values)}f", *values)
+        data += bytes(-len(data) % 32)
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(entries)) + b"".join(entries) + infos
+    path.write_bytes(head + bytes(-len(head) % 32) + data)
+
+
+def words(options):
+    return [str(word) for pair in options.items() for word in pair]
+
+
+class QuantizeTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.shared = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cls.shared.cleanup)
+        cls.model = Path(cls.shared.name) / "model.gguf"
+        tiny_model(cls.model)
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.text = self.file("text.txt", TEXT * 12)
+        self.out = self.folder / "out.gguf"
+
+    def file(self, name, content):
+        path = self.folder / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def run_rabit(self, *arguments, **more):
+        more = {"stdout": subprocess.PIPE, **more}
+        return subprocess.run(
+            [RABIT, *map(str, arguments)], cwd=self.folder, stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, timeout=120, check=False, **more
+        )
+
+    def succeeds(self, *arguments):
+        done = self.run_rabit(*arguments)
+        self.assertEqual(done.returncode, SUCCESS, (arguments, done.stderr.decode()))
+        return done.stdout.decode()
+
+    def start(self, *arguments):
+        """The command line of a small run; a repeated option replaces the small value."""
+        small = {k: v for k, v in SMALL.items() if k not in map(str, arguments)}
+        return ("quantize", self.model, "-o", self.out, "--data", self.text, *words(small),
+                *arguments)
+
+    def one_line(self, done, arguments):
+        """The one line that says what went wrong: the last, and the only one of its kind."""
+        lines = done.stderr.decode().splitlines()
+        errors = [line for line in lines if line.startswith("rabit:")]
+        self.assertEqual(len(errors), 1, (arguments, lines))
+        self.assertEqual(lines[-1], errors[0], arguments)
+        return errors[0]
+
+    def fails(self, *arguments, code=FAILURE, says="", out=None, **more):
+        done = self.run_rabit(*arguments, **more)
+        self.assertEqual(done.returncode, code, (arguments, done.stderr.decode()))
+        line = self.one_line(done, arguments)
+        self.assertRegex(line, re.compile(says, re.IGNORECASE), arguments)
+        if done.stdout is not None:
+            self.assertEqual(done.stdout, b"", arguments)
+        for end in LEFTOVERS:
+            path = Path(str(out or self.out) + end)
+            self.assertFalse(path.is_file(), (arguments, path))
+        return line
+
+    def test_what_comes_out_works(self):
+        told = json.loads(self.succeeds(*self.start(
+            "--json", "--eval", self.text, "--eval-ctx", 32, "--embedding", "f16",
+            "--compute", "f32"
+        )))
+        seen = json.loads(self.succeeds("inspect", self.out, "--json"))
+        self.assertTrue(seen["runnable"])
+        self.assertAlmostEqual(seen["bits_per_weight"], told["bits_per_weight"], places=6)
+        self.assertEqual(seen["metadata"]["rabit.paths"], 2)
+        self.assertIn("2", self.succeeds("inspect", self.out))
+        scored = json.loads(self.succeeds(
+            "eval", "-m", self.out, "--ppl", self.text, "--ctx", 32, "--json", "--dense-f32"
+        ))
+        student = told["perplexity"]["student"]
+        self.assertEqual(scored["tokens_scored"], student["tokens_scored"])
+        self.assertAlmostEqual(
+            math.log(scored["perplexity"]) / math.log(student["perplexity"]), 1, delta=0.003
+        )
+        text = json.loads(self.succeeds(
+            "run", "-m", self.out, "-p", "The light", "-n", 6, "--temp", 0, "--json",
+            "--ignore-eos"
+        ))
+        self.assertEqual(text["generated_tokens"], 6)
+        rows = json.loads(self.succeeds(
+            "bench", "-m", self.out, "-p", 8, "-n", 2, "-r", 1, "-t", 1, "-o", "json"
+        ))["rows"]
+        self.assertEqual([row["test"] for row in rows], ["pp8", "tg2"])
+
+    def test_json_is_all_of_stdout(self):
+        done = self.run_rabit(*self.start("--json"))
+        self.assertEqual(done.returncode, SUCCESS, done.stderr)
+        told = json.loads(done.stdout)  # refuses anything before or after the object
+        self.assertEqual(told, json.loads(Path(f"{self.out}.json").read_text()))
+        self.assertEqual(told["settings"]["seq_len"], 32)
+        self.assertEqual(told["data"]["files"][0]["name"], "text.txt")
+        self.assertEqual(self.succeeds(*self.start()), "")
+        with open("/dev/full", "wb") as full:
+            done = self.run_rabit(*self.start("--json"), stdout=full)
+        self.assertEqual(done.returncode, FAILURE)
+        self.assertIn("cannot write to standard output", self.one_line(done, "--json"))
+
+    def test_every_option(self):
+        values = {
+            "--data": self.text, "--bits": 3, "--minutes": 5, "--tokens": 64,
+            "--calib-tokens": 256, "--warm-epochs": 0.5, "--device": "cpu", "--threads": 2,
+            "--compute": "bf16", "--checkpoint-minutes": 0.5, "--ef-damp": 0.05,
+            "--alpha-in": 0.5, "--alpha-out": 0.25, "--init-sweeps": 2, "--als-steps": 3,
+            "--seq-len": 24, "--seed": 7, "--warm-batch": 2, "--warm-muon-lr": 0.003,
+            "--warm-scale-lr": 0.002, "--batch": 1, "--muon-lr": 0.0004, "--scale-lr": 0.0003,
+            "--warmup": 0.1, "--gamma": 0.2, "--clip": 0.9, "--embedding": "f16",
+            "--eval": self.text, "--eval-ctx": 24,
+        }
+        flags = ["--json", "--no-error-feedback"]
+        help_text = self.succeeds("quantize", "--help")
+        options = set(re.findall(r"^ +(?:-\w, ?)?(--[a-z-]+)", help_text, re.MULTILINE))
+        self.assertGreater(len(options), 30)
+        self.assertEqual(options - {"--help", "--resume", "--output"}, {*values, *flags})
+        told = json.loads(
+            self.succeeds("quantize", self.model, "--output", self.out, *words(values), *flags)
+        )
+        for option, value in values.items():
+            key = {"--bits": "paths"}.get(option, option[2:].replace("-", "_"))
+            if key not in ("data", "eval", "eval_ctx"):
+                self.assertEqual(told["settings"][key], value, option)
+        self.assertFalse(told["settings"]["error_feedback"])
+        self.assertEqual(told["perplexity"]["student"]["ctx"], 24)
+        self.assertEqual(told["compute"], "bf16")
+
+    def test_several_texts(self):
+        other = self.file("other.txt", TEXT)
+        told = json.loads(self.succeeds(*self.start("--json", "--data", other)[:6], other,
+                                        *words(SMALL), "--json"))
+        self.assertEqual([file["name"] for file in told["data"]["files"]],
+                         ["text.txt", "other.txt"])
+
+    def test_examples_of_the_help(self):
+        (self.folder / "model.gguf").symlink_to(self.model)
+        ran = 0
+        help_text = self.succeeds("quantize", "--help")
+        for line in help_text[help_text.index("Examples:"):].splitlines():
+            if not line.startswith("  rabit "):
+                continue
+            arguments = shlex.split(line)[1:]
+            out = self.folder / arguments[arguments.index("-o") + 1]
+            for option, value in SMALL.items():
+                if option in arguments and arguments[arguments.index(option) + 1] != "0":
+                    arguments[arguments.index(option) + 1] = value
+                elif option not in arguments and option != "--tokens":
+                    arguments += [option, value]
+            if not any(option in arguments for option in ("--tokens", "--minutes")):
+                arguments += ["--tokens", "128"]
+            if "--resume" in arguments:
+                # Something that is in the way when training is done leaves a checkpoint.
+                block = Path(f"{out}.unverified")
+                (block / "full").mkdir(parents=True)
+                first = [word for word in arguments if word != "--resume"]
+                self.assertEqual(self.run_rabit(*first).returncode, FAILURE)
+                (block / "full").rmdir()
+                block.rmdir()
+                self.assertTrue(Path(f"{out}.ckpt").exists())
+            done = self.run_rabit(*arguments)
+            if "cuda" in arguments and done.returncode == FAILURE:
+                self.assertRegex(self.one_line(done, line), "no GPU can be used")
+                self.assertFalse(out.exists())
+            else:
+                self.assertEqual(done.returncode, SUCCESS, (line, done.stderr.decode()))
+                self.assertTrue(json.loads(self.succeeds("inspect", out, "--json"))["runnable"])
+                out.unlink()
+            ran += 1
+        self.assertGreaterEqual(ran, 4)
+
+    def test_bad_files(self):
+        missing = self.folder / "missing"
+        cases = (
+            ((missing, self.text), "missing"),
+            ((self.text, self.text), "not a GGUF"),
+            ((self.folder, self.text), "not a regular file"),
+            ((self.model, missing), "missing"),
+            ((self.model, self.folder), "not a regular file"),
+            ((self.model, self.file("empty.txt", b"")), "empty"),
+            ((self.model, self.file("latin.txt", b"caf\xe9 " * 99)), "not UTF-8 at byte 3"),
+            ((self.model, self.file("short.txt", "Ten words")), "less than one window of 32"),
+            ((self.file("cut.gguf", self.model.read_bytes()[:-9]), self.text), "cut.gguf"),
+        )
+        for (model, data), says in cases:
+            self.fails("quantize", model, "-o", self.out, "--data", data, *words(SMALL), says=says)
+        self.fails(*self.start("--eval", self.file("few.txt", "Ten words"), "--eval-ctx", 32),
+                   says="fewer?|less than one window of 32")
+        self.fails(*self.start("--eval", missing), says="missing")
+        self.fails(*self.start("--seq-len", CONTEXT + 1), says=f"at most {CONTEXT} positions")
+        self.fails(*self.start("--device", "tpu"), says="tpu: not a device")
+        self.fails(*self.start("--resume"), says="no checkpoint to resume from")
+        self.fails(*self.start("--minutes", 0.1), says="too short")
+
+    def test_packed_models_are_refused(self):
+        self.succeeds(*self.start("--tokens", 0, "--warm-epochs", 0))
+        self.fails("quantize", self.out, "-o", self.folder / "again.gguf", "--data", self.text,
+                   *words(SMALL), says="packed already", out=self.folder / "again.gguf")
+
+    def test_bad_outputs(self):
+        def to(out, says, **more):
+            self.fails("quantize", self.model, "-o", out, "--data", self.text, *words(SMALL),
+                       says=says, out=out, **more)
+
+        to(self.folder / "none" / "out.gguf", "no such folder")
+        to(self.folder, "folder|directory")
+        pipe = self.folder / "pipe"  # as /dev/null: there, and no file to be replaced
+        os.mkfifo(pipe)
+        to(pipe, "not a regular file")
+        self.assertTrue(pipe.is_fifo())
+        to("/proc/out.gguf", "cannot create")
+        to(self.text / "out.gguf", "no such folder")
+        before = self.model.read_bytes()
+        done = self.run_rabit("quantize", self.model, "-o", self.model, "--data", self.text,
+                              *words(SMALL))
+        self.assertEqual(done.returncode, FAILURE)
+        self.assertIn("original model itself", self.one_line(done, "-o MODEL"))
+        self.assertEqual(self.model.read_bytes(), before)
+
+    def test_full_disk(self):
+        def small_files():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+
+        self.fails(*self.start(), says="cannot write .*out.gguf", preexec_fn=small_files)
+        self.assertFalse(Path(f"{self.out}.ckpt").exists())
+        self.assertEqual({path.name for path in self.folder.iterdir()}, {"text.txt"})
+
+    def test_wrong_usage(self):
+        self.fails("quantize", code=USAGE, says="see rabit quantize --help")
+        self.fails("quantize", self.model, "--data", self.text, code=USAGE, says="-o")
+        self.fails("quantize", self.model, "-o", self.out, code=USAGE, says="--data")
+        self.fails(*self.start("--frobnicate"), code=USAGE, says="frobnicate")
+        self.fails(*self.start("--embedding", "q4"), code=USAGE, says="--embedding")
+        self.fails(*self.start("--compute", "f64"), code=USAGE, says="--compute")
+        self.fails(*self.start("--seed", 1, "--seed", 2), code=USAGE, says="--seed")
+        for option, bad in {
+            "--bits": (0, 5, "x", 1.5), "--tokens": (-2, "1e3"), "--calib-tokens": (0, "x"),
+            "-t": (-1, "x"), "--init-sweeps": (0,), "--als-steps": (-1,),
+            "--seq-len": (15, "0x20"), "--seed": (-1, "99999999999999999999"),
+            "--warm-batch": (0,), "--batch": (0, ""), "--eval-ctx": (1,),
+            "--minutes": (-1, "nan", "inf", "x"), "--warm-epochs": (-0.1,),
+            "--checkpoint-minutes": (0,), "--ef-damp": (0, "nan"), "--alpha-in": (-1,),
+            "--alpha-out": (5,), "--warm-muon-lr": (11,), "--warm-scale-lr": (-1,),
+            "--muon-lr": ("1,5",), "--scale-lr": ("nan",), "--warmup": (1,), "--gamma": (-1,),
+            "--clip": (0,),
+        }.items():
+            for value in bad:
+                start = ("quantize", self.model, "-o", self.out, "--data", self.text)
+                self.fails(*start, option, value, code=USAGE, says=option)
+
+    def begin(self, *more):
+        """A run of some seconds a block that saves after each."""
+        process = subprocess.Popen(
+            [RABIT, *map(str, self.start("--warm-epochs", 150, "--checkpoint-minutes", 0.01,
+                                         "--tokens", 0, *more))],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def stopped(self, process, says):
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, INTERRUPTED, error)
+        done = subprocess.CompletedProcess((), INTERRUPTED, out, error)
+        self.assertRegex(self.one_line(done, "SIGINT"), says)
+        self.assertEqual(out, b"")
+        for end in LEFTOVERS:
+            self.assertFalse(Path(f"{self.out}{end}").exists(), end)
+
+    def test_interrupt_and_resume(self):
+        checkpoint = Path(f"{self.out}.ckpt")
+        process = self.begin("--compute", "f32")
+        until = time.monotonic() + 60
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        self.stopped(process, "interrupted; .*out.gguf.ckpt holds what was done.*--resume")
+        self.assertTrue(checkpoint.exists())
+        process = self.begin("--compute", "f32", "--resume", "--bits", "3")
+        _, error = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, FAILURE)
+        self.assertIn(b"/settings/paths", error)
+        process = self.begin("--compute", "f32", "--resume")
+        _, error = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, SUCCESS, error)
+        self.assertRegex(error, rb"resuming: [12] of 3 blocks")
+        self.assertFalse(checkpoint.exists())
+        resumed = self.out.read_bytes()
+        process = self.begin("--compute", "f32")
+        _, error = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, SUCCESS, error)
+        self.assertTrue(self.out.read_bytes() == resumed, "not the file of a run in one piece")
+
+    def test_interrupt_at_the_start(self):
+        process = self.begin()
+        process.stderr.readline()  # "N tokens of training text"
+        self.stopped(process, "interrupted before anything was finished; nothing was written")
+        self.assertFalse(Path(f"{self.out}.ckpt").exists())
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=1)
