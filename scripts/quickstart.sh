@@ -123,7 +123,7 @@ if [[ -s $student ]] && ((!force)); then
   say "reusing $student (--force makes it again)"
 else
   arguments=(quantize "$teacher" -o "$student" --data "$train_text" --bits 2 --minutes "$minutes"
-    --threads "$threads")
+    --threads "$threads" --seq-len 512 --als-steps 4)
   if [[ -e $student.ckpt ]] && ((!force)); then
     say "going on from $student.ckpt, which an interrupted run left (--force starts again)"
     arguments+=(--resume)

@@ -216,12 +216,15 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       const double needed = cost.fit + static_cast<double>(kMinWindows) *
                                            (cost.pass_per_window + epochs * cost.train_per_window);
       return Error{fmt::format(
-          "--minutes {}: too short for this machine, which needs about {:.1f} minutes at least",
+          "--minutes {}: too short for this machine, which needs about {:.1f} minutes at least "
+          "({:.1f} s to fit a block, {:.0f} tokens/s through it, {:.0f} tokens/s in training)",
           options.minutes,
           std::ceil((needed * static_cast<double>(config.layers) / session.warm_share +
                      session.clock.elapsed() + 30.0) /
                     6.0) /
-              10.0)};
+              10.0,
+          cost.fit, static_cast<double>(options.seq_len) / cost.pass_per_window,
+          train ? static_cast<double>(options.seq_len) / cost.train_per_window : 0.0)};
     }
     windows = std::min(windows, static_cast<int64_t>(most));
     session.observer.message(fmt::format(
