@@ -138,7 +138,10 @@ TEST_F(TrainNetwork, ErrorFeedbackLowersTheErrorOfABlock) {
   const SmallModel small(6, true, 0);
   QuantizeOptions options;
   const TrainObserver observer;
-  TrainSession session{options, observer, load(write(small)), {}, {}, ThreadPool(1), Clock()};
+  const auto file = GgufFile::open(write(small));
+  ASSERT_TRUE(file);
+  TrainSession session{**file, options, observer,      load(write(small)),
+                       {},     {},      ThreadPool(1), Clock()};
   session.student.blocks.resize(2);
   // Inputs that lie near a space of 8 dimensions of 48, as those of real layers lie near few.
   at::manual_seed(1);
@@ -190,8 +193,11 @@ TEST_F(TrainNetwork, ImportanceIsWhatItSays) {
   options.alpha_out = 1.0;
   const TrainObserver observer;
   const std::vector<int32_t> tokens = random_tokens(windows * length, 8, small.sizes.vocab);
-  TrainSession session{options,       observer, load(write(small)), {}, ids_of(tokens, windows),
-                       ThreadPool(1), Clock()};
+  const auto file = GgufFile::open(write(small));
+  ASSERT_TRUE(file);
+  TrainSession session{
+      **file,        options, observer, load(write(small)), {}, ids_of(tokens, windows),
+      ThreadPool(1), Clock()};
   const auto importance = measure_importance(session);
   ASSERT_TRUE(importance) << importance.error().message;
 

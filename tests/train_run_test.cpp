@@ -546,8 +546,8 @@ TEST_F(TrainRun, PackingRefusesWhatIsNotTheStudent) {
   const TrainObserver observer;
   auto network = load_network(*model_, at::kCPU, at::kFloat);
   ASSERT_TRUE(network);
-  TrainSession session{options_,      observer, std::move(network).value(), {}, {},
-                       ThreadPool(1), Clock()};
+  TrainSession session{*model_, options_, observer,      std::move(network).value(),
+                       {},      {},       ThreadPool(1), Clock()};
   session.log = {{"settings", json::object()},
                  {"source", {{"sha256", ""}}},
                  {"data", {{"files", json::array()}}}};

@@ -151,19 +151,28 @@ CLI::Option* add_threads(CLI::App* app, int64_t& value) {
                      "Threads; 0 takes as many as the process may use");
 }
 
+std::vector<int32_t> tokens_of_text(const Tokenizer& tokenizer, std::string_view text) {
+  std::vector<int32_t> tokens = tokenizer.encode(text, /*parse_special=*/false);
+  if (tokenizer.spec().add_bos) {
+    tokens.insert(tokens.begin(), static_cast<int32_t>(tokenizer.spec().bos_id));
+  }
+  return tokens;
+}
+
 double now_seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-Progress::Progress(std::string what)
+Progress::Progress(std::string what, int64_t done)
     : what_(std::move(what)),
+      first_(done),
       started_(now_seconds()),
       last_(started_),
       terminal_(isatty(STDERR_FILENO) != 0) {}
 
 void Progress::update(int64_t done, int64_t total, const std::string& detail) {
   const double now = now_seconds(), elapsed = now - started_;
-  const double rate = elapsed > 0 ? static_cast<double>(done) / elapsed : 0;
+  const double rate = elapsed > 0 ? static_cast<double>(done - first_) / elapsed : 0;
   std::string line = fmt::format("{}: {}/{}", what_, done, total);
   if (total > 0) {
     line += fmt::format(" ({}%)", 100 * done / total);

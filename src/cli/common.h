@@ -30,6 +30,10 @@ enum ExitCode { kSuccess = 0, kFailure = 1, kUsageError = 2, kInterrupted = 130 
 /// The tokenizer that a GGUF file carries in `tokenizer.ggml.*`.
 Result<std::shared_ptr<Tokenizer>> load_tokenizer(const GgufFile& file);
 
+/// A text to be scored as a model reads it: tokenized once, special tokens as plain text, BOS only
+/// if the model's own tokenizer asks for it.
+std::vector<int32_t> tokens_of_text(const Tokenizer& tokenizer, std::string_view text);
+
 /// Writes to stdout at once. Errors: a closed stdout, a full disk, a reader that went away.
 Status write_stdout(std::string_view text);
 
@@ -61,12 +65,14 @@ double now_seconds();
 /// ten seconds and at the end.
 class Progress {
  public:
-  explicit Progress(std::string what);
+  /// `done`: what was finished before the clock started.
+  explicit Progress(std::string what, int64_t done = 0);
   void update(int64_t done, int64_t total, const std::string& detail);
   void finish();
 
  private:
   std::string what_;
+  int64_t first_;
   double started_ = 0, last_ = 0;
   bool terminal_ = false, drawn_ = false;
   std::string pending_;  // newest line when it has not been printed yet

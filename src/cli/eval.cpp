@@ -20,23 +20,13 @@ struct EvalOptions {
   bool dense_f32 = false, json = false;
 };
 
-/// The text as the model reads it: tokenized once, special tokens as plain text, BOS only if the
-/// model's own tokenizer asks for it.
-std::vector<int32_t> tokenize(const Tokenizer& tokenizer, const std::string& text) {
-  std::vector<int32_t> tokens = tokenizer.encode(text, /*parse_special=*/false);
-  if (tokenizer.spec().add_bos) {
-    tokens.insert(tokens.begin(), static_cast<int32_t>(tokenizer.spec().bos_id));
-  }
-  return tokens;
-}
-
 Status eval(const EvalOptions& options) {
   RABIT_ASSIGN(const auto file, GgufFile::open(options.model));
   RABIT_ASSIGN(const ModelConfig config, read_model_config(*file));
   RABIT_ASSIGN(const SizeReport size, size_report(*file, config));
   RABIT_ASSIGN(const auto tokenizer, load_tokenizer(*file));
   RABIT_ASSIGN(const std::string text, read_text_file(options.text));
-  const std::vector<int32_t> tokens = tokenize(*tokenizer, text);
+  const std::vector<int32_t> tokens = tokens_of_text(*tokenizer, text);
   const auto count = static_cast<int64_t>(tokens.size());
   if (count < options.ctx) {
     return Error{

@@ -33,7 +33,7 @@ Command add_quantize(CLI::App& app) {
 namespace {
 
 struct Arguments {
-  std::string model, out, compute = "auto", embedding = "q8_0", eval_text;
+  std::string model, out, method = "rabit", compute = "auto", embedding = "q8_0", eval_text;
   std::vector<std::string> data;
   int64_t eval_ctx = 2048, threads = 0, seed = 1;
   bool no_error_feedback = false, json = false;
@@ -115,7 +115,7 @@ Status run(const Arguments& arguments) {
   train::HeldOut held_out;
   if (!arguments.eval_text.empty()) {
     RABIT_ASSIGN(const std::string content, read_text_file(arguments.eval_text));
-    held_out.tokens = tokenizer->encode(content, false);
+    held_out.tokens = tokens_of_text(*tokenizer, content);
     held_out.ctx = arguments.eval_ctx;
   }
 
@@ -127,19 +127,16 @@ Status run(const Arguments& arguments) {
       if (progress) {
         progress->finish();
       }
-      progress = std::make_unique<Progress>(phase = p.phase);
+      progress = std::make_unique<Progress>(phase = p.phase, p.done);
     }
-    std::string detail;
+    std::vector<std::string> details;
     if (!std::isnan(p.loss)) {
-      detail += fmt::format("loss {:.4f}", p.loss);
+      details.push_back(fmt::format("loss {:.4f}", p.loss));
     }
     if (p.tokens_per_second > 0.0) {
-      detail += fmt::format(", {:.0f} tokens/s", p.tokens_per_second);
+      details.push_back(fmt::format("{:.0f} tokens/s", p.tokens_per_second));
     }
-    if (p.eta_seconds >= 0.0) {
-      detail += fmt::format(", {:.0f} s left", p.eta_seconds);
-    }
-    progress->update(p.done, p.total, detail);
+    progress->update(p.done, p.total, fmt::format("{}", fmt::join(details, ", ")));
   };
   observer.message = [&](const std::string& line) {
     if (progress) {
@@ -150,20 +147,19 @@ Status run(const Arguments& arguments) {
     fmt::print(stderr, "{}\n", line);
   };
   observer.message(fmt::format("{} tokens of training text", text.tokens.size()));
-  if (!held_out.tokens.empty() && static_cast<int64_t>(held_out.tokens.size()) < held_out.ctx) {
-    return Error{
-        fmt::format("--eval {}: {} tokens are less than one window of {}; give a longer text "
-                    "or a smaller --eval-ctx",
-                    arguments.eval_text, held_out.tokens.size(), held_out.ctx)};
-  }
+  std::filesystem::path checkpoint = arguments.out;
+  checkpoint += ".ckpt";
+  std::error_code absent;
+  const auto before = std::filesystem::last_write_time(checkpoint, absent);
   const Status status = train::quantize(*model, text, held_out, arguments.out, options, observer);
   if (progress) {
     progress->finish();
   }
   if (!status) {
-    std::filesystem::path checkpoint = arguments.out;
-    checkpoint += ".ckpt";
-    if (status.error().interrupted && std::filesystem::exists(checkpoint)) {
+    std::error_code gone;
+    const auto after = std::filesystem::last_write_time(checkpoint, gone);
+    const bool holds_this_run = !gone && (options.resume || absent || after != before);
+    if (status.error().interrupted && holds_this_run) {
       return Error{"interrupted; " + checkpoint.string() +
                        " holds what was done, go on with the same command and --resume",
                    true};
@@ -172,6 +168,9 @@ Status run(const Arguments& arguments) {
       return Error{"interrupted before anything was finished; nothing was written", true};
     }
     return status;
+  }
+  if (options.dry_run) {
+    return {};
   }
   if (arguments.json) {
     RABIT_ASSIGN(const std::string log, read_file(arguments.out + ".json"));
@@ -201,6 +200,9 @@ Command add_quantize(CLI::App& app) {
                    "UTF-8 text files to train on; documents end at lines that hold only "
                    "<|endoftext|>")
       ->required();
+  command->add_option("--method", a.method, "How the paths are trained: rabit (coupled)")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"rabit"}));
   add_integer(command, "--bits", o.paths, 1, 4, "Binary paths, one bit a weight each");
 
   auto* length = command->add_option_group("How long");
@@ -218,6 +220,7 @@ Command add_quantize(CLI::App& app) {
   where->add_option("--compute", a.compute, "Arithmetic of the products: auto, bf16 or f32")
       ->capture_default_str()
       ->check(CLI::IsMember({"auto", "bf16", "f32"}));
+  where->add_flag("--dry-run", o.dry_run, "Load, measure the speed, say the plan, and stop");
   where->add_flag("--resume", o.resume, "Go on from OUT.ckpt, which an interrupted run left");
   add_number(where, "--checkpoint-minutes", o.checkpoint_minutes, 0.01, 1e6,
              "Time between checkpoints");
@@ -255,7 +258,8 @@ Command add_quantize(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::IsMember({"q8_0", "f16"}));
   output->add_option("--eval", a.eval_text,
-                     "Text to measure teacher and student on after training, with torch");
+                     "Text to measure teacher and student on after training, with torch; its time "
+                     "comes on top of --minutes");
   add_integer(output, "--eval-ctx", a.eval_ctx, 2, int64_t{1} << 20, "Window of --eval");
   output->add_flag("--json", a.json, "Print the run's log as one JSON object");
   command->footer(
@@ -265,6 +269,7 @@ Command add_quantize(CLI::App& app) {
       "4000000\n"
       "  rabit quantize model.gguf -o model.3bit.gguf --data text.txt --bits 3 --warm-epochs 0 "
       "--tokens 0\n"
+      "  rabit quantize model.gguf -o model.2bit.gguf --data text.txt --dry-run\n"
       "  rabit quantize model.gguf -o model.2bit.gguf --data text.txt --resume");
   return {command, [arguments] { return run(*arguments); }};
 }

@@ -72,6 +72,10 @@ void rank_one(int64_t d_out, int64_t d_in, const float* r, bool warm, float* g, 
       add_scaled_abs(r + row * d_in, static_cast<float>(g[row] / g_norm), d_in, h);
     }
     const double h_norm = squared_norm(h, d_in);
+    if (h_norm == 0.0) {
+      std::fill(g, g + d_out, 0.0F);
+      return;
+    }
     for (int64_t row = 0; row < d_out; ++row) {
       g[row] = static_cast<float>(dot_abs(r + row * d_in, h, d_in) / h_norm);
     }

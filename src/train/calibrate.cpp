@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "base/interrupt.h"
+#include "io/dequant.h"
 #include "train/session.h"
 
 namespace rabit::train {
@@ -63,11 +64,16 @@ StudentLinear make_linear(const TrainSession& session, const quant::Shape& shape
           leaf(host(scales.h, shape.paths, shape.d_in))};
 }
 
-// The teacher's weight in float32 on the host, a copy.
-at::Tensor host_weight(const TrainSession& session, int64_t layer, Role role) {
-  const auto& weights = session.teacher.blocks[static_cast<size_t>(layer)];
-  return weights.linear[index_of(role)].to(at::kCPU, at::kFloat, /*non_blocking=*/false,
-                                           /*copy=*/true);
+// The original weight (d_out, d_in) in float32 from the file: the teacher may hold it in bf16.
+Result<at::Tensor> original_weight(const TrainSession& session, int64_t layer, Role role) {
+  const LinearShape shape = linear_shape(session.config(), role);
+  RABIT_ASSIGN(const TensorInfo* info,
+               session.model.get_tensor(linear_name(layer, role) + ".weight",
+                                        std::array{shape.d_in, shape.d_out}));
+  at::Tensor weight = at::empty({shape.d_out, shape.d_in}, at::kFloat);
+  RABIT_CHECK(dequantize(
+      *info, 0, std::span(weight.mutable_data_ptr<float>(), static_cast<size_t>(weight.numel()))));
+  return weight;
 }
 
 quant::Shape shape_of(const TrainSession& session, Role role) {
@@ -118,7 +124,7 @@ Status quantize_roles(TrainSession& session, int64_t layer, std::initializer_lis
   for (const Role role : roles) {
     RABIT_CHECK(check_interrupt());
     const quant::Shape shape = shape_of(session, role);
-    at::Tensor w = host_weight(session, layer, role);
+    RABIT_ASSIGN(at::Tensor w, original_weight(session, layer, role));
     const quant::Scales scales =
         quant::fit_scales(shape, w.const_data_ptr<float>(), {}, s_in,
                           {options.init_sweeps, options.als_steps}, session.pool);
@@ -130,28 +136,6 @@ Status quantize_roles(TrainSession& session, int64_t layer, std::initializer_lis
 }
 
 }  // namespace
-
-std::vector<at::Tensor> latents(const Student& student, size_t begin_block, size_t end_block) {
-  std::vector<at::Tensor> out;
-  for (size_t b = begin_block; b < end_block; ++b) {
-    for (const auto& linear : student.blocks[b]) {
-      out.push_back(linear.latent);
-    }
-  }
-  return out;
-}
-
-std::vector<at::Tensor> scale_tensors(const Student& student, size_t begin_block,
-                                      size_t end_block) {
-  std::vector<at::Tensor> out;
-  for (size_t b = begin_block; b < end_block; ++b) {
-    for (const auto& linear : student.blocks[b]) {
-      out.push_back(linear.g);
-      out.push_back(linear.h);
-    }
-  }
-  return out;
-}
 
 Status initialise_block(TrainSession& session, int64_t layer, const at::Tensor& x) {
   const at::NoGradGuard no_grad;
@@ -267,7 +251,7 @@ Result<std::vector<std::array<Importance, kRoleCount>>> measure_importance(Train
     const at::Tensor logits = at::matmul(hidden[0].narrow(0, 0, ids.size(1) - 1), teacher.head.t());
     at::cross_entropy_loss(logits.to(at::kFloat), ids[0].narrow(0, 1, ids.size(1) - 1)).backward();
     if (session.observer.progress) {
-      session.observer.progress({"importance", i + 1, windows, NAN, 0.0, -1.0});
+      session.observer.progress({"importance", i + 1, windows, NAN, 0.0});
     }
   }
   std::vector<std::array<Importance, kRoleCount>> importance(taps.size());
@@ -287,7 +271,7 @@ Status initialise_block(TrainSession& session, int64_t layer,
   for (const Role role : kRoles) {
     RABIT_CHECK(check_interrupt());
     const quant::Shape shape = shape_of(session, role);
-    const at::Tensor w = host_weight(session, layer, role);
+    RABIT_ASSIGN(const at::Tensor w, original_weight(session, layer, role));
     const Importance& weight = importance[index_of(role)];
     const quant::Scales scales =
         quant::fit_scales(shape, w.const_data_ptr<float>(), weight.out, weight.in,

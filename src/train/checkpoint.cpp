@@ -52,7 +52,7 @@ std::string settings_fingerprint(const TrainSession& session) {
   }
   return nlohmann::json{
       {"settings", settings}, {"data", session.log["data"]}, {"source", session.log["source"]}}
-      .dump();
+      .dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
 Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
@@ -62,7 +62,8 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
   writer.set("general.architecture", MetaValue::string("rabit-checkpoint"));
   writer.set(key("version"), MetaValue::u32(kCheckpointVersion));
   writer.set(key("fingerprint"), MetaValue::string(settings_fingerprint(session)));
-  writer.set(key("log"), MetaValue::string(session.log.dump()));
+  writer.set(key("log"), MetaValue::string(session.log.dump(
+                             -1, ' ', false, nlohmann::json::error_handler_t::replace)));
   writer.set(key("blocks_done"), MetaValue::u32(static_cast<uint32_t>(blocks_done)));
   // Steps may have been taken none of which was usable: then there is no state to keep.
   const bool optimized = distill != nullptr && distill->mean.defined();
@@ -93,6 +94,12 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
     session.observer.message("checkpoint: " + session.checkpoint_path.string());
   }
   return {};
+}
+
+void save_or_say(const TrainSession& session, int64_t blocks_done, const DistillState* distill) {
+  if (const Status saved = save_checkpoint(session, blocks_done, distill); !saved) {
+    session.observer.message("no checkpoint: " + saved.error().message + "; going on without");
+  }
 }
 
 Result<Resumed> load_checkpoint(TrainSession& session) {

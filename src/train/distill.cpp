@@ -148,11 +148,13 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
 
     const int64_t done = step + 1 - first_step;
     const double rate = static_cast<double>(done * step_tokens) / clock.elapsed();
-    const double share = std::max(static_cast<double>(step + 1) / static_cast<double>(steps),
-                                  clock.limited() ? clock.elapsed() / time_budget : 0.0);
     if (session.observer.progress) {
-      session.observer.progress({"distil", (step + 1) * step_tokens, steps * step_tokens, smoothed,
-                                 rate, clock.elapsed() * (1.0 - share) / std::max(share, 1e-9)});
+      // Where time will end the phase first, the total is what it will reach.
+      const double share = std::max(static_cast<double>(step + 1) / static_cast<double>(steps),
+                                    clock.limited() ? clock.elapsed() / time_budget : 0.0);
+      const auto total = static_cast<int64_t>(static_cast<double>(step + 1) / std::min(1.0, share));
+      session.observer.progress(
+          {"distil", (step + 1) * step_tokens, total * step_tokens, smoothed, rate});
     }
     if (step % std::max<int64_t>(1, steps / 200) == 0 || step + 1 == steps) {
       session.log["distill"].push_back({{"step", step + 1},
@@ -163,7 +165,8 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
                                         {"tokens_per_second", rate}});
     }
     if (since_checkpoint.elapsed() > options.checkpoint_minutes * 60.0) {
-      RABIT_CHECK(save(step + 1));
+      const DistillState now = state_at(step + 1);
+      save_or_say(session, static_cast<int64_t>(blocks), &now);
       since_checkpoint = Clock();
     }
   }

@@ -122,6 +122,28 @@ BlockWeights student_weights(const StudentBlock& student, const BlockWeights& te
   return weights;
 }
 
+std::vector<at::Tensor> latents(const Student& student, size_t begin_block, size_t end_block) {
+  std::vector<at::Tensor> out;
+  for (size_t b = begin_block; b < end_block; ++b) {
+    for (const auto& linear : student.blocks[b]) {
+      out.push_back(linear.latent);
+    }
+  }
+  return out;
+}
+
+std::vector<at::Tensor> scale_tensors(const Student& student, size_t begin_block,
+                                      size_t end_block) {
+  std::vector<at::Tensor> out;
+  for (size_t b = begin_block; b < end_block; ++b) {
+    for (const auto& linear : student.blocks[b]) {
+      out.push_back(linear.g);
+      out.push_back(linear.h);
+    }
+  }
+  return out;
+}
+
 quant::Scales host_scales(const StudentLinear& linear) {
   const auto copy = [](const at::Tensor& tensor) {
     const at::Tensor host = tensor.detach().to(at::kCPU).contiguous();

@@ -36,6 +36,14 @@ at::Tensor coupled_weight_by_operations(const StudentLinear& linear, at::ScalarT
 BlockWeights student_weights(const StudentBlock& student, const BlockWeights& teacher,
                              at::ScalarType compute);
 
+struct Student {
+  std::vector<StudentBlock> blocks;
+};
+
+/// Leaves of the graph, in one fixed order: latents, then scales.
+std::vector<at::Tensor> latents(const Student& student, size_t begin_block, size_t end_block);
+std::vector<at::Tensor> scale_tensors(const Student& student, size_t begin_block, size_t end_block);
+
 /// The float scales, on the host.
 quant::Scales host_scales(const StudentLinear& linear);
 

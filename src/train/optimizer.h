@@ -4,8 +4,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <functional>
-#include <string>
 #include <vector>
 
 namespace rabit::train {

@@ -96,24 +96,17 @@ Status verify(const TrainSession& session, const std::filesystem::path& path) {
         return Error{path.string() + ": " + name +
                      ": the packed signs are not those of the trained weights; nothing was kept"};
       }
-      RABIT_ASSIGN(const std::vector<float> row_scale, dequantize(*rows));
-      RABIT_ASSIGN(const std::vector<float> col_scale, dequantize(*columns));
-      for (int64_t i = 0; i < shape.paths; ++i) {
-        for (int64_t r = 0; r < shape.d_out; ++r) {
-          // Rounding to F16 twice (g and h) moves a product by at most 2^-11 + 2^-11 and a little;
-          // values below F16's normal range are held to its smallest step.
-          const auto product = [&](const std::vector<float>& g, const std::vector<float>& h) {
-            return static_cast<double>(g[i * shape.d_out + r]) * h[i * shape.d_in];
-          };
-          const double exact = product(scales.g, scales.h);
-          const double stored = product(row_scale, col_scale);
-          if (std::fabs(exact - stored) > std::fabs(exact) * 1.1e-3 + 1e-6) {
-            return Error{
-                fmt::format("{}: {}: path {}, row {}: the stored scale is off ({} for {}); "
-                            "nothing was kept",
-                            path.string(), name, i + 1, r, stored, exact)};
-          }
-        }
+      // Scales: the very halves that packing gives, each within half a unit of what was trained.
+      const at::Tensor latent = linear.latent.detach().to(at::kCPU).contiguous();
+      RABIT_ASSIGN(const quant::PackedLinear again,
+                   quant::pack(shape, latent.const_data_ptr<float>(), scales));
+      const auto same = [](const TensorInfo& stored, const std::vector<uint16_t>& expected) {
+        return stored.data.size() == expected.size() * sizeof(uint16_t) &&
+               std::memcmp(stored.data.data(), expected.data(), stored.data.size()) == 0;
+      };
+      if (!same(*rows, again.row_scale) || !same(*columns, again.col_scale)) {
+        return Error{path.string() + ": " + name +
+                     ": the stored scales are not those of the trained layer; nothing was kept"};
       }
     }
   }
@@ -158,7 +151,9 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
   writer.set("rabit.bits_per_weight", MetaValue::f64(bits_per_weight));
   writer.set("rabit.source.sha256",
              MetaValue::string(session.log["source"]["sha256"].get<std::string>()));
-  writer.set("rabit.train.settings", MetaValue::string(session.log["settings"].dump()));
+  writer.set("rabit.train.settings",
+             MetaValue::string(session.log["settings"].dump(
+                 -1, ' ', false, nlohmann::json::error_handler_t::replace)));
   writer.set("rabit.train.seed", MetaValue::u64(options.seed));
   writer.set("rabit.train.tokens",
              MetaValue::u64(session.log.value("distill_tokens", uint64_t{0})));
@@ -171,8 +166,6 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
   // Embedding, head and norms, in the source's order; packed layers in the place of their weights.
   std::vector<std::vector<std::byte>> q8_tensors;
   std::vector<std::vector<uint16_t>> f16_tensors;
-  size_t next_layer = 0;
-  std::vector<NamedLayer*> by_name;
   for (const auto& info : model.tensors()) {
     RABIT_CHECK(check_interrupt());
     const std::string base = info.name.substr(0, info.name.rfind(".weight"));
@@ -180,9 +173,13 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
                                     [&](const NamedLayer& l) { return l.name == base; });
     if (layer != layers.end()) {
       RABIT_CHECK(add_layer(writer, *layer));
-      ++next_layer;
-    } else if (info.ne.size() >= 2) {
+    } else if (info.name == "token_embd.weight" || info.name == "output.weight") {
       RABIT_ASSIGN(const std::vector<float> values, dequantize(info));
+      // Both types hold what they hold in F16: the values, or the scale of the largest of a block.
+      const auto outside = [](float v) { return !(std::fabs(v) <= 65504.0F); };
+      if (std::any_of(values.begin(), values.end(), outside)) {
+        return Error{info.name + ": has a value that F16 cannot hold"};
+      }
       if (options.embedding == EmbeddingType::kQ8_0 && info.ne[0] % kQ8Block == 0) {
         RABIT_CHECK(writer.add_tensor(info.name, TensorType::kQ8_0, info.ne,
                                       q8_tensors.emplace_back(to_q8_0(values))));

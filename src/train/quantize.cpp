@@ -107,6 +107,14 @@ Status check_options(const QuantizeOptions& o) {
   };
   RABIT_CHECK(range("--bits", static_cast<double>(o.paths), 1, quant::kMaxPaths));
   RABIT_CHECK(range("--seq-len", static_cast<double>(o.seq_len), 16, 1 << 20));
+  RABIT_CHECK(range("--minutes", o.minutes, 0, 1e9));
+  RABIT_CHECK(range("--calib-tokens", static_cast<double>(o.calib_tokens), 1, 1e15));
+  RABIT_CHECK(range("--init-sweeps", static_cast<double>(o.init_sweeps), 1, 1e6));
+  RABIT_CHECK(range("--als-steps", static_cast<double>(o.als_steps), 0, 1e6));
+  RABIT_CHECK(range("--alpha-in", o.alpha_in, 0, 16));
+  RABIT_CHECK(range("--alpha-out", o.alpha_out, 0, 16));
+  RABIT_CHECK(range("--gamma", o.gamma, 0, 1e9));
+  RABIT_CHECK(range("--clip", o.clip, 1e-12, 1e12));
   RABIT_CHECK(range("--ef-damp", o.ef_damp, 1e-8, 1e3));
   RABIT_CHECK(range("--warm-batch", static_cast<double>(o.warm_batch), 1, 1e6));
   RABIT_CHECK(range("--batch", static_cast<double>(o.batch), 1, 1e6));
@@ -117,6 +125,12 @@ Status check_options(const QuantizeOptions& o) {
         std::pair{"--warm-muon-lr", o.warm_muon_lr},
         std::pair{"--warm-scale-lr", o.warm_scale_lr}}) {
     RABIT_CHECK(range(name, rate, 0, 10));
+  }
+  if (o.tokens > 0 && o.tokens < o.batch * o.seq_len) {
+    return Error{
+        fmt::format("--tokens {}: less than one step of {} windows of {}; give 0 or more "
+                    "tokens, or a smaller --batch or --seq-len",
+                    o.tokens, o.batch, o.seq_len)};
   }
   return {};
 }
@@ -176,7 +190,7 @@ Status write_log(const json& log, const std::filesystem::path& out) {
   std::filesystem::path path = out;
   path += ".json";
   RABIT_ASSIGN(AtomicFile file, AtomicFile::create(path));
-  RABIT_CHECK(file.write(log.dump(2) + "\n"));
+  RABIT_CHECK(file.write(log.dump(2, ' ', false, json::error_handler_t::replace) + "\n"));
   return file.commit();
 }
 
@@ -205,6 +219,15 @@ Status evaluate(TrainSession& session, const HeldOut& held_out) {
                                          result.perplexity, result.perplexity_stderr));
   }
   return {};
+}
+
+// torch reports what goes wrong, running out of memory above all, by exceptions.
+template <typename Body>
+Status without_exceptions(const Body& body) try {
+  return body();
+} catch (const c10::Error& error) {
+  const std::string what = error.what_without_backtrace();
+  return Error{"torch: " + what.substr(0, what.find('\n'))};
 }
 
 Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out,
@@ -245,11 +268,20 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
       bounded && distill_tokens > 0 ? fmt::format(" within {:.0f} s", phases.left() * kDistillShare)
                                     : ""));
   const int64_t layers = session.config().layers;
+  if (options.dry_run && (resumed.distilling || resumed.blocks_done == layers)) {
+    return {};
+  }
+  const bool distilled = session.log.value("distill_planned", int64_t{0}) >= distill_tokens;
   if (!resumed.distilling && resumed.blocks_done < layers) {
     RABIT_CHECK(warm_start(session, resumed.blocks_done));
+    if (options.dry_run) {
+      return {};
+    }
+    if (!distilled) {
+      save_or_say(session, layers, nullptr);  // whatever distillation may meet, this is kept
+    }
   }
   // Distillation that time ended is as complete as one that ran out of steps.
-  const bool distilled = session.log.value("distill_planned", int64_t{0}) >= distill_tokens;
   if (!distilled) {
     session.clock = Clock(bounded ? std::max(1.0, phases.left()) : 0.0);
     RABIT_CHECK(distill(session, distill_tokens, resumed.distill));
@@ -258,8 +290,8 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     session.log["distill_tokens"] = resumed.distill.step * options.batch * options.seq_len;
   }
   const auto finish = [&]() -> Status {
-    RABIT_CHECK(evaluate(session, held_out));
-    RABIT_CHECK(write_packed_model(session, model, out));
+    RABIT_CHECK(without_exceptions([&] { return evaluate(session, held_out); }));
+    RABIT_CHECK(without_exceptions([&] { return write_packed_model(session, model, out); }));
     session.log["seconds"] = phases.elapsed() + spent;
     return write_log(session.log, out);
   };
@@ -267,7 +299,11 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     // Training is done: whatever ended the rest, it must not have been in vain.
     const Status saved =
         save_checkpoint(session, layers, resumed.distilling ? &resumed.distill : nullptr);
-    return saved || !status.error().interrupted ? status : saved;
+    if (!saved) {
+      return Error{status.error().message +
+                   "; and what was trained is lost: " + saved.error().message};
+    }
+    return status;
   }
   std::error_code ignored;
   std::filesystem::remove(session.checkpoint_path, ignored);
@@ -278,7 +314,7 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
 
 Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& held_out,
                 const std::filesystem::path& out, const QuantizeOptions& options,
-                const TrainObserver& caller) try {
+                const TrainObserver& caller) {
   const Clock clock;
   TrainObserver observer = caller;
   if (!observer.message) {
@@ -305,11 +341,16 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
     return Error{out.string() + ": is the original model itself; write to another file"};
   }
   RABIT_ASSIGN(const at::Tensor windows, cut_windows(text, options.seq_len, config.vocab_size));
-  RABIT_ASSIGN(Network teacher, load_network(model, device, compute));
+  Network teacher;
+  RABIT_CHECK(without_exceptions([&]() -> Status {
+    RABIT_ASSIGN(teacher, load_network(model, device, compute));
+    return {};
+  }));
 
   std::filesystem::path checkpoint = out;
   checkpoint += ".ckpt";
-  TrainSession session{options,
+  TrainSession session{model,
+                       options,
                        observer,
                        std::move(teacher),
                        {},
@@ -332,10 +373,7 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
   session.log["resumed"] = options.resume;
   session.log["warm_start"] = json::array();
   session.log["distill"] = json::array();
-  return run(session, model, held_out, out);
-} catch (const c10::Error& error) {
-  const std::string what = error.what_without_backtrace();
-  return Error{"torch: " + what.substr(0, what.find('\n'))};
+  return without_exceptions([&] { return run(session, model, held_out, out); });
 }
 
 }  // namespace rabit::train

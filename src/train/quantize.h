@@ -51,6 +51,7 @@ struct QuantizeOptions {
   EmbeddingType embedding = EmbeddingType::kQ8_0;
   double checkpoint_minutes = 10.0;
   bool resume = false;
+  bool dry_run = false;  // measure, say the plan, stop
 };
 
 /// What the run is doing; `total` 0 when unknown.
@@ -59,7 +60,6 @@ struct TrainProgress {
   int64_t done = 0, total = 0;
   double loss = 0.0;               // of the phase's own objective; NaN: none yet
   double tokens_per_second = 0.0;  // 0: not measured yet
-  double eta_seconds = -1.0;       // -1: unknown
 };
 
 struct TrainObserver {

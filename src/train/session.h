@@ -30,11 +30,8 @@ class Clock {
   double limit_;
 };
 
-struct Student {
-  std::vector<StudentBlock> blocks;
-};
-
 struct TrainSession {
+  const GgufFile& model;
   const QuantizeOptions& options;
   const TrainObserver& observer;
   Network teacher;
@@ -63,10 +60,6 @@ inline std::vector<int64_t> shuffled(int64_t count, uint64_t seed) {
   }
   return order;
 }
-
-/// Leaves of the graph, in one fixed order: latents, then scales.
-std::vector<at::Tensor> latents(const Student& student, size_t begin_block, size_t end_block);
-std::vector<at::Tensor> scale_tensors(const Student& student, size_t begin_block, size_t end_block);
 
 /// Phase 1 of block `layer`: fits scales and, if asked, runs error feedback, from the residual
 /// stream x (S, T, d_model) that the quantized prefix produces. Fills student.blocks[layer].
@@ -103,6 +96,9 @@ std::string settings_fingerprint(const TrainSession& session);
 /// Writes blocks [0, blocks_done) and, if given, the state of distillation.
 Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
                        const DistillState* distill);
+/// The same in the middle of a run, where a full disk must not end it: says what failed and goes
+/// on.
+void save_or_say(const TrainSession& session, int64_t blocks_done, const DistillState* distill);
 struct Resumed {
   int64_t blocks_done = 0;
   bool distilling = false;

@@ -164,6 +164,7 @@ Result<BlockCost> measure_cost(TrainSession& session, const Rotary& rotary, cons
   cost.pass_per_window = (init_clock.elapsed() - cost.fit) / count;
   const Clock forward_clock;
   RABIT_CHECK(run_block(session, session.teacher.blocks[0], rotary, sample, output));
+  (void)output.sum().item<float>();  // a GPU only queues: wait for it
   cost.pass_per_window += 2.0 * forward_clock.elapsed() / count;
   if (session.options.warm_epochs > 0.0) {
     // The second of two runs: the first pays for what torch sets up once.
@@ -178,6 +179,54 @@ Result<BlockCost> measure_cost(TrainSession& session, const Rotary& rotary, cons
   }
   session.student.blocks[0] = kept;
   return cost;
+}
+
+// Times a block, says what the phase will do, and, where time is bounded, takes as many windows and
+// epochs as it can pay for.
+Status plan(TrainSession& session, const Rotary& rotary, int64_t first_block, int64_t& windows,
+            double& epochs) {
+  const QuantizeOptions& options = session.options;
+  const Network& teacher = session.teacher;
+  const at::Tensor sample = [&] {
+    const at::NoGradGuard no_grad;
+    const int64_t count = std::min(windows, kMeasuredWindows);
+    return embed(teacher, session.windows.narrow(0, 0, count).to(teacher.device));
+  }();
+  RABIT_ASSIGN(const BlockCost cost, measure_cost(session, rotary, sample));
+  const auto seconds = [&](double count) {
+    return cost.fit + count * (cost.pass_per_window + epochs * cost.train_per_window);
+  };
+  const auto rate = [&](double seconds_per_window) {
+    return seconds_per_window > 0.0
+               ? fmt::format("{:.0f}", static_cast<double>(options.seq_len) / seconds_per_window)
+               : std::string("-");
+  };
+  const std::string speed =
+      fmt::format("{:.2f} s to fit a block, {} tokens/s through it, {} tokens/s in its training",
+                  cost.fit, rate(cost.pass_per_window), rate(cost.train_per_window));
+  const auto blocks = static_cast<double>(session.config().layers - first_block);
+  if (session.clock.limited()) {
+    const double share = session.clock.left() / blocks;
+    const auto least = static_cast<double>(std::min(windows, kMinWindows));
+    if (seconds(least) > share) {
+      epochs = std::min(epochs, 1.0);
+    }
+    if (seconds(least) > share) {
+      const double minutes =
+          (seconds(least) * blocks / session.warm_share + session.clock.elapsed() + 30.0) / 60.0;
+      return Error{
+          fmt::format("--minutes {}: too short for this machine, which needs about {:.1f} minutes "
+                      "at least ({})",
+                      options.minutes, std::ceil(minutes * 10.0) / 10.0, speed)};
+    }
+    const double affordable = (share - cost.fit) / (seconds(1.0) - cost.fit);
+    windows = std::min(windows, static_cast<int64_t>(affordable));
+  }
+  session.observer.message(
+      fmt::format("measured: {}; plan: {} blocks, each from {} tokens x {} epochs, {:.0f} s", speed,
+                  session.config().layers - first_block, windows * options.seq_len, epochs,
+                  blocks * seconds(static_cast<double>(windows))));
+  return {};
 }
 
 }  // namespace
@@ -196,46 +245,9 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   if (!options.error_feedback) {
     RABIT_ASSIGN(importance, measure_importance(session));
   }
-  if (session.clock.limited() && first_block < config.layers) {
-    const at::Tensor sample = [&] {
-      const at::NoGradGuard no_grad;
-      return embed(
-          teacher,
-          session.windows.narrow(0, 0, std::min(windows, kMeasuredWindows)).to(teacher.device));
-    }();
-    RABIT_ASSIGN(const BlockCost cost, measure_cost(session, rotary, sample));
-    const double share = session.clock.left() / static_cast<double>(config.layers - first_block);
-    const auto affordable = [&](double passes) {
-      return (share - cost.fit) / (cost.pass_per_window + passes * cost.train_per_window);
-    };
-    if (affordable(epochs) < static_cast<double>(std::min(windows, kMinWindows))) {
-      epochs = std::min(epochs, 1.0);
-    }
-    const double most = affordable(epochs);
-    if (most < static_cast<double>(std::min(windows, kMinWindows))) {
-      const double needed = cost.fit + static_cast<double>(kMinWindows) *
-                                           (cost.pass_per_window + epochs * cost.train_per_window);
-      return Error{fmt::format(
-          "--minutes {}: too short for this machine, which needs about {:.1f} minutes at least "
-          "({:.1f} s to fit a block, {:.0f} tokens/s through it, {:.0f} tokens/s in training)",
-          options.minutes,
-          std::ceil((needed * static_cast<double>(config.layers) / session.warm_share +
-                     session.clock.elapsed() + 30.0) /
-                    6.0) /
-              10.0,
-          cost.fit, static_cast<double>(options.seq_len) / cost.pass_per_window,
-          train ? static_cast<double>(options.seq_len) / cost.train_per_window : 0.0)};
-    }
-    windows = std::min(windows, static_cast<int64_t>(most));
-    session.observer.message(fmt::format(
-        "measured: {:.2f} s to fit a block, {:.0f} tokens/s through it, {:.0f} tokens/s in "
-        "training; "
-        "plan: {} tokens x {} epochs for each block, {:.0f} s",
-        cost.fit, static_cast<double>(options.seq_len) / cost.pass_per_window,
-        train ? static_cast<double>(options.seq_len) / cost.train_per_window : 0.0,
-        windows * options.seq_len, epochs,
-        std::min(share, cost.fit + static_cast<double>(windows) *
-                                       (cost.pass_per_window + epochs * cost.train_per_window))));
+  RABIT_CHECK(plan(session, rotary, first_block, windows, epochs));
+  if (options.dry_run) {
+    return {};
   }
   session.log["calib_tokens_used"] = windows * options.seq_len;
 
@@ -262,19 +274,26 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   }
 
   Clock since_checkpoint;
-  double other_seconds = 0.0;  // of one block, all but its training
+  double other_seconds = 0.0;  // of the last block, all but its training
+  double fit_seconds = 0.0;    // of that, fitting scales and error feedback
   for (int64_t layer = first_block; layer < config.layers; ++layer) {
     const auto block = static_cast<size_t>(layer);
     const Clock block_clock;
     const double share = session.clock.left() / static_cast<double>(config.layers - layer);
-    if (session.clock.limited() && other_seconds > kMostOverhead * share && windows > kMinWindows) {
-      // Slower than measured: less text for the blocks to come rather than a missed bound.
-      windows = std::max(kMinWindows, static_cast<int64_t>(static_cast<double>(windows) *
-                                                           kMostOverhead * share / other_seconds));
+    // Slower than measured: less text for the blocks to come rather than a missed bound. The fit
+    // takes its time whatever the text's length.
+    const double text_share = (train ? kMostOverhead : 1.0) * (share - fit_seconds);
+    const double text_seconds = other_seconds - fit_seconds;
+    if (session.clock.limited() && text_seconds > std::max(text_share, 1e-3) &&
+        windows > kMinWindows) {
+      windows =
+          std::max(kMinWindows, static_cast<int64_t>(static_cast<double>(windows) *
+                                                     std::max(text_share, 0.0) / text_seconds));
       for (at::Tensor* stream : {&x_student, &x_teacher, &target}) {
         *stream = stream->defined() ? stream->narrow(0, 0, windows).clone() : *stream;
       }
     }
+    const double fit_before = session.fit_seconds;
     const auto body = [&]() -> Status {
       if (options.error_feedback) {
         RABIT_CHECK(initialise_block(session, layer, x_student));
@@ -304,6 +323,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
         output_error = block_loss(x_student, x_teacher, x_teacher - target).item<double>();
       }
       other_seconds = block_clock.elapsed() - train_seconds;
+      fit_seconds = session.fit_seconds - fit_before;
       session.log["warm_start"].push_back({{"block", layer},
                                            {"windows", windows},
                                            {"steps", run.steps},
@@ -314,10 +334,8 @@ Status warm_start(TrainSession& session, int64_t first_block) {
                                            {"train_seconds", train_seconds},
                                            {"tokens_per_second", run.tokens_per_second}});
       if (session.observer.progress) {
-        const double blocks_left = static_cast<double>(config.layers - layer - 1);
         session.observer.progress({train ? "warm start" : "initialise", layer + 1, config.layers,
-                                   output_error, run.tokens_per_second,
-                                   blocks_left * block_clock.elapsed()});
+                                   output_error, run.tokens_per_second});
       }
       return {};
     };
@@ -329,7 +347,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       return status;
     }
     if (since_checkpoint.elapsed() > options.checkpoint_minutes * 60.0) {
-      RABIT_CHECK(save_checkpoint(session, layer + 1, nullptr));
+      save_or_say(session, layer + 1, nullptr);
       since_checkpoint = Clock();
     }
   }
