@@ -107,7 +107,7 @@ step="installing (scripts/setup.sh)"
 logged bash scripts/setup.sh
 
 step="building"
-logged cmake --preset release
+logged cmake --preset release -DRABIT_TRAIN=ON
 logged cmake --build --preset release --target rabit
 
 step="making texts (tools/docs_text.py)"
@@ -119,18 +119,23 @@ fi
 sha256sum "$teacher" "$train_text" "$held_out" >>"$log"
 
 step="quantizing"
-if [[ -s $student ]] && ((!force)); then
+arguments=(quantize "$teacher" -o "$student" --data "$train_text" --bits 2 --minutes "$minutes"
+  --threads "$threads" --seq-len 512 --als-steps 4)
+made_by=$settings/student.command
+command="$(printf '%q ' "${arguments[@]}") $(sha256sum "$train_text" | cut -d' ' -f1)"
+if [[ -s $student && $(cat "$made_by" 2>/dev/null) == "$command" ]] && ((!force)); then
   say "reusing $student (--force makes it again)"
 else
-  arguments=(quantize "$teacher" -o "$student" --data "$train_text" --bits 2 --minutes "$minutes"
-    --threads "$threads" --seq-len 512 --als-steps 4)
-  if [[ -e $student.ckpt ]] && ((!force)); then
+  if [[ -e $student.ckpt && $(cat "$made_by.begun" 2>/dev/null) == "$command" ]] && ((!force)); then
     say "going on from $student.ckpt, which an interrupted run left (--force starts again)"
     arguments+=(--resume)
   else
-    rm -rf "$student.ckpt"
+    rm -f "$student.ckpt"
   fi
+  echo "$command" >"$made_by.begun"
+  rm -f "$made_by"
   logged "$rabit" "${arguments[@]}"
+  echo "$command" >"$made_by"
 fi
 for file in "$student.json" "$out/docs.json"; do
   [[ -f $file ]] && { echo "--- $file"; cat "$file"; } >>"$log"

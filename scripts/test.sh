@@ -18,5 +18,5 @@ jobs=$(nproc)
 cmake --preset release -DRABIT_TRAIN=ON -DRABIT_DATA_DIR="$data"
 cmake --build --preset release -j "$jobs"
 
-# No test depends on how fast another runs, so as many as there are cores may run at once.
+# As many at once as there are cores, but for the tests that ask to run alone.
 exec ctest --preset release --output-on-failure -j "$jobs" "$@"

@@ -1,4 +1,4 @@
-// Error feedback through the columns of one layer (design: the latent is each column as it stood
+// Error feedback through the columns of one layer (the latent is each column as it stood
 // when it was rounded). Rows are independent given U, so threads take rows. Columns go in blocks:
 // inside a block each error is pushed at once, past its end all of the block's errors together,
 // which reads the rest of the row once a block.

@@ -74,7 +74,7 @@ Scales fit_scales(const Shape& shape, const float* w, std::span<const float> s_o
 /// (Xu et al., OneBit, arXiv 2402.11295, section 3.2).
 Scales svid(const Shape& shape, const float* w);
 
-/// Error feedback (design section 1). Goes through the columns in order, rounds each to its level
+/// Error feedback (docs/training.md). Goes through the columns in order, rounds each to its level
 /// by the coupled sign rule under fixed scales, and pushes the error onto the columns still open.
 /// w (d_out, d_in) is replaced by the latent: each column as it stood when it was rounded, so that
 /// coupled_forward derives exactly the levels chosen. `u` (d_in, d_in): upper Cholesky factor of

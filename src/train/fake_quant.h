@@ -25,7 +25,7 @@ struct StudentLinear {
 using StudentBlock = std::array<StudentLinear, kRoleCount>;
 
 /// What (d_out, d_in) in `compute`, with gradients for latent (straight-through), g and h
-/// (design section 1, "Backward"). The CPU runs quant/'s own code, other devices the same
+/// (docs/training.md). The CPU runs quant/'s own code, other devices the same
 /// arithmetic in torch operations, equal to the bit in float32.
 at::Tensor coupled_weight(const StudentLinear& linear, at::ScalarType compute);
 

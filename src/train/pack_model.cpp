@@ -1,4 +1,4 @@
-// From the trained student to the packed file (design section 3), and the proof that they agree.
+// From the trained student to the packed file (docs/format.md), and the proof that they agree.
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>

@@ -65,7 +65,7 @@ inline std::vector<int64_t> shuffled(int64_t count, uint64_t seed) {
 /// stream x (S, T, d_model) that the quantized prefix produces. Fills student.blocks[layer].
 Status initialise_block(TrainSession& session, int64_t layer, const at::Tensor& x);
 
-/// Importances by layer and role where error feedback is off: s_in, s_out of design section 1.
+/// Importances by layer and role where error feedback is off: docs/training.md.
 struct Importance {
   std::vector<float> in, out;
 };
