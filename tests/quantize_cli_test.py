@@ -219,7 +219,7 @@ class QuantizeTest(unittest.TestCase):
 
     def test_every_option(self):
         values = {
-            "--data": self.text, "--bits": 3, "--minutes": 5, "--tokens": 64,
+            "--data": self.text, "--method": "rabit", "--bits": 3, "--minutes": 5, "--tokens": 64,
             "--calib-tokens": 256, "--warm-epochs": 0.5, "--device": "cpu", "--threads": 2,
             "--compute": "bf16", "--checkpoint-minutes": 0.5, "--ef-damp": 0.05,
             "--alpha-in": 0.5, "--alpha-out": 0.25, "--init-sweeps": 2, "--als-steps": 3,
@@ -232,13 +232,13 @@ class QuantizeTest(unittest.TestCase):
         help_text = self.succeeds("quantize", "--help")
         options = set(re.findall(r"^ +(?:-\w, ?)?(--[a-z-]+)", help_text, re.MULTILINE))
         self.assertGreater(len(options), 30)
-        self.assertEqual(options - {"--help", "--resume", "--output"}, {*values, *flags})
+        self.assertEqual(options - {"--help", "--resume", "--dry-run", "--output"}, {*values, *flags})
         told = json.loads(
             self.succeeds("quantize", self.model, "--output", self.out, *words(values), *flags)
         )
         for option, value in values.items():
             key = {"--bits": "paths"}.get(option, option[2:].replace("-", "_"))
-            if key not in ("data", "eval", "eval_ctx"):
+            if key not in ("data", "method", "eval", "eval_ctx"):
                 self.assertEqual(told["settings"][key], value, option)
         self.assertFalse(told["settings"]["error_feedback"])
         self.assertEqual(told["perplexity"]["student"]["ctx"], 24)
@@ -282,6 +282,11 @@ class QuantizeTest(unittest.TestCase):
                 self.assertFalse(out.exists())
             else:
                 self.assertEqual(done.returncode, SUCCESS, (line, done.stderr.decode()))
+                if "--dry-run" in arguments:
+                    self.assertIn("measured: ", done.stderr.decode())
+                    self.assertFalse(out.exists())
+                    ran += 1
+                    continue
                 self.assertTrue(json.loads(self.succeeds("inspect", out, "--json"))["runnable"])
                 out.unlink()
             ran += 1
@@ -303,9 +308,9 @@ class QuantizeTest(unittest.TestCase):
         for (model, data), says in cases:
             self.fails("quantize", model, "-o", self.out, "--data", data, *words(SMALL), says=says)
         self.fails(*self.start("--eval", self.file("few.txt", "Ten words"), "--eval-ctx", 32),
-                   says="fewer?|less than one window of 32")
+                   says="9 tokens for windows of 32")
         self.fails(*self.start("--eval", missing), says="missing")
-        self.fails(*self.start("--seq-len", CONTEXT + 1), says=f"at most {CONTEXT} positions")
+        self.fails(*self.start("--seq-len", CONTEXT + 1, "--tokens", 0), says=f"at most {CONTEXT} positions")
         self.fails(*self.start("--device", "tpu"), says="tpu: not a device")
         self.fails(*self.start("--resume"), says="no checkpoint to resume from")
         self.fails(*self.start("--minutes", 0.1), says="too short")

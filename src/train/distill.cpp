@@ -13,8 +13,6 @@
 namespace rabit::train {
 namespace {
 
-constexpr int kMaxBadSteps = 5;
-
 // Windows of every step, whichever step a run begins with: epoch e is a fresh shuffle.
 at::Tensor batch_windows(const TrainSession& session, int64_t step, int64_t batch) {
   const int64_t count = session.windows.size(0);
@@ -83,13 +81,11 @@ Losses distill_loss(const TrainSession& session, const Rotary& rotary, const at:
 Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   const QuantizeOptions& options = session.options;
   const size_t blocks = session.student.blocks.size();
-  const std::vector<at::Tensor> matrices = latents(session.student, 0, blocks);
-  const std::vector<at::Tensor> scales = scale_tensors(session.student, 0, blocks);
-  Muon muon(matrices);
-  AdamW adam(scales, {});
+  Trainer trainer(latents(session.student, 0, blocks), scale_tensors(session.student, 0, blocks),
+                  options.clip);
   if (!state.momentum.empty()) {
-    muon.load_state(state.momentum);
-    adam.load_state({state.mean, state.square, state.adam_steps});
+    trainer.muon.load_state(state.momentum);
+    trainer.adam.load_state({state.mean, state.square, state.adam_steps});
   }
   const Rotary rotary = make_rotary(session.config(), options.seq_len, session.teacher.device);
   const int64_t step_tokens = options.batch * options.seq_len;
@@ -99,14 +95,13 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   const Clock clock(time_budget);
   Clock since_checkpoint;
   const auto state_at = [&](int64_t step) {
-    const AdamW::State adam_state = adam.state();
-    return DistillState{step, muon.state(), adam_state.mean, adam_state.square, adam_state.steps};
+    const AdamW::State adam = trainer.adam.state();
+    return DistillState{step, trainer.muon.state(), adam.mean, adam.square, adam.steps};
   };
   const auto save = [&](int64_t step) {
     const DistillState now = state_at(step);
     return save_checkpoint(session, static_cast<int64_t>(blocks), &now);
   };
-  int bad_steps = 0;
   double smoothed = NAN;
   int64_t step = first_step;
   for (; step < steps; ++step) {
@@ -123,27 +118,17 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
     }
     const Losses losses =
         distill_loss(session, rotary, batch_windows(session, step, options.batch));
-    losses.total.backward();
-    const double value = losses.divergence.item<double>();
-    const double norm = gradient_norm(scales);
-    if (!std::isfinite(value) || !std::isfinite(norm)) {
-      clear_gradients(matrices);
-      clear_gradients(scales);
-      if (++bad_steps == kMaxBadSteps) {
-        return Error{
-            fmt::format("step {}: the loss or its gradient is not finite in {} steps "
-                        "running; lower --muon-lr and --scale-lr",
-                        step, kMaxBadSteps)};
-      }
+    const double factor = cosine_schedule(progress, options.warmup);
+    const auto taken = trainer.step(losses.total, losses.divergence, options.muon_lr * factor,
+                                    options.scale_lr * factor);
+    if (!taken) {
+      return Error{
+          fmt::format("step {}: {}; lower --muon-lr and --scale-lr", step, taken.error().message)};
+    }
+    if (!taken->taken) {
       continue;
     }
-    bad_steps = 0;
-    if (norm > options.clip) {
-      scale_gradients(scales, options.clip / norm);
-    }
-    const double factor = cosine_schedule(progress, options.warmup);
-    muon.step(options.muon_lr * factor);
-    adam.step(options.scale_lr * factor);
+    const double value = taken->loss;
     smoothed = std::isnan(smoothed) ? value : 0.9 * smoothed + 0.1 * value;
 
     const int64_t done = step + 1 - first_step;
@@ -160,7 +145,7 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
       session.log["distill"].push_back({{"step", step + 1},
                                         {"tokens", (step + 1) * step_tokens},
                                         {"kl", value},
-                                        {"scale_grad_norm", norm},
+                                        {"scale_grad_norm", taken->gradient_norm},
                                         {"learning_rate_factor", factor},
                                         {"tokens_per_second", rate}});
     }

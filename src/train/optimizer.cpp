@@ -6,6 +6,7 @@
 #include <cmath>
 #include <map>
 #include <numbers>
+#include <string>
 #include <utility>
 
 namespace rabit::train {
@@ -14,6 +15,7 @@ namespace {
 // Coefficients of the quintic iteration, from the Muon article.
 constexpr double kA = 3.4445, kB = -4.7750, kC = 2.0315;
 constexpr int kNewtonSchulzSteps = 5;
+constexpr int kMaxUnusableSteps = 5;  // running, before a phase gives up
 
 at::Tensor wide(const at::Tensor& matrix) {
   return matrix.size(0) > matrix.size(1) ? matrix.t() : matrix;
@@ -151,6 +153,32 @@ void clear_gradients(const std::vector<at::Tensor>& parameters) {
   for (const auto& parameter : parameters) {
     parameter.mutable_grad().reset();
   }
+}
+
+Trainer::Trainer(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& scales,
+                 double clip)
+    : muon(matrices), adam(scales, {}), matrices_(matrices), scales_(scales), clip_(clip) {}
+
+Result<Trainer::Step> Trainer::step(const at::Tensor& loss, const at::Tensor& watched,
+                                    double muon_rate, double scale_rate) {
+  loss.backward();
+  const Step step{true, watched.item<double>(), gradient_norm(scales_)};
+  if (!std::isfinite(step.loss) || !std::isfinite(step.gradient_norm)) {
+    clear_gradients(matrices_);
+    clear_gradients(scales_);
+    if (++unusable_ == kMaxUnusableSteps) {
+      return Error{"the loss or its gradient is not finite in " +
+                   std::to_string(kMaxUnusableSteps) + " steps running"};
+    }
+    return Step{false, step.loss, step.gradient_norm};
+  }
+  unusable_ = 0;
+  if (step.gradient_norm > clip_) {
+    scale_gradients(scales_, clip_ / step.gradient_norm);
+  }
+  muon.step(muon_rate);
+  adam.step(scale_rate);
+  return step;
 }
 
 double cosine_schedule(double progress, double warmup) {

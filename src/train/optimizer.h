@@ -6,6 +6,8 @@
 
 #include <vector>
 
+#include "rabit/result.h"
+
 namespace rabit::train {
 
 /// Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) with Nesterov momentum and
@@ -63,6 +65,33 @@ double gradient_norm(const std::vector<at::Tensor>& parameters);
 /// Multiplies all gradients by a factor.
 void scale_gradients(const std::vector<at::Tensor>& parameters, double factor);
 void clear_gradients(const std::vector<at::Tensor>& parameters);
+
+/// Both optimizers of a phase behind one guard: the norm of the scales' gradients is bounded
+/// (Muon's updates have their own size), and no step is taken from a loss or gradient that is not
+/// finite.
+class Trainer {
+ public:
+  Trainer(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& scales,
+          double clip);
+
+  struct Step {
+    bool taken = false;
+    double loss = 0.0;           // of `watched`
+    double gradient_norm = 0.0;  // of the scales, before it was bounded
+  };
+  /// Backward from `loss`, then a step of both. `watched`: the number to report, often the loss
+  /// itself. Errors: the fifth unusable step running.
+  Result<Step> step(const at::Tensor& loss, const at::Tensor& watched, double muon_rate,
+                    double scale_rate);
+
+  Muon muon;
+  AdamW adam;
+
+ private:
+  std::vector<at::Tensor> matrices_, scales_;
+  double clip_;
+  int unusable_ = 0;
+};
 
 /// Factor of the learning rate at `progress` in [0, 1]: linear warm-up over the first `warmup` of
 /// the run, then half a cosine to zero.

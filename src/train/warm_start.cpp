@@ -15,7 +15,6 @@ namespace rabit::train {
 namespace {
 
 constexpr int64_t kForwardWindows = 8;  // windows computed at once where no gradient is kept
-constexpr int kMaxBadSteps = 5;         // steps in a row whose loss or gradient is not finite
 
 // One block over a whole stream, in place if `out` is `x`.
 Status run_block(const TrainSession& session, const BlockWeights& weights, const Rotary& rotary,
@@ -53,10 +52,8 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
                              const at::Tensor& teacher_x, double epochs, double budget) {
   const QuantizeOptions& options = session.options;
   const auto block = static_cast<size_t>(layer);
-  const std::vector<at::Tensor> matrices = latents(session.student, block, block + 1);
-  const std::vector<at::Tensor> scales = scale_tensors(session.student, block, block + 1);
-  Muon muon(matrices);
-  AdamW adam(scales, {});
+  Trainer trainer(latents(session.student, block, block + 1),
+                  scale_tensors(session.student, block, block + 1), options.clip);
 
   const int64_t windows = x.size(0);
   const int64_t batch = std::min(options.warm_batch, windows);
@@ -67,7 +64,6 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
   std::vector<int64_t> order;
   size_t next = 0;
   uint64_t epoch = 0;
-  int bad_steps = 0;
   const Clock clock(budget);
   for (int64_t step = 0; step < steps; ++step) {
     RABIT_CHECK(check_interrupt());
@@ -96,28 +92,16 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
     const at::Tensor loss = block_loss(
         block_forward(session.config(), weights, rotary, x_batch, session.teacher.compute),
         target_batch, change);
-    loss.backward();
-    const double value = loss.item<double>();
-    const double norm = gradient_norm(scales);
-    if (!std::isfinite(value) || !std::isfinite(norm)) {
-      clear_gradients(matrices);
-      clear_gradients(scales);
-      if (++bad_steps == kMaxBadSteps) {
-        return Error{
-            fmt::format("block {}: the loss or its gradient is not finite in {} steps "
-                        "running; lower --warm-muon-lr and --warm-scale-lr",
-                        layer, kMaxBadSteps)};
-      }
-      continue;
-    }
-    bad_steps = 0;
-    if (norm > options.clip) {
-      scale_gradients(scales, options.clip / norm);
-    }
     const double factor = cosine_schedule(progress, options.warmup);
-    muon.step(options.warm_muon_lr * factor);
-    adam.step(options.warm_scale_lr * factor);
-    losses.push_back(value);
+    const auto taken =
+        trainer.step(loss, loss, options.warm_muon_lr * factor, options.warm_scale_lr * factor);
+    if (!taken) {
+      return Error{fmt::format("block {}: {}; lower --warm-muon-lr and --warm-scale-lr", layer,
+                               taken.error().message)};
+    }
+    if (taken->taken) {
+      losses.push_back(taken->loss);
+    }
   }
   if (!losses.empty()) {
     run.first_loss = losses.front();
