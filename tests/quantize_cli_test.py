@@ -338,6 +338,11 @@ class QuantizeTest(unittest.TestCase):
                               *words(SMALL))
         self.assertEqual(done.returncode, FAILURE)
         self.assertIn("original model itself", self.one_line(done, "-o MODEL"))
+        kept = Path(self.text).read_bytes()
+        done = self.run_rabit("quantize", self.model, "-o", self.text, "--data", self.text)
+        self.assertEqual(done.returncode, FAILURE)
+        self.assertIn("would overwrite the input", self.one_line(done, "-o TEXT"))
+        self.assertEqual(Path(self.text).read_bytes(), kept)
         self.assertEqual(self.model.read_bytes(), before)
 
     def test_full_disk(self):

@@ -78,6 +78,9 @@ void append_documents(const Tokenizer& tokenizer, const std::string& text,
 }
 
 Status check_writable(const std::filesystem::path& out) {
+  if (out.empty()) {
+    return Error{"-o is empty; name the packed file to write"};
+  }
   const std::filesystem::path folder = out.has_parent_path() ? out.parent_path() : ".";
   if (!std::filesystem::is_directory(folder)) {
     return Error{"-o " + out.string() + ": no such folder: " + folder.string()};
@@ -87,6 +90,26 @@ Status check_writable(const std::filesystem::path& out) {
   RABIT_ASSIGN(const AtomicFile file, AtomicFile::create(probe));  // dropped: leaves nothing
   if (std::filesystem::is_directory(out)) {
     return Error{"-o " + out.string() + ": is a folder; name a file"};
+  }
+  return {};
+}
+
+// What a run writes must replace nothing that it reads, and its log must have a place.
+Status check_apart(const Arguments& arguments) {
+  std::vector<std::string> inputs = arguments.data;
+  inputs.push_back(arguments.eval_text);
+  for (const char* ending : {"", ".json", ".ckpt"}) {
+    const std::string written = arguments.out + ending;
+    if (std::filesystem::is_directory(written)) {
+      return Error{"-o " + arguments.out + ": " + written + " is a folder; name another file"};
+    }
+    for (const auto& input : inputs) {
+      std::error_code absent;
+      if (std::filesystem::equivalent(written, input, absent) && !absent) {
+        return Error{"-o " + arguments.out + ": would overwrite the input " + input +
+                     "; name another file"};
+      }
+    }
   }
   return {};
 }
@@ -102,6 +125,7 @@ Status run(const Arguments& arguments) {
   options.threads = static_cast<int>(arguments.threads);
   options.seed = static_cast<uint64_t>(arguments.seed);
   RABIT_CHECK(check_writable(arguments.out));
+  RABIT_CHECK(check_apart(arguments));
   RABIT_ASSIGN(const auto model, GgufFile::open(arguments.model));
   RABIT_ASSIGN(const auto tokenizer, load_tokenizer(*model));
   train::TrainingText text;
