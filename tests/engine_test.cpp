@@ -12,6 +12,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "base/interrupt.h"
 #include "kernels/api/kernels.h"
 #include "tiny_model.h"
 
@@ -104,6 +105,23 @@ TEST_F(Engine, PackedEqualsItsReconstruction) {
     const auto want_next = dense->forward(std::vector<int32_t>{1});
     EXPECT_LE(relative_error(*got_next, *want_next), 2e-5);
   }
+}
+
+TEST_F(Engine, AnInterruptEndsAPassAndLeavesThePosition) {
+  SmallModel(7, true, 2).write(path("model.gguf"));
+  const auto s = session(path("model.gguf"), 40);
+  const std::vector<int32_t> tokens = random_tokens(20, 8);
+  const std::vector<Floats> want = all_logits(*s, tokens);
+  s->truncate(3);
+  set_interrupted(true);
+  const auto next = s->forward(tokens);
+  const Status all = s->forward_all(tokens, [](int64_t, int64_t, const float*) {});
+  set_interrupted(false);
+  EXPECT_TRUE(!next && next.error().interrupted);
+  EXPECT_TRUE(!all && all.error().interrupted);
+  EXPECT_EQ(s->position(), 3);
+  s->truncate(0);
+  EXPECT_EQ(all_logits(*s, tokens), want);
 }
 
 TEST_F(Engine, SplittingTheInputChangesNothing) {

@@ -40,6 +40,9 @@ std::string sha256_of(std::span<const std::byte> bytes) {
 }  // namespace
 
 Result<std::shared_ptr<MappedFile>> MappedFile::open(const std::filesystem::path& path) {
+  if (path.empty()) {
+    return Error{"cannot open a file without a name: the name given is empty"};
+  }
   // O_NONBLOCK: opening a FIFO would else wait for a writer before it can be refused.
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) {

@@ -1,5 +1,7 @@
 #include "base/interrupt.h"
 
+#include <unistd.h>
+
 #include <atomic>
 #include <csignal>
 
@@ -12,6 +14,9 @@ static_assert(std::atomic<int>::is_always_lock_free);
 
 extern "C" void on_signal(int signal) {
   if (g_interrupted.exchange(1) != 0) {
+    // Only what is safe in a handler; nothing can be done if it fails.
+    constexpr char kLastWords[] = "\nrabit: stopped at once, by a second signal\n";
+    [[maybe_unused]] const auto written = ::write(STDERR_FILENO, kLastWords, sizeof kLastWords - 1);
     std::signal(signal, SIG_DFL);
     std::raise(signal);
   }

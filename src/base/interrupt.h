@@ -5,7 +5,8 @@
 
 namespace rabit {
 
-/// Installs handlers for SIGINT and SIGTERM: the first sets the flag, a second ends the process.
+/// Installs handlers for SIGINT and SIGTERM: the first sets the flag, a second says so on
+/// stderr and ends the process.
 void catch_interrupts();
 
 /// True once the user or the system has asked to stop.

@@ -6,7 +6,6 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 
-#include "base/interrupt.h"
 #include "cli/common.h"
 #include "cli/size_report.h"
 #include "rabit/engine.h"
@@ -78,11 +77,9 @@ Result<double> time_once(Session& session, const Row& row, std::span<const int32
   session.truncate(0);
   const double started = now_seconds();
   if (row.prompt > 0) {
-    RABIT_CHECK(check_interrupt());
     RABIT_CHECK(session.forward(tokens));
   } else {
     for (size_t i = 0; i < tokens.size(); ++i) {
-      RABIT_CHECK(check_interrupt());
       RABIT_CHECK(session.forward(tokens.subspan(i, 1)));
     }
   }
@@ -195,6 +192,7 @@ Status bench(const BenchOptions& options) {
   RABIT_ASSIGN(const auto file, GgufFile::open(options.model));
   RABIT_ASSIGN(const ModelConfig config, read_model_config(*file));
   RABIT_ASSIGN(const SizeReport size, size_report(*file, config));
+  warn_of_context(config.context_length, std::max(options.prompt, options.generate));
   RABIT_ASSIGN(const std::vector<Row> rows, measure(options, threads));
   if (options.output == "md") {
     return write_stdout(to_markdown(config, size, rows));

@@ -103,6 +103,13 @@ std::string one_line(std::string_view text) {
 
 void note(const std::string& text) { fmt::print(stderr, "rabit: {}\n", one_line(text)); }
 
+void warn_of_context(int64_t trained, int64_t positions) {
+  if (positions > trained) {
+    note(fmt::format("warning: the model was trained for {} positions, {} go beyond them", trained,
+                     positions));
+  }
+}
+
 int64_t parse_integer(const std::string& option, const std::string& text, int64_t low,
                       int64_t high) {
   int64_t parsed = 0;

@@ -43,6 +43,9 @@ std::string one_line(std::string_view text);
 /// A line on stderr that starts with "rabit: ".
 void note(const std::string& text);
 
+/// Warns where a run uses more positions than the model was trained for.
+void warn_of_context(int64_t trained, int64_t positions);
+
 /// A number option that takes whole decimal numbers within [low, high] and nothing else (CLI11's
 /// own reading takes octal, saturates, and words the error less well). The default is `value`.
 CLI::Option* add_integer(CLI::App* app, const std::string& names, int64_t& value, int64_t low,

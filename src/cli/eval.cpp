@@ -34,10 +34,7 @@ Status eval(const EvalOptions& options) {
                     "or a smaller --ctx",
                     options.text, count, options.ctx)};
   }
-  if (options.ctx > config.context_length) {
-    note(fmt::format("warning: the model was trained for {} positions, --ctx {} goes beyond them",
-                     config.context_length, options.ctx));
-  }
+  warn_of_context(config.context_length, options.ctx);
 
   RABIT_ASSIGN(const auto model,
                Model::load(options.model, {.threads = static_cast<int>(options.threads),

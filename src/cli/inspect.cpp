@@ -145,7 +145,7 @@ void append_tensors(std::string& out, const GgufFile& file, bool all) {
 
 std::string to_text(const GgufFile& file, const Facts& facts, bool all_tensors) {
   std::string out = fmt::format("file       {}\nsha256     {}\nbytes      {}\n",
-                                file.path().string(), facts.sha256, file.file_bytes());
+                                one_line(file.path().string()), facts.sha256, file.file_bytes());
   if (facts.config) {
     const ModelConfig& c = *facts.config;
     out += fmt::format("model      {}{}{}\n", one_line(c.name), c.name.empty() ? "" : ", ",

@@ -72,6 +72,11 @@ int run_program(int argc, char** argv) {
       return fail(kFailure, status.error().message);
     }
     return kSuccess;
+  } catch (const CLI::RequiredError& error) {
+    // What was misspelt is often what is missing.
+    const auto unknown = app.remaining(true);
+    return usage_error(app, (unknown.empty() ? "" : "unknown argument " + unknown.front() + "; ") +
+                                std::string(error.what()));
   } catch (const CLI::ParseError& error) {
     return usage_error(app, error.what());
   }

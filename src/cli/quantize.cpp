@@ -2,8 +2,9 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
-#include <limits>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "base/files.h"
@@ -33,10 +34,10 @@ Command add_quantize(CLI::App& app) {
 namespace {
 
 struct Arguments {
-  std::string model, out, method = "rabit", compute = "auto", embedding = "q8_0", eval_text;
+  std::string model, out, method = "rabit", eval_text;
   std::vector<std::string> data;
-  int64_t eval_ctx = 2048, threads = 0, seed = 1;
-  bool no_error_feedback = false, json = false;
+  int64_t eval_ctx = 2048;
+  bool json = false;
   train::QuantizeOptions options;
 };
 
@@ -77,55 +78,14 @@ void append_documents(const Tokenizer& tokenizer, const std::string& text,
   }
 }
 
-Status check_writable(const std::filesystem::path& out) {
-  if (out.empty()) {
-    return Error{"-o is empty; name the packed file to write"};
-  }
-  const std::filesystem::path folder = out.has_parent_path() ? out.parent_path() : ".";
-  if (!std::filesystem::is_directory(folder)) {
-    return Error{"-o " + out.string() + ": no such folder: " + folder.string()};
-  }
-  std::filesystem::path probe = out;
-  probe += ".probe";
-  RABIT_ASSIGN(const AtomicFile file, AtomicFile::create(probe));  // dropped: leaves nothing
-  if (std::filesystem::is_directory(out)) {
-    return Error{"-o " + out.string() + ": is a folder; name a file"};
-  }
-  return {};
-}
-
-// What a run writes must replace nothing that it reads, and its log must have a place.
-Status check_apart(const Arguments& arguments) {
-  std::vector<std::string> inputs = arguments.data;
-  inputs.push_back(arguments.eval_text);
-  for (const char* ending : {"", ".json", ".ckpt"}) {
-    const std::string written = arguments.out + ending;
-    if (std::filesystem::is_directory(written)) {
-      return Error{"-o " + arguments.out + ": " + written + " is a folder; name another file"};
-    }
-    for (const auto& input : inputs) {
-      std::error_code absent;
-      if (std::filesystem::equivalent(written, input, absent) && !absent) {
-        return Error{"-o " + arguments.out + ": would overwrite the input " + input +
-                     "; name another file"};
-      }
-    }
-  }
-  return {};
-}
-
 Status run(const Arguments& arguments) {
-  train::QuantizeOptions options = arguments.options;
-  options.compute = arguments.compute == "bf16"  ? train::Compute::kBF16
-                    : arguments.compute == "f32" ? train::Compute::kF32
-                                                 : train::Compute::kAuto;
-  options.embedding =
-      arguments.embedding == "f16" ? train::EmbeddingType::kF16 : train::EmbeddingType::kQ8_0;
-  options.error_feedback = !arguments.no_error_feedback;
-  options.threads = static_cast<int>(arguments.threads);
-  options.seed = static_cast<uint64_t>(arguments.seed);
-  RABIT_CHECK(check_writable(arguments.out));
-  RABIT_CHECK(check_apart(arguments));
+  const train::QuantizeOptions& options = arguments.options;
+  std::vector<std::filesystem::path> inputs = {arguments.model};
+  inputs.insert(inputs.end(), arguments.data.begin(), arguments.data.end());
+  if (!arguments.eval_text.empty()) {
+    inputs.emplace_back(arguments.eval_text);
+  }
+  RABIT_CHECK(train::check_run(options, arguments.out, inputs));
   RABIT_ASSIGN(const auto model, GgufFile::open(arguments.model));
   RABIT_ASSIGN(const auto tokenizer, load_tokenizer(*model));
   train::TrainingText text;
@@ -200,9 +160,38 @@ Status run(const Arguments& arguments) {
     RABIT_ASSIGN(const std::string log, read_file(arguments.out + ".json"));
     RABIT_CHECK(write_stdout(log));
   }
-  fmt::print(stderr, "wrote {} ({:.1f} MB), log in {}.json\n", arguments.out,
-             static_cast<double>(std::filesystem::file_size(arguments.out)) / 1e6, arguments.out);
+  fmt::print(stderr, "wrote {} ({:.1f} MB), log in {}.json\n", one_line(arguments.out),
+             static_cast<double>(std::filesystem::file_size(arguments.out)) / 1e6,
+             one_line(arguments.out));
   return {};
+}
+
+/// The option of a setting of training.
+void add_setting(CLI::App* group, const train::Setting& setting, train::QuantizeOptions& options) {
+  using train::Setting;
+  const std::string name(setting.option), help(setting.help);
+  if (const auto* integer = std::get_if<Setting::Integer>(&setting.value)) {
+    add_integer(group, name, options.*integer->member, integer->low, integer->high, help);
+  } else if (const auto* number = std::get_if<Setting::Number>(&setting.value)) {
+    add_number(group, name, options.*number->member, number->low, number->high, help);
+  } else if (const auto* text = std::get_if<Setting::Text>(&setting.value)) {
+    group->add_option(name, options.*text->member, help)->capture_default_str();
+  } else if (const auto* flag = std::get_if<Setting::Flag>(&setting.value)) {
+    group->add_flag_callback(
+        name, [&options, flag] { options.*flag->member = flag->when_given; }, help);
+  } else {
+    const auto* choice = std::get_if<Setting::Choice>(&setting.value);
+    group
+        ->add_option_function<std::string>(
+            name,
+            [&options, choice](const std::string& chosen) {
+              const auto at = std::find(choice->names.begin(), choice->names.end(), chosen);
+              choice->set(options, static_cast<int>(at - choice->names.begin()));
+            },
+            help)
+        ->check(CLI::IsMember(choice->names))
+        ->default_str(choice->names[static_cast<size_t>(choice->get(options))]);
+  }
 }
 
 }  // namespace
@@ -210,8 +199,6 @@ Status run(const Arguments& arguments) {
 Command add_quantize(CLI::App& app) {
   auto arguments = std::make_shared<Arguments>();
   auto& a = *arguments;
-  auto& o = a.options;
-  constexpr int64_t kMany = int64_t{1} << 40;
   CLI::App* command = app.add_subcommand(
       "quantize",
       "Turn a pretrained model into stacked +-1 matrices and train them to behave like it");
@@ -227,60 +214,15 @@ Command add_quantize(CLI::App& app) {
   command->add_option("--method", a.method, "How the paths are trained: rabit (coupled)")
       ->capture_default_str()
       ->check(CLI::IsMember({"rabit"}));
-  add_integer(command, "--bits", o.paths, 1, 4, "Binary paths, one bit a weight each");
-
-  auto* length = command->add_option_group("How long");
-  add_number(length, "--minutes", o.minutes, 0, 1e6, "Bound on the whole run's time; 0: none");
-  add_integer(length, "--tokens", o.tokens, -1, kMany,
-              "Tokens of end-to-end distillation; -1: 4 million, or 0 on a CPU with --minutes");
-  add_integer(length, "--calib-tokens", o.calib_tokens, 1, kMany,
-              "Tokens for error feedback and the block-by-block warm start");
-  add_number(length, "--warm-epochs", o.warm_epochs, 0, 1e4,
-             "Passes over them for each block; 0: no warm start");
-
-  auto* where = command->add_option_group("Where");
-  where->add_option("--device", o.device, "cpu, cuda or cuda:N")->capture_default_str();
-  add_threads(where, a.threads);
-  where->add_option("--compute", a.compute, "Arithmetic of the products: auto, bf16 or f32")
-      ->capture_default_str()
-      ->check(CLI::IsMember({"auto", "bf16", "f32"}));
-  where->add_flag("--dry-run", o.dry_run, "Load, measure the speed, say the plan, and stop");
-  where->add_flag("--resume", o.resume, "Go on from OUT.ckpt, which an interrupted run left");
-  add_number(where, "--checkpoint-minutes", o.checkpoint_minutes, 0.01, 1e6,
-             "Time between checkpoints");
-
-  auto* start = command->add_option_group("Start");
-  start->add_flag("--no-error-feedback", a.no_error_feedback,
-                  "Fit the scales by importance alone, without error feedback");
-  add_number(start, "--ef-damp", o.ef_damp, 1e-8, 1e3,
-             "Damping of the inputs' second moment, in parts of its mean diagonal");
-  add_number(start, "--alpha-in", o.alpha_in, 0, 4, "Exponent of the columns' importance");
-  add_number(start, "--alpha-out", o.alpha_out, 0, 4,
-             "Exponent of the rows' importance (only with --no-error-feedback)");
-  add_integer(start, "--init-sweeps", o.init_sweeps, 1, 1000, "Gauss-Seidel sweeps of SVID");
-  add_integer(start, "--als-steps", o.als_steps, 0, 1000, "Least-squares refits of the scales");
-
-  auto* training = command->add_option_group("Training");
-  add_integer(training, "--seq-len", o.seq_len, 16, int64_t{1} << 20, "Tokens a window");
-  add_integer(training, "--seed", a.seed, 0, std::numeric_limits<int64_t>::max(),
-              "Seed of every random choice");
-  add_integer(training, "--warm-batch", o.warm_batch, 1, 1 << 20,
-              "Windows a step in the warm start");
-  add_number(training, "--warm-muon-lr", o.warm_muon_lr, 0, 10, "Muon's rate in the warm start");
-  add_number(training, "--warm-scale-lr", o.warm_scale_lr, 0, 10,
-             "The scales' rate in the warm start");
-  add_integer(training, "--batch", o.batch, 1, 1 << 20, "Windows a step end to end");
-  add_number(training, "--muon-lr", o.muon_lr, 0, 10, "Muon's rate end to end");
-  add_number(training, "--scale-lr", o.scale_lr, 0, 10, "The scales' rate end to end");
-  add_number(training, "--warmup", o.warmup, 0, 0.9, "Share of a phase with rising rates");
-  add_number(training, "--gamma", o.gamma, 0, 1e6,
-             "Weight of the blocks' normalised error end to end");
-  add_number(training, "--clip", o.clip, 1e-9, 1e9, "Largest norm of the scales' gradients");
-
-  auto* output = command->add_option_group("Output");
-  output->add_option("--embedding", a.embedding, "Type of embedding and head: q8_0 or f16")
-      ->capture_default_str()
-      ->check(CLI::IsMember({"q8_0", "f16"}));
+  std::map<std::string_view, CLI::App*> groups = {{"", command}};
+  for (const train::Setting& setting : train::settings()) {
+    auto& group = groups[setting.group];
+    if (group == nullptr) {
+      group = command->add_option_group(std::string(setting.group));
+    }
+    add_setting(group, setting, a.options);
+  }
+  CLI::App* output = groups["Output"];
   output->add_option("--eval", a.eval_text,
                      "Text to measure teacher and student on after training, with torch; its time "
                      "comes on top of --minutes");

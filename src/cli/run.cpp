@@ -65,7 +65,7 @@ Result<std::string> read_prompt(const RunOptions& options) {
     return read_text_file(options.prompt_file);
   }
   if (options.prompt.empty()) {
-    throw CLI::ValidationError("no prompt: give -p TEXT or -f FILE");
+    throw CLI::ValidationError("no prompt, or an empty one: give -p TEXT or -f FILE");
   }
   if (const size_t bad = first_invalid_utf8(options.prompt); bad != options.prompt.size()) {
     return Error{fmt::format("the prompt is not UTF-8 (byte {})", bad)};
@@ -78,28 +78,20 @@ Result<int64_t> choose_ctx(const RunOptions& options, int64_t trained, int64_t p
   int64_t ctx = options.ctx;
   if (ctx == 0) {
     ctx = options.predict < 0 ? trained : std::min(trained, prompt_tokens + options.predict);
-  } else if (ctx > trained) {
-    note(fmt::format("warning: the model was trained for {} positions, -c {} goes beyond them",
-                     trained, ctx));
   }
+  warn_of_context(trained, ctx);
   if (prompt_tokens >= ctx) {
-    return Error{
-        fmt::format("the prompt has {} tokens and the context holds {}: shorten it or raise -c",
-                    prompt_tokens, ctx)};
+    return Error{fmt::format("the prompt has {} tokens and the context holds {}: shorten it{}",
+                             prompt_tokens, ctx, ctx < trained ? " or raise -c" : "")};
   }
   return ctx;
 }
 
 Result<Outcome> generate(Session& session, const Tokenizer& tokenizer, Sampler& sampler,
                          std::span<const int32_t> prompt, int64_t ctx, const RunOptions& options) {
-  constexpr size_t kChunk = 256;  // so that Ctrl-C is seen during a long prompt
   Outcome outcome;
-  std::span<const float> logits;
   double started = now_seconds();
-  for (size_t at = 0; at < prompt.size(); at += kChunk) {
-    RABIT_CHECK(check_interrupt());
-    RABIT_ASSIGN(logits, session.forward(prompt.subspan(at, std::min(kChunk, prompt.size() - at))));
-  }
+  RABIT_ASSIGN(std::span<const float> logits, session.forward(prompt));
   outcome.prompt_seconds = now_seconds() - started;
 
   Utf8Stream stream;
@@ -110,11 +102,6 @@ Result<Outcome> generate(Session& session, const Tokenizer& tokenizer, Sampler& 
   started = now_seconds();
   outcome.stop_reason = "length";
   while (options.predict < 0 || outcome.generated < options.predict) {
-    if (interrupted()) {
-      outcome.interrupted = true;
-      outcome.stop_reason = "interrupted";
-      break;
-    }
     const int32_t token = sampler.sample(logits);
     if (token == tokenizer.spec().eos_id && !options.ignore_eos) {
       outcome.stop_reason = "eos";
@@ -129,7 +116,13 @@ Result<Outcome> generate(Session& session, const Tokenizer& tokenizer, Sampler& 
       outcome.stop_reason = "context";
       break;
     }
-    RABIT_ASSIGN(logits, session.forward(std::span(&token, 1)));
+    const auto next = session.forward(std::span(&token, 1));
+    if (!next && next.error().interrupted) {  // what there is of the text is still reported
+      outcome.interrupted = true;
+      outcome.stop_reason = "interrupted";
+      break;
+    }
+    RABIT_ASSIGN(logits, next);
   }
   RABIT_CHECK(show(stream.finish()));
   outcome.generation_seconds = now_seconds() - started;

@@ -12,6 +12,7 @@
 #include <initializer_list>
 
 #include "base/half.h"
+#include "base/interrupt.h"
 #include "engine/model.h"
 #include "io/dequant.h"
 
@@ -321,6 +322,7 @@ Status LoadedSession::run_blocks(std::span<const int32_t> tokens) {
     }
   }
   for (int64_t layer = 0; layer < config_.layers; ++layer) {
+    RABIT_CHECK(check_interrupt());
     run_block(layer, count);
   }
   return {};

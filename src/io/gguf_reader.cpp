@@ -314,7 +314,7 @@ Status check_magic(Cursor& cursor, const MappedFile& file) {
   const std::string_view head(reinterpret_cast<const char*>(bytes.data()),
                               std::min<size_t>(bytes.size(), 64));
   if (head.empty()) {
-    return Error{file.path().string() + ": not a GGUF file: it is empty"};
+    return Error{file.path().string() + ": not a GGUF file: it is empty; get it again"};
   }
   if (head.substr(0, kMagic.size()) != kMagic) {
     return Error{file.path().string() + ": not a GGUF file: " + describe_stranger(head)};

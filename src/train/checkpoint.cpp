@@ -2,6 +2,7 @@
 // says what it belongs to. Written whole or not at all.
 
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 
 #include "base/files.h"
 #include "io/dequant.h"
@@ -43,15 +44,14 @@ Result<at::Tensor> read(const GgufFile& file, const std::string& name, std::vect
 }  // namespace
 
 std::string settings_fingerprint(const TrainSession& session) {
-  // Settings that may differ between a run and its continuation are left out: how long, which
-  // device, how many threads, how often to save.
-  nlohmann::json settings = session.log["settings"];
-  for (const char* free :
-       {"minutes", "tokens", "device", "threads", "checkpoint_minutes", "resume", "compute"}) {
-    settings.erase(free);
+  nlohmann::json out = session.log["settings"];
+  for (const Setting& setting : settings()) {
+    if (setting.may_change) {
+      out.erase(std::string(setting.key));
+    }
   }
   return nlohmann::json{
-      {"settings", settings}, {"data", session.log["data"]}, {"source", session.log["source"]}}
+      {"settings", out}, {"data", session.log["data"]}, {"source", session.log["source"]}}
       .dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
@@ -102,11 +102,33 @@ void save_or_say(const TrainSession& session, int64_t blocks_done, const Distill
   }
 }
 
-Result<Resumed> load_checkpoint(TrainSession& session) {
-  const std::string where = session.checkpoint_path.string();
-  if (!std::filesystem::exists(session.checkpoint_path)) {
-    return Error{where + ": no checkpoint to resume from; run without --resume"};
+namespace {
+
+// What differs between a checkpoint's run and this one, in the command line's words; empty:
+// nothing.
+std::string differences(const nlohmann::json& before, const nlohmann::json& now) {
+  std::string found;
+  const auto add = [&](const std::string& what) { found += (found.empty() ? "" : ", ") + what; };
+  if (before.value("source", nlohmann::json()) != now["source"]) {
+    add("another MODEL");
   }
+  if (before.value("data", nlohmann::json()) != now["data"]) {
+    add("other texts of --data");
+  }
+  const auto old_settings = before.value("settings", nlohmann::json::object());
+  for (const Setting& setting : settings()) {
+    const std::string key(setting.key);
+    if (!setting.may_change && old_settings.value(key, nlohmann::json()) != now["settings"][key]) {
+      add(fmt::format("{} ({} there, {} here)", setting.option,
+                      old_settings.value(key, nlohmann::json()).dump(),
+                      now["settings"][key].dump()));
+    }
+  }
+  return found;
+}
+
+Result<Resumed> read_checkpoint(TrainSession& session) {
+  const std::string where = session.checkpoint_path.string();
   RABIT_ASSIGN(const auto file, GgufFile::open(session.checkpoint_path));
   RABIT_ASSIGN(const int64_t version, file->get_int(key("version")));
   if (version != kCheckpointVersion) {
@@ -116,19 +138,13 @@ Result<Resumed> load_checkpoint(TrainSession& session) {
   RABIT_ASSIGN(const std::string saved_log, file->get_string(key("log")));
   const auto before = nlohmann::json::parse(saved, nullptr, false);
   const auto log = nlohmann::json::parse(saved_log, nullptr, false);
-  if (before.is_discarded() || log.is_discarded()) {
-    return Error{where + ": damaged checkpoint: its settings are not JSON"};
+  if (!before.is_object() || !before.value("settings", nlohmann::json()).is_object() ||
+      !log.is_object()) {
+    return Error{where + ": damaged: its settings are no JSON object"};
   }
   const auto now = nlohmann::json::parse(settings_fingerprint(session));
-  const auto difference = nlohmann::json::diff(before, now);
-  if (!difference.empty()) {
-    const std::string path = difference[0]["path"];
-    const nlohmann::json::json_pointer pointer(path);
-    const auto show = [&](const nlohmann::json& side) {
-      return side.contains(pointer) ? side[pointer].dump() : std::string("absent");
-    };
-    return Error{where + ": the checkpoint was made with another setting " + path + ": " +
-                 show(before) + " there, " + show(now) + " here; use the same or start anew"};
+  if (const std::string other = differences(before, now); !other.empty()) {
+    return Error{where + ": made with " + other};
   }
   for (const char* phase : {"warm_start", "distill"}) {
     if (log.contains(phase) && log[phase].is_array()) {
@@ -144,15 +160,14 @@ Result<Resumed> load_checkpoint(TrainSession& session) {
   Resumed resumed;
   RABIT_ASSIGN(resumed.blocks_done, file->get_int(key("blocks_done")));
   if (resumed.blocks_done < 0 || resumed.blocks_done > session.config().layers) {
-    return Error{where + ": damaged checkpoint: " + std::to_string(resumed.blocks_done) +
-                 " blocks done"};
+    return Error{where + ": damaged: " + std::to_string(resumed.blocks_done) + " blocks done"};
   }
   resumed.distilling = file->find_meta(key("distill_step")) != nullptr;
   if (resumed.distilling) {
     RABIT_ASSIGN(resumed.distill.step, file->get_int(key("distill_step")));
     RABIT_ASSIGN(resumed.distill.adam_steps, file->get_int(key("adam_steps")));
     if (resumed.blocks_done != session.config().layers) {
-      return Error{where + ": damaged checkpoint: distillation before all blocks are done"};
+      return Error{where + ": damaged: distillation before all blocks are done"};
     }
   }
   const bool optimized = resumed.distilling && file->find_tensor("adam.mean") != nullptr;
@@ -186,6 +201,21 @@ Result<Resumed> load_checkpoint(TrainSession& session) {
   if (optimized) {
     RABIT_ASSIGN(resumed.distill.mean, read(*file, "adam.mean", {scale_count}));
     RABIT_ASSIGN(resumed.distill.square, read(*file, "adam.square", {scale_count}));
+  }
+  return resumed;
+}
+
+}  // namespace
+
+Result<Resumed> load_checkpoint(TrainSession& session) {
+  const std::string where = session.checkpoint_path.string();
+  if (!std::filesystem::exists(session.checkpoint_path)) {
+    return Error{where + ": no checkpoint to resume from; run without --resume"};
+  }
+  auto resumed = read_checkpoint(session);
+  if (!resumed && !resumed.error().interrupted) {
+    return Error{"cannot resume: " + resumed.error().message +
+                 "; run with what it was made with, or start anew without --resume"};
   }
   return resumed;
 }

@@ -13,28 +13,12 @@
 namespace rabit::train {
 namespace {
 
-// Windows of every step, whichever step a run begins with: epoch e is a fresh shuffle.
-at::Tensor batch_windows(const TrainSession& session, int64_t step, int64_t batch) {
-  const int64_t count = session.windows.size(0);
-  at::Tensor picks = at::empty({batch}, at::kLong);
-  int64_t epoch = -1;
-  std::vector<int64_t> order;
-  for (int64_t i = 0; i < batch; ++i) {
-    const int64_t position = step * batch + i;
-    if (position / count != epoch) {
-      epoch = position / count;
-      order = shuffled(count, session.options.seed * 7919 + static_cast<uint64_t>(epoch) + 1);
-    }
-    picks[i] = order[static_cast<size_t>(position % count)];
-  }
-  return session.windows.index_select(0, picks).to(session.teacher.device);
-}
-
 struct Losses {
   at::Tensor total, divergence;
 };
 
-Losses distill_loss(const TrainSession& session, const Rotary& rotary, const at::Tensor& ids) {
+Losses distill_loss(const TrainSession& session, const Student& student, const Rotary& rotary,
+                    const at::Tensor& ids) {
   const Network& teacher = session.teacher;
   const ModelConfig& config = session.config();
   const double gamma = session.options.gamma;
@@ -58,7 +42,7 @@ Losses distill_loss(const TrainSession& session, const Rotary& rotary, const at:
   at::Tensor x = x0;
   for (size_t b = 0; b < teacher.blocks.size(); ++b) {
     const BlockWeights weights =
-        student_weights(session.student.blocks[b], teacher.blocks[b], teacher.compute);
+        student_weights(student.blocks[b], teacher.blocks[b], teacher.compute);
     x = block_forward(config, weights, rotary, x, teacher.compute);
     if (gamma > 0.0) {
       const at::Tensor error =
@@ -76,7 +60,72 @@ Losses distill_loss(const TrainSession& session, const Rotary& rotary, const at:
   return {total, divergence.detach()};
 }
 
+// The teacher's weights as latents: the same sizes, and finite losses.
+Student stand_in(const TrainSession& session) {
+  Student student;
+  for (const BlockWeights& weights : session.teacher.blocks) {
+    StudentBlock& block = student.blocks.emplace_back();
+    for (size_t i = 0; i < kRoleCount; ++i) {
+      const at::Tensor latent = weights.linear[i].to(at::kFloat, false, /*copy=*/true);
+      const quant::Shape shape = {latent.size(0), latent.size(1), session.options.paths};
+      const auto scale = [&](int64_t extent, double value) {
+        return at::full({shape.paths, extent}, value, latent.options()).set_requires_grad(true);
+      };
+      block[i] = {shape, latent.set_requires_grad(true),
+                  scale(shape.d_out, latent.abs().mean().item<double>()), scale(shape.d_in, 1.0)};
+    }
+  }
+  return student;
+}
+
+constexpr int64_t kMeasuredWindows = 4;  // of a step on a CPU
+
 }  // namespace
+
+at::Tensor WindowOrder::batch(int64_t step, int64_t batch) {
+  at::Tensor picks = at::empty({batch}, at::kLong);
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t position = step * batch + i;
+    if (position / windows_ != epoch_) {
+      epoch_ = position / windows_;
+      order_ = shuffled(windows_, seed_ + static_cast<uint64_t>(epoch_));
+    }
+    picks[i] = order_[static_cast<size_t>(position % windows_)];
+  }
+  return picks;
+}
+
+Result<double> measure_distill(const TrainSession& session, int64_t tokens) {
+  const QuantizeOptions& options = session.options;
+  const Rotary rotary = make_rotary(session.config(), options.seq_len, session.teacher.device);
+  const Student student = stand_in(session);
+  const std::vector<at::Tensor> matrices = latents(student, 0, student.blocks.size());
+  Trainer trainer(matrices, scale_tensors(student, 0, student.blocks.size()), options.clip);
+  const auto seconds_of = [&](int64_t windows) -> Result<double> {
+    RABIT_CHECK(check_interrupt());
+    const Clock clock;
+    const at::Tensor picks = at::arange(windows) % session.windows.size(0);
+    const at::Tensor ids = session.windows.index_select(0, picks).to(session.teacher.device);
+    const Losses losses = distill_loss(session, student, rotary, ids);
+    RABIT_CHECK(trainer.step(losses.total, losses.divergence, 1e-6, 1e-6));
+    (void)matrices.back().sum().item<float>();  // a GPU only queues: wait for it
+    return clock.elapsed();
+  };
+  // A GPU needs whole steps to show its speed; on a CPU a step is its windows and the optimizers'.
+  const int64_t windows =
+      session.teacher.device.is_cuda() ? options.batch : std::min(options.batch, kMeasuredWindows);
+  RABIT_CHECK(seconds_of(1));  // pays for what torch sets up once
+  double step = 0.0;
+  if (windows == options.batch) {
+    RABIT_ASSIGN(step, seconds_of(windows));
+  } else {
+    RABIT_ASSIGN(const double one, seconds_of(1));
+    RABIT_ASSIGN(const double some, seconds_of(windows));
+    const double a_window = std::max(0.0, some - one) / static_cast<double>(windows - 1);
+    step = some + a_window * static_cast<double>(options.batch - windows);
+  }
+  return step * static_cast<double>(distill_steps(options, tokens));
+}
 
 Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   const QuantizeOptions& options = session.options;
@@ -89,7 +138,8 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   }
   const Rotary rotary = make_rotary(session.config(), options.seq_len, session.teacher.device);
   const int64_t step_tokens = options.batch * options.seq_len;
-  const int64_t steps = std::max<int64_t>(1, tokens / step_tokens);
+  const int64_t steps = distill_steps(options, tokens);
+  WindowOrder order(session.windows.size(0), static_cast<uint64_t>(options.seed) * 7919 + 1);
   const int64_t first_step = state.step;
   const double time_budget = session.clock.limited() ? session.clock.left() : 0.0;
   const Clock clock(time_budget);
@@ -116,8 +166,9 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
     if (progress >= 1.0) {
       break;
     }
+    const at::Tensor ids = session.windows.index_select(0, order.batch(step, options.batch));
     const Losses losses =
-        distill_loss(session, rotary, batch_windows(session, step, options.batch));
+        distill_loss(session, session.student, rotary, ids.to(session.teacher.device));
     const double factor = cosine_schedule(progress, options.warmup);
     const auto taken = trainer.step(losses.total, losses.divergence, options.muon_lr * factor,
                                     options.scale_lr * factor);

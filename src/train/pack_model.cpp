@@ -154,7 +154,7 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
   writer.set("rabit.train.settings",
              MetaValue::string(session.log["settings"].dump(
                  -1, ' ', false, nlohmann::json::error_handler_t::replace)));
-  writer.set("rabit.train.seed", MetaValue::u64(options.seed));
+  writer.set("rabit.train.seed", MetaValue::u64(static_cast<uint64_t>(options.seed)));
   writer.set("rabit.train.tokens",
              MetaValue::u64(session.log.value("distill_tokens", uint64_t{0})));
   std::vector<std::string> digests;

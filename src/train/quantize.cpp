@@ -4,7 +4,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/detail/CUDAHooksInterface.h>
 #include <fmt/format.h>
 
 #include <cmath>
@@ -27,32 +26,6 @@ constexpr double kFinishSeconds = 15.0;
 constexpr double kDistillShare = 0.7;
 constexpr int64_t kDefaultDistillTokens = 4'000'000;
 
-Result<at::Device> pick_device(const std::string& name) {
-  if (name == "cpu") {
-    return at::Device(at::kCPU);
-  }
-  int index = 0;
-  if (name != "cuda") {
-    const bool form = name.rfind("cuda:", 0) == 0 && name.size() > 5 && name.size() < 8 &&
-                      name.find_first_not_of("0123456789", 5) == std::string::npos;
-    if (!form) {
-      return Error{"--device " + name + ": not a device; use cpu, cuda or cuda:N"};
-    }
-    index = std::stoi(name.substr(5));
-  }
-  if (!at::globalContext().hasCUDA()) {
-    return Error{"--device " + name +
-                 ": no GPU can be used: this build has no CUDA support, or no driver or device was "
-                 "found; use --device cpu, or build with the cuda preset on a machine with a GPU"};
-  }
-  const int devices = at::detail::getCUDAHooks().deviceCount();
-  if (index >= devices) {
-    return Error{fmt::format("--device {}: this machine has {} CUDA device{}, numbered from 0",
-                             name, devices, devices == 1 ? "" : "s")};
-  }
-  return at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
-}
-
 at::ScalarType pick_compute(Compute compute, at::Device device) {
   if (compute == Compute::kAuto) {
 #if defined(__x86_64__)
@@ -63,76 +36,6 @@ at::ScalarType pick_compute(Compute compute, at::Device device) {
     return fast_bf16 ? at::kBFloat16 : at::kFloat;
   }
   return compute == Compute::kBF16 ? at::kBFloat16 : at::kFloat;
-}
-
-json describe(const QuantizeOptions& o) {
-  const auto compute = [&] {
-    return o.compute == Compute::kAuto ? "auto" : o.compute == Compute::kBF16 ? "bf16" : "f32";
-  };
-  return {{"paths", o.paths},
-          {"device", o.device},
-          {"threads", o.threads},
-          {"compute", compute()},
-          {"seed", o.seed},
-          {"seq_len", o.seq_len},
-          {"minutes", o.minutes},
-          {"tokens", o.tokens},
-          {"calib_tokens", o.calib_tokens},
-          {"error_feedback", o.error_feedback},
-          {"ef_damp", o.ef_damp},
-          {"alpha_in", o.alpha_in},
-          {"alpha_out", o.alpha_out},
-          {"init_sweeps", o.init_sweeps},
-          {"als_steps", o.als_steps},
-          {"warm_epochs", o.warm_epochs},
-          {"warm_batch", o.warm_batch},
-          {"warm_muon_lr", o.warm_muon_lr},
-          {"warm_scale_lr", o.warm_scale_lr},
-          {"batch", o.batch},
-          {"muon_lr", o.muon_lr},
-          {"scale_lr", o.scale_lr},
-          {"warmup", o.warmup},
-          {"gamma", o.gamma},
-          {"clip", o.clip},
-          {"embedding", o.embedding == EmbeddingType::kQ8_0 ? "q8_0" : "f16"},
-          {"checkpoint_minutes", o.checkpoint_minutes}};
-}
-
-Status check_options(const QuantizeOptions& o) {
-  const auto range = [](const char* name, double value, double low, double high) -> Status {
-    if (!(value >= low && value <= high)) {
-      return Error{fmt::format("{} {}: must lie between {} and {}", name, value, low, high)};
-    }
-    return {};
-  };
-  RABIT_CHECK(range("--bits", static_cast<double>(o.paths), 1, quant::kMaxPaths));
-  RABIT_CHECK(range("--seq-len", static_cast<double>(o.seq_len), 16, 1 << 20));
-  RABIT_CHECK(range("--minutes", o.minutes, 0, 1e9));
-  RABIT_CHECK(range("--calib-tokens", static_cast<double>(o.calib_tokens), 1, 1e15));
-  RABIT_CHECK(range("--init-sweeps", static_cast<double>(o.init_sweeps), 1, 1e6));
-  RABIT_CHECK(range("--als-steps", static_cast<double>(o.als_steps), 0, 1e6));
-  RABIT_CHECK(range("--alpha-in", o.alpha_in, 0, 16));
-  RABIT_CHECK(range("--alpha-out", o.alpha_out, 0, 16));
-  RABIT_CHECK(range("--gamma", o.gamma, 0, 1e9));
-  RABIT_CHECK(range("--clip", o.clip, 1e-12, 1e12));
-  RABIT_CHECK(range("--ef-damp", o.ef_damp, 1e-8, 1e3));
-  RABIT_CHECK(range("--warm-batch", static_cast<double>(o.warm_batch), 1, 1e6));
-  RABIT_CHECK(range("--batch", static_cast<double>(o.batch), 1, 1e6));
-  RABIT_CHECK(range("--warm-epochs", o.warm_epochs, 0, 1e4));
-  RABIT_CHECK(range("--warmup", o.warmup, 0, 0.9));
-  for (const auto& [name, rate] :
-       {std::pair{"--muon-lr", o.muon_lr}, std::pair{"--scale-lr", o.scale_lr},
-        std::pair{"--warm-muon-lr", o.warm_muon_lr},
-        std::pair{"--warm-scale-lr", o.warm_scale_lr}}) {
-    RABIT_CHECK(range(name, rate, 0, 10));
-  }
-  if (o.tokens > 0 && o.tokens < o.batch * o.seq_len) {
-    return Error{
-        fmt::format("--tokens {}: less than one step of {} windows of {}; give 0 or more "
-                    "tokens, or a smaller --batch or --seq-len",
-                    o.tokens, o.batch, o.seq_len)};
-  }
-  return {};
 }
 
 // (count, seq_len) int64: the text in windows that do not overlap.
@@ -230,6 +133,43 @@ Status without_exceptions(const Body& body) try {
   return Error{"torch: " + what.substr(0, what.find('\n'))};
 }
 
+// Before hours of training rather than after them: the packed file must fit, checkpoints should.
+Status check_room(const QuantizeOptions& options, const GgufFile& model, const ModelConfig& config,
+                  const std::filesystem::path& out, const TrainObserver& observer) {
+  uint64_t values = 0, linear = 0;
+  for (const auto& tensor : model.tensors()) {
+    values += static_cast<uint64_t>(tensor.elements());
+  }
+  for (const Role role : kRoles) {
+    const LinearShape shape = linear_shape(config, role);
+    linear += static_cast<uint64_t>(config.layers * shape.d_out * shape.d_in);
+  }
+  const uint64_t packed =
+      linear * static_cast<uint64_t>(options.paths) / 8 + 2 * (values - std::min(values, linear));
+  const uint64_t checkpoint = linear * (options.tokens == 0 ? 4 : 8);
+  std::error_code unknown;
+  const auto folder = out.has_parent_path() ? out.parent_path() : std::filesystem::path(".");
+  const auto space = std::filesystem::space(folder, unknown);
+  if (unknown) {
+    return {};
+  }
+  const auto megabytes = [](uint64_t bytes) { return static_cast<double>(bytes) / 1e6; };
+  if (space.available < packed) {
+    return Error{
+        fmt::format("-o {}: its disk has {:.0f} MB free and the packed model needs about "
+                    "{:.0f}; make room or write elsewhere",
+                    out.string(), megabytes(space.available), megabytes(packed))};
+  }
+  // The last checkpoint stays until the next is whole.
+  if (space.available < packed + 2 * checkpoint) {
+    observer.message(
+        fmt::format("warning: {:.0f} MB are free on the disk of {}, and checkpoints "
+                    "need up to {:.0f}: some may not be written",
+                    megabytes(space.available), out.string(), megabytes(2 * checkpoint)));
+  }
+  return {};
+}
+
 Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out,
            const std::filesystem::path& out) {
   const QuantizeOptions& options = session.options;
@@ -245,6 +185,16 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
   const bool bounded = options.minutes > 0.0;
   if (distill_tokens < 0) {
     distill_tokens = bounded && session.teacher.device.is_cpu() ? 0 : kDefaultDistillTokens;
+  }
+  const bool distilled = session.log.value("distill_planned", int64_t{0}) >= distill_tokens;
+  if (!distilled) {
+    RABIT_ASSIGN(const double seconds, measure_distill(session, distill_tokens));
+    session.observer.message(
+        fmt::format("measured: distillation from {} tokens takes {:.0f} s ({:.0f} tokens/s)",
+                    distill_tokens, seconds,
+                    static_cast<double>(distill_steps(options, distill_tokens) * options.batch *
+                                        options.seq_len) /
+                        seconds));
   }
   const double total = options.minutes * 60.0 - (bounded ? kFinishSeconds : 0.0);
   if (bounded && total <= 0.0) {
@@ -267,11 +217,16 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
       bounded ? fmt::format(" within {:.0f} s", session.clock.left()) : "", distill_tokens,
       bounded && distill_tokens > 0 ? fmt::format(" within {:.0f} s", phases.left() * kDistillShare)
                                     : ""));
+  if (options.calib_tokens > session.windows.numel()) {
+    session.observer.message(
+        fmt::format("the text has {} tokens in whole windows, fewer than "
+                    "--calib-tokens {}: all are taken",
+                    session.windows.numel(), options.calib_tokens));
+  }
   const int64_t layers = session.config().layers;
   if (options.dry_run && (resumed.distilling || resumed.blocks_done == layers)) {
     return {};
   }
-  const bool distilled = session.log.value("distill_planned", int64_t{0}) >= distill_tokens;
   if (!resumed.distilling && resumed.blocks_done < layers) {
     RABIT_CHECK(warm_start(session, resumed.blocks_done));
     if (options.dry_run) {
@@ -320,10 +275,10 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
   if (!observer.message) {
     observer.message = [](const std::string&) {};
   }
-  RABIT_CHECK(check_options(options));
+  RABIT_CHECK(check_run(options, out, std::array{model.path()}));
   RABIT_ASSIGN(const at::Device device, pick_device(options.device));
   const at::ScalarType compute = pick_compute(options.compute, device);
-  const int threads = options.threads > 0 ? options.threads : usable_threads();
+  const int threads = options.threads > 0 ? static_cast<int>(options.threads) : usable_threads();
   at::set_num_threads(threads);
 
   RABIT_ASSIGN(const ModelConfig config, read_model_config(model));
@@ -332,14 +287,7 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
                              options.seq_len, config.context_length)};
   }
   RABIT_CHECK(check_held_out(held_out, config.vocab_size));
-  // The rename at the end would replace even a device such as /dev/null.
-  std::error_code unlike;
-  if (std::filesystem::exists(out, unlike) && !std::filesystem::is_regular_file(out, unlike)) {
-    return Error{"cannot write " + out.string() + ": it is not a regular file"};
-  }
-  if (std::filesystem::equivalent(model.path(), out, unlike)) {
-    return Error{out.string() + ": is the original model itself; write to another file"};
-  }
+  RABIT_CHECK(check_room(options, model, config, out, observer));
   RABIT_ASSIGN(const at::Tensor windows, cut_windows(text, options.seq_len, config.vocab_size));
   Network teacher;
   RABIT_CHECK(without_exceptions([&]() -> Status {
@@ -354,7 +302,7 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
                        observer,
                        std::move(teacher),
                        {},
-                       shuffle_windows(windows, options.seed),
+                       shuffle_windows(windows, static_cast<uint64_t>(options.seed)),
                        ThreadPool(threads),
                        clock,
                        json(),

@@ -10,49 +10,9 @@
 
 #include "io/gguf.h"
 #include "rabit/result.h"
+#include "train/options.h"
 
 namespace rabit::train {
-
-enum class Compute { kAuto, kF32, kBF16 };
-enum class EmbeddingType { kQ8_0, kF16 };
-
-/// Every setting of a run. `describe` lists them for logs, checkpoints and the packed file.
-struct QuantizeOptions {
-  int64_t paths = 2;           // k; bits a weight before scales
-  std::string device = "cpu";  // "cpu", "cuda" or "cuda:N"
-  int threads = 0;             // 0: all usable
-  Compute compute = Compute::kAuto;
-  uint64_t seed = 1;
-  int64_t seq_len = 1024;  // tokens a training window
-
-  double minutes = 0.0;  // 0: no bound on time
-  int64_t tokens = -1;   // end-to-end distillation; -1: chosen (0 when time is short)
-
-  int64_t calib_tokens = 262144;  // for error feedback and the block-by-block warm start
-  bool error_feedback = true;
-  double ef_damp = 0.01;   // of the mean diagonal of H
-  double alpha_in = 1.0;   // exponent of the input importance
-  double alpha_out = 0.0;  // exponent of the output importance, without error feedback
-  int64_t init_sweeps = 8;
-  int64_t als_steps = 12;
-
-  double warm_epochs = 4.0;  // 0: no warm start
-  int64_t warm_batch = 4;    // windows a step
-  double warm_muon_lr = 4e-3;
-  double warm_scale_lr = 1e-3;
-
-  int64_t batch = 16;  // windows a step, end to end
-  double muon_lr = 5e-4;
-  double scale_lr = 1e-4;
-  double warmup = 0.03;  // share of a phase's steps
-  double gamma = 0.0;    // weight of the blocks' normalised MSE
-  double clip = 1.0;     // largest norm of the scales' gradients
-
-  EmbeddingType embedding = EmbeddingType::kQ8_0;
-  double checkpoint_minutes = 10.0;
-  bool resume = false;
-  bool dry_run = false;  // measure, say the plan, stop
-};
 
 /// What the run is doing; `total` 0 when unknown.
 struct TrainProgress {

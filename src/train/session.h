@@ -61,6 +61,24 @@ inline std::vector<int64_t> shuffled(int64_t count, uint64_t seed) {
   return order;
 }
 
+/// Windows in endless epochs, each a shuffle of its own, addressed by step: a run that is continued
+/// sees what it would have seen.
+class WindowOrder {
+ public:
+  WindowOrder(int64_t windows, uint64_t seed) : windows_(windows), seed_(seed) {}
+  /// Indices of the windows of `step`, (batch) int64 on the host.
+  at::Tensor batch(int64_t step, int64_t batch);
+
+ private:
+  int64_t windows_;
+  uint64_t seed_;
+  int64_t epoch_ = -1;
+  std::vector<int64_t> order_;  // of epoch_
+};
+
+/// The device of a --device. Errors: not a device's name; not there.
+Result<at::Device> pick_device(const std::string& name);
+
 /// Phase 1 of block `layer`: fits scales and, if asked, runs error feedback, from the residual
 /// stream x (S, T, d_model) that the quantized prefix produces. Fills student.blocks[layer].
 Status initialise_block(TrainSession& session, int64_t layer, const at::Tensor& x);
@@ -79,6 +97,11 @@ Status initialise_block(TrainSession& session, int64_t layer,
 /// the teacher block's output from the quantized prefix.
 Status warm_start(TrainSession& session, int64_t first_block);
 
+/// Steps of distillation from `tokens` tokens.
+inline int64_t distill_steps(const QuantizeOptions& options, int64_t tokens) {
+  return tokens > 0 ? std::max<int64_t>(1, tokens / (options.batch * options.seq_len)) : 0;
+}
+
 struct DistillState {
   int64_t step = 0;
   std::vector<at::Tensor> momentum;  // Muon's, empty at the start
@@ -89,6 +112,10 @@ struct DistillState {
 /// Phase 3: end-to-end distillation of the whole student, from `state` on, which holds the end's
 /// when it succeeds.
 Status distill(TrainSession& session, int64_t tokens, DistillState& state);
+
+/// Seconds that distillation from `tokens` tokens takes, by a few steps of a stand-in student of
+/// the same size.
+Result<double> measure_distill(const TrainSession& session, int64_t tokens);
 
 /// What a continuation must share with the run that it continues, as JSON text.
 std::string settings_fingerprint(const TrainSession& session);

@@ -61,9 +61,8 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
       std::floor(epochs * static_cast<double>(windows) / static_cast<double>(batch)));
   BlockRun run;
   std::vector<double> losses;
-  std::vector<int64_t> order;
-  size_t next = 0;
-  uint64_t epoch = 0;
+  WindowOrder order(
+      windows, static_cast<uint64_t>(options.seed) * 1000003 + static_cast<uint64_t>(layer) * 1009);
   const Clock clock(budget);
   for (int64_t step = 0; step < steps; ++step) {
     RABIT_CHECK(check_interrupt());
@@ -74,16 +73,7 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
     if (progress >= 1.0) {
       break;
     }
-    at::Tensor picks = at::empty({batch}, at::kLong);
-    for (int64_t i = 0; i < batch; ++i) {
-      if (next == order.size()) {
-        order = shuffled(windows,
-                         options.seed * 1000003 + static_cast<uint64_t>(layer) * 1009 + epoch++);
-        next = 0;
-      }
-      picks[i] = order[next++];
-    }
-    picks = picks.to(x.device());
+    const at::Tensor picks = order.batch(step, batch).to(x.device());
     const at::Tensor x_batch = x.index_select(0, picks);
     const at::Tensor target_batch = target.index_select(0, picks);
     const at::Tensor change = target_batch - teacher_x.index_select(0, picks);

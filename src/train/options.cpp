@@ -1,0 +1,226 @@
+#include "train/options.h"
+
+#include <ATen/Context.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <fmt/format.h>
+
+#include "base/files.h"
+#include "train/session.h"
+
+namespace rabit::train {
+namespace {
+
+using nlohmann::json;
+using Q = QuantizeOptions;
+
+constexpr int64_t kMany = int64_t{1} << 40;
+
+template <auto Member>
+Setting::Choice choice(std::vector<std::string> names) {
+  using Enum = std::remove_reference_t<decltype(std::declval<Q&>().*Member)>;
+  return {[](const Q& o) { return static_cast<int>(o.*Member); },
+          [](Q& o, int value) { o.*Member = static_cast<Enum>(value); }, std::move(names)};
+}
+
+std::vector<Setting> make_settings() {
+  using Integer = Setting::Integer;
+  using Number = Setting::Number;
+  using Flag = Setting::Flag;
+  using Text = Setting::Text;
+  constexpr bool kMayChange = true;
+  return {
+      {"bits", "--bits", "", Integer{&Q::paths, 1, quant::kMaxPaths},
+       "Binary paths, one bit a weight each"},
+
+      {"minutes", "--minutes", "How long", Number{&Q::minutes, 0, 1e6},
+       "Bound on the whole run's time; 0: none", kMayChange},
+      {"tokens", "--tokens", "How long", Integer{&Q::tokens, -1, kMany},
+       "Tokens of end-to-end distillation; -1: 4 million, or 0 on a CPU with --minutes",
+       kMayChange},
+      {"calib_tokens", "--calib-tokens", "How long", Integer{&Q::calib_tokens, 1, kMany},
+       "Tokens for error feedback and the block-by-block warm start"},
+      {"warm_epochs", "--warm-epochs", "How long", Number{&Q::warm_epochs, 0, 1e4},
+       "Passes over them for each block; 0: no warm start"},
+
+      {"device", "--device", "Where", Text{&Q::device}, "cpu, cuda or cuda:N", kMayChange},
+      {"threads", "-t,--threads", "Where", Integer{&Q::threads, 0, 1024},
+       "Threads; 0 takes as many as the process may use", kMayChange},
+      {"compute", "--compute", "Where", choice<&Q::compute>({"auto", "bf16", "f32"}),
+       "Arithmetic of the products: auto, bf16 or f32", kMayChange},
+      {"", "--dry-run", "Where", Flag{&Q::dry_run, true},
+       "Load, measure the speed, say the plan, and stop", kMayChange},
+      {"", "--resume", "Where", Flag{&Q::resume, true},
+       "Go on from OUT.ckpt, which an interrupted run left", kMayChange},
+      {"checkpoint_minutes", "--checkpoint-minutes", "Where",
+       Number{&Q::checkpoint_minutes, 0.01, 1e6}, "Time between checkpoints", kMayChange},
+
+      {"error_feedback", "--no-error-feedback", "Start", Flag{&Q::error_feedback, false},
+       "Fit the scales by importance alone, without error feedback"},
+      {"ef_damp", "--ef-damp", "Start", Number{&Q::ef_damp, 1e-8, 1e3},
+       "Damping of the inputs' second moment, in parts of its mean diagonal"},
+      {"alpha_in", "--alpha-in", "Start", Number{&Q::alpha_in, 0, 4},
+       "Exponent of the columns' importance"},
+      {"alpha_out", "--alpha-out", "Start", Number{&Q::alpha_out, 0, 4},
+       "Exponent of the rows' importance (only with --no-error-feedback)"},
+      {"init_sweeps", "--init-sweeps", "Start", Integer{&Q::init_sweeps, 1, 1000},
+       "Gauss-Seidel sweeps of SVID"},
+      {"als_steps", "--als-steps", "Start", Integer{&Q::als_steps, 0, 1000},
+       "Least-squares refits of the scales"},
+
+      {"seq_len", "--seq-len", "Training", Integer{&Q::seq_len, 16, int64_t{1} << 20},
+       "Tokens a window"},
+      {"seed", "--seed", "Training", Integer{&Q::seed, 0, (int64_t{1} << 53) - 1},
+       "Seed of every random choice"},
+      {"warm_batch", "--warm-batch", "Training", Integer{&Q::warm_batch, 1, 1 << 20},
+       "Windows a step in the warm start"},
+      {"warm_muon_lr", "--warm-muon-lr", "Training", Number{&Q::warm_muon_lr, 0, 10},
+       "Muon's rate in the warm start"},
+      {"warm_scale_lr", "--warm-scale-lr", "Training", Number{&Q::warm_scale_lr, 0, 10},
+       "The scales' rate in the warm start"},
+      {"batch", "--batch", "Training", Integer{&Q::batch, 1, 1 << 20}, "Windows a step end to end"},
+      {"muon_lr", "--muon-lr", "Training", Number{&Q::muon_lr, 0, 10}, "Muon's rate end to end"},
+      {"scale_lr", "--scale-lr", "Training", Number{&Q::scale_lr, 0, 10},
+       "The scales' rate end to end"},
+      {"warmup", "--warmup", "Training", Number{&Q::warmup, 0, 0.9},
+       "Share of a phase with rising rates"},
+      {"gamma", "--gamma", "Training", Number{&Q::gamma, 0, 1e6},
+       "Weight of the blocks' normalised error end to end"},
+      {"clip", "--clip", "Training", Number{&Q::clip, 1e-9, 1e9},
+       "Largest norm of the scales' gradients"},
+
+      {"embedding", "--embedding", "Output", choice<&Q::embedding>({"q8_0", "f16"}),
+       "Type of embedding and head: q8_0 or f16", kMayChange},
+  };
+}
+
+// What the command line has checked already, for callers that come without it.
+Status check_ranges(const QuantizeOptions& o) {
+  for (const Setting& setting : settings()) {
+    const auto outside = [&](auto value, auto low, auto high) -> Status {
+      if (!(value >= low && value <= high)) {
+        return Error{
+            fmt::format("{} {}: must lie between {} and {}", setting.option, value, low, high)};
+      }
+      return {};
+    };
+    if (const auto* integer = std::get_if<Setting::Integer>(&setting.value)) {
+      RABIT_CHECK(outside(o.*integer->member, integer->low, integer->high));
+    } else if (const auto* number = std::get_if<Setting::Number>(&setting.value)) {
+      RABIT_CHECK(outside(o.*number->member, number->low, number->high));
+    }
+  }
+  return {};
+}
+
+Status check_combination(const QuantizeOptions& o) {
+  if (o.tokens > 0 && o.tokens < o.batch * o.seq_len) {
+    return Error{
+        fmt::format("--tokens {}: less than one step of {} windows of {}; give 0 or more "
+                    "tokens, or a smaller --batch or --seq-len",
+                    o.tokens, o.batch, o.seq_len)};
+  }
+  if (o.calib_tokens < o.seq_len) {
+    return Error{fmt::format(
+        "--calib-tokens {}: less than one window of {}; give more, or a smaller --seq-len",
+        o.calib_tokens, o.seq_len)};
+  }
+  return {};
+}
+
+// The folder is there and takes files, and what the run writes replaces nothing but its own kind:
+// the rename at the end would replace even a device such as /dev/null.
+Status check_output(const std::filesystem::path& out,
+                    std::span<const std::filesystem::path> inputs) {
+  if (out.empty()) {
+    return Error{"-o is empty; name the packed file to write"};
+  }
+  const std::filesystem::path folder = out.has_parent_path() ? out.parent_path() : ".";
+  if (!std::filesystem::is_directory(folder)) {
+    return Error{"-o " + out.string() + ": no such folder: " + folder.string()};
+  }
+  for (const char* ending : {"", ".json", ".ckpt"}) {
+    std::filesystem::path written = out;
+    written += ending;
+    std::error_code ignored;
+    if (!std::filesystem::exists(written, ignored)) {
+      continue;
+    }
+    if (!std::filesystem::is_regular_file(written, ignored)) {
+      return Error{"-o " + out.string() + ": " + written.string() +
+                   (std::filesystem::is_directory(written, ignored) ? " is a folder"
+                                                                    : " is not a regular file") +
+                   "; name another file"};
+    }
+    for (const auto& input : inputs) {
+      if (std::filesystem::equivalent(written, input, ignored)) {
+        return Error{"-o " + out.string() + ": would overwrite the input " + input.string() +
+                     "; name another file"};
+      }
+    }
+  }
+  std::filesystem::path probe = out;
+  probe += ".probe";
+  RABIT_ASSIGN(const AtomicFile file, AtomicFile::create(probe));  // dropped: leaves nothing
+  return {};
+}
+
+}  // namespace
+
+std::span<const Setting> settings() {
+  static const std::vector<Setting> table = make_settings();
+  return table;
+}
+
+json describe(const QuantizeOptions& options) {
+  json out;
+  for (const Setting& setting : settings()) {
+    const auto value = [&](const auto& kind) -> json {
+      using Kind = std::decay_t<decltype(kind)>;
+      if constexpr (std::is_same_v<Kind, Setting::Choice>) {
+        return kind.names[static_cast<size_t>(kind.get(options))];
+      } else {
+        return options.*kind.member;
+      }
+    };
+    if (!setting.key.empty()) {
+      out[std::string(setting.key)] = std::visit(value, setting.value);
+    }
+  }
+  return out;
+}
+
+Result<at::Device> pick_device(const std::string& name) {
+  if (name == "cpu") {
+    return at::Device(at::kCPU);
+  }
+  int index = 0;
+  if (name != "cuda") {
+    const bool form = name.rfind("cuda:", 0) == 0 && name.size() > 5 && name.size() < 8 &&
+                      name.find_first_not_of("0123456789", 5) == std::string::npos;
+    if (!form) {
+      return Error{"--device " + name + ": not a device; use cpu, cuda or cuda:N"};
+    }
+    index = std::stoi(name.substr(5));
+  }
+  if (!at::globalContext().hasCUDA()) {
+    return Error{"--device " + name +
+                 ": no GPU can be used: this build has no CUDA support, or no driver or device was "
+                 "found; use --device cpu, or build with the cuda preset on a machine with a GPU"};
+  }
+  const int devices = at::detail::getCUDAHooks().deviceCount();
+  if (index >= devices) {
+    return Error{fmt::format("--device {}: this machine has {} CUDA device{}, numbered from 0",
+                             name, devices, devices == 1 ? "" : "s")};
+  }
+  return at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
+}
+
+Status check_run(const QuantizeOptions& options, const std::filesystem::path& out,
+                 std::span<const std::filesystem::path> inputs) {
+  RABIT_CHECK(check_ranges(options));
+  RABIT_CHECK(check_combination(options));
+  RABIT_CHECK(pick_device(options.device));
+  return check_output(out, inputs);
+}
+
+}  // namespace rabit::train

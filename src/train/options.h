@@ -1,0 +1,105 @@
+// The settings of a run, in one table that the command line, the log, the checkpoint and the checks
+// all read. Free of torch, so that the command line compiles without it.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <nlohmann/json_fwd.hpp>
+#include <span>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "rabit/result.h"
+
+namespace rabit::train {
+
+enum class Compute { kAuto, kBF16, kF32 };
+enum class EmbeddingType { kQ8_0, kF16 };
+
+/// Every setting of a run; settings() says what each means and may be.
+struct QuantizeOptions {
+  int64_t paths = 2;
+
+  double minutes = 0.0;
+  int64_t tokens = -1;
+  int64_t calib_tokens = 262144;
+  double warm_epochs = 4.0;
+
+  std::string device = "cpu";
+  int64_t threads = 0;
+  Compute compute = Compute::kAuto;
+  bool dry_run = false;
+  bool resume = false;
+  double checkpoint_minutes = 10.0;
+
+  bool error_feedback = true;
+  double ef_damp = 0.01;
+  double alpha_in = 1.0;
+  double alpha_out = 0.0;
+  int64_t init_sweeps = 8;
+  int64_t als_steps = 12;
+
+  int64_t seq_len = 1024;
+  int64_t seed = 1;
+  int64_t warm_batch = 4;
+  double warm_muon_lr = 4e-3;
+  double warm_scale_lr = 1e-3;
+  int64_t batch = 16;
+  double muon_lr = 5e-4;
+  double scale_lr = 1e-4;
+  double warmup = 0.03;
+  double gamma = 0.0;
+  double clip = 1.0;
+
+  EmbeddingType embedding = EmbeddingType::kQ8_0;
+};
+
+/// One setting: where it lives, what the command line and the log call it, what it may be.
+struct Setting {
+  /// One of an enumeration's values, by its number.
+  struct Choice {
+    int (*get)(const QuantizeOptions&);
+    void (*set)(QuantizeOptions&, int);
+    std::vector<std::string> names;
+  };
+  struct Integer {
+    int64_t QuantizeOptions::*member;
+    int64_t low, high;
+  };
+  struct Number {
+    double QuantizeOptions::*member;
+    double low, high;
+  };
+  /// A flag; given, it makes the member `when_given`.
+  struct Flag {
+    bool QuantizeOptions::*member;
+    bool when_given;
+  };
+  struct Text {
+    std::string QuantizeOptions::*member;
+  };
+
+  std::string_view key;     // in the log, in checkpoints and in the packed file; empty: not there
+  std::string_view option;  // on the command line
+  std::string_view group;   // of the help; empty: none
+  std::variant<Integer, Number, Flag, Choice, Text> value;
+  std::string_view help;
+  /// A continuation may have another value than the run that it continues.
+  bool may_change = false;
+};
+
+/// All settings, in the order of the help.
+std::span<const Setting> settings();
+
+/// All settings that have a key, with their values.
+nlohmann::json describe(const QuantizeOptions& options);
+
+/// Everything that can be known to be wrong before anything is read: settings out of range or that
+/// contradict each other, a device that is not there, an output that cannot be written or that
+/// would replace one of `inputs`.
+Status check_run(const QuantizeOptions& options, const std::filesystem::path& out,
+                 std::span<const std::filesystem::path> inputs);
+
+}  // namespace rabit::train
