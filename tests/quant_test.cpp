@@ -1,7 +1,5 @@
 // The mathematics of residual binarization against a float64 scalar oracle written here on its own.
 
-#include "quant/residual_binary.h"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -10,6 +8,7 @@
 
 #include "base/half.h"
 #include "base/threads.h"
+#include "quant/residual_binary.h"
 
 namespace rabit::quant {
 namespace {
@@ -31,8 +30,8 @@ std::vector<float> normal(std::mt19937_64& random, size_t count, float mean, flo
 
 Layer random_layer(int64_t d_out, int64_t d_in, int64_t paths, uint64_t seed) {
   std::mt19937_64 random(seed);
-  Layer layer{{d_out, d_in, paths}, normal(random, static_cast<size_t>(d_out * d_in), 0.0F, 0.05F),
-              {}};
+  Layer layer{
+      {d_out, d_in, paths}, normal(random, static_cast<size_t>(d_out * d_in), 0.0F, 0.05F), {}};
   for (int64_t i = 0; i < paths; ++i) {
     const float size = 0.04F * std::pow(0.5F, static_cast<float>(i));
     for (const float v : normal(random, static_cast<size_t>(d_out), 1.0F, 0.2F)) {
@@ -94,8 +93,15 @@ class Paths : public testing::TestWithParam<int64_t> {};
 INSTANTIATE_TEST_SUITE_P(All, Paths, testing::Values(1, 2, 3, 4));
 
 TEST_P(Paths, ForwardMatchesOracleAtManySizes) {
-  for (const auto& [rows, columns] : {std::pair<int64_t, int64_t>{1, 1}, {3, 7}, {5, 16}, {4, 17},
-                                      {7, 31}, {6, 32}, {9, 33}, {2, 130}, {64, 100}}) {
+  for (const auto& [rows, columns] : {std::pair<int64_t, int64_t>{1, 1},
+                                      {3, 7},
+                                      {5, 16},
+                                      {4, 17},
+                                      {7, 31},
+                                      {6, 32},
+                                      {9, 33},
+                                      {2, 130},
+                                      {64, 100}}) {
     const Layer layer = random_layer(rows, columns, GetParam(), 7 + rows * columns);
     EXPECT_TRUE(matches_oracle(layer, forward(layer))) << rows << " x " << columns;
   }
@@ -199,8 +205,8 @@ TEST_P(Paths, GradientsMatchFiniteDifferencesWithSignsHeld) {
       const double down = loss(g, h);
       values[e] = at;
       const double expected = (up - down) / (2.0 * kStep);
-      const double tolerance = 64.0 * std::numeric_limits<float>::epsilon() *
-                               std::sqrt(static_cast<double>(d_in));
+      const double tolerance =
+          64.0 * std::numeric_limits<float>::epsilon() * std::sqrt(static_cast<double>(d_in));
       EXPECT_NEAR(gradient[e], expected, tolerance * std::max(1.0, std::fabs(expected)));
     }
   };
@@ -337,6 +343,25 @@ std::vector<double> inverse(const std::vector<double>& a, int64_t n) {
   return out;
 }
 
+/// Damped second moment of x = mixing * noise, of little more than half the rank.
+std::vector<double> moment_of_correlated_inputs(int64_t d_in, std::mt19937_64& random) {
+  const auto mixing = normal(random, static_cast<size_t>(d_in * d_in), 0.0F, 1.0F);
+  std::vector<double> h(static_cast<size_t>(d_in * d_in));
+  double mean = 0.0;
+  for (int64_t a = 0; a < d_in; ++a) {
+    for (int64_t b = 0; b < d_in; ++b) {
+      for (int64_t c = 0; c < d_in / 2 + 1; ++c) {
+        h[a * d_in + b] += static_cast<double>(mixing[a * d_in + c]) * mixing[b * d_in + c];
+      }
+    }
+    mean += h[a * d_in + a] / static_cast<double>(d_in);
+  }
+  for (int64_t a = 0; a < d_in; ++a) {
+    h[a * d_in + a] += 0.01 * mean;
+  }
+  return h;
+}
+
 class ErrorFeedback : public testing::TestWithParam<std::pair<int64_t, int64_t>> {};
 INSTANTIATE_TEST_SUITE_P(Sizes, ErrorFeedback,
                          testing::Values(std::pair<int64_t, int64_t>{5, 9},
@@ -349,21 +374,7 @@ TEST_P(ErrorFeedback, MatchesTheColumnByColumnOracleAndLowersTheOutputError) {
   for (const int64_t paths : {1, 2, 3}) {
     Layer layer = random_layer(d_out, d_in, paths, 40 + d_in + paths);
     std::mt19937_64 random(8);
-    // Correlated inputs: x = mixing * noise.
-    const auto mixing = normal(random, static_cast<size_t>(d_in * d_in), 0.0F, 1.0F);
-    std::vector<double> h(static_cast<size_t>(d_in * d_in));
-    double mean = 0.0;
-    for (int64_t a = 0; a < d_in; ++a) {
-      for (int64_t b = 0; b < d_in; ++b) {
-        for (int64_t c = 0; c < d_in / 2 + 1; ++c) {
-          h[a * d_in + b] += static_cast<double>(mixing[a * d_in + c]) * mixing[b * d_in + c];
-        }
-      }
-      mean += h[a * d_in + a] / static_cast<double>(d_in);
-    }
-    for (int64_t a = 0; a < d_in; ++a) {
-      h[a * d_in + a] += 0.01 * mean;
-    }
+    const std::vector<double> h = moment_of_correlated_inputs(d_in, random);
     // Upper factor of the inverse: inverse = UT U, U = transpose of the lower one.
     const auto lower = cholesky(inverse(h, d_in), d_in);
     std::vector<float> u(static_cast<size_t>(d_in * d_in));
@@ -397,6 +408,107 @@ TEST_P(ErrorFeedback, MatchesTheColumnByColumnOracleAndLowersTheOutputError) {
   }
 }
 
+/// (T - What) H, in double.
+std::vector<float> error_product(const Layer& layer, const std::vector<float>& target,
+                                 const std::vector<double>& h) {
+  const auto [d_out, d_in, paths] = layer.shape;
+  const std::vector<float> w_hat = forward(layer);
+  std::vector<float> out;
+  for (int64_t r = 0; r < d_out; ++r) {
+    for (int64_t c = 0; c < d_in; ++c) {
+      double sum = 0.0;
+      for (int64_t j = 0; j < d_in; ++j) {
+        sum += (static_cast<double>(target[r * d_in + j]) - w_hat[r * d_in + j]) * h[j * d_in + c];
+      }
+      out.push_back(static_cast<float>(sum));
+    }
+  }
+  return out;
+}
+
+TEST_P(ErrorFeedback, CoordinateDescentEndsWhereNoSingleWeightCanGain) {
+  const auto [d_out, d_in] = GetParam();
+  for (const int64_t paths : {1, 2, 3, 4}) {
+    const Layer start = random_layer(d_out, d_in, paths, 50 + d_in + paths);
+    const std::vector<float>& target = start.w;
+    std::mt19937_64 random(9);
+    const std::vector<double> h = moment_of_correlated_inputs(d_in, random);
+    const std::vector<float> moment(h.begin(), h.end());
+    std::vector<float> product = error_product(start, target, h);
+    Layer end = start;
+    ThreadPool pool(2);
+    const int64_t changed = coordinate_descent(start.shape, moment.data(), start.scales, 100,
+                                               product.data(), end.w.data(), pool);
+    EXPECT_GT(changed, 0);
+    const auto before = output_error(start.shape, target, forward(start), h);
+    const std::vector<float> w_hat = forward(end);
+    const auto after = output_error(end.shape, target, w_hat, h);
+    EXPECT_LT(after, before);
+    const std::vector<float> again = error_product(end, target, h);
+    double size = 0.0;
+    for (const float v : again) {
+      size = std::max(size, std::fabs(static_cast<double>(v)));
+    }
+    for (size_t i = 0; i < again.size(); ++i) {
+      ASSERT_NEAR(product[i], again[i], 1e-3 * size) << i;
+    }
+    // Every other level of every weight, tried one at a time in double.
+    for (int64_t r = 0; r < d_out; ++r) {
+      for (int64_t c = 0; c < d_in; ++c) {
+        Layer other = end;
+        for (unsigned signs = 0; signs < 1U << paths; ++signs) {
+          float level = 0.0F;
+          for (int64_t i = 0; i < paths; ++i) {
+            const float p = end.scales.g[i * d_out + r] * end.scales.h[i * d_in + c];
+            level += (signs >> i & 1U) != 0U ? p : -p;
+          }
+          other.w[r * d_in + c] = level;
+          const double d =
+              static_cast<double>(w_hat[r * d_in + c]) - oracle_entry(other, r, c).value;
+          const double change = 2.0 * d * again[r * d_in + c] + d * d * h[c * d_in + c];
+          // The level that it has differs by the rounding of its sum.
+          ASSERT_GE(change, std::fabs(d) < 1e-7 ? -1e-6 : -1e-4 * std::fabs(d) * size) << r << ", " << c;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Paths, SettledLatentsKeepTheirSignsUnderNewScales) {
+  const Layer before = random_layer(12, 70, GetParam(), 91);
+  const auto signs = coupled_signs(before.shape, before.w.data(), before.scales);
+  Layer after = before;
+  for (auto& g : after.scales.g) {
+    g *= 1.3F;
+  }
+  const auto moved = coupled_signs(after.shape, after.w.data(), after.scales);
+  EXPECT_EQ(settle(after.shape, signs, after.scales, after.w.data()), 0);
+  EXPECT_EQ(coupled_signs(after.shape, after.w.data(), after.scales), signs);
+  if (GetParam() > 1) {
+    EXPECT_NE(moved, signs) << "nothing had to be settled";
+    // A second path three times the first: two paths still have every combination, for the first
+    // takes all positive latents and the second splits them; of three, some cannot be had.
+    for (int64_t r = 0; r < after.shape.d_out; ++r) {
+      after.scales.g[after.shape.d_out + r] = 3.0F * after.scales.g[r];
+    }
+    const int64_t lost = settle(after.shape, signs, after.scales, after.w.data());
+    EXPECT_EQ(lost > 0, GetParam() > 2);
+    int64_t different = 0;
+    const auto got = coupled_signs(after.shape, after.w.data(), after.scales);
+    for (int64_t r = 0; r < after.shape.d_out; ++r) {
+      for (int64_t c = 0; c < after.shape.d_in; ++c) {
+        bool same = true;
+        for (int64_t i = 0; i < after.shape.paths; ++i) {
+          const size_t word = static_cast<size_t>((i * after.shape.d_out + r) * 3 + c / 32);
+          same = same && ((got[word] ^ signs[word]) >> (c % 32) & 1U) == 0U;
+        }
+        different += same ? 0 : 1;
+      }
+    }
+    EXPECT_EQ(different, lost);
+  }
+}
+
 TEST_P(Paths, PackKeepsSignsAndScales) {
   Layer layer = random_layer(10, 45, GetParam(), 77);
   for (auto& v : layer.scales.h) {
@@ -408,8 +520,8 @@ TEST_P(Paths, PackKeepsSignsAndScales) {
   for (int64_t i = 0; i < GetParam(); ++i) {
     for (int64_t r = 0; r < 10; ++r) {
       for (int64_t c = 0; c < 45; ++c) {
-        const double exact = static_cast<double>(layer.scales.g[i * 10 + r]) *
-                             layer.scales.h[i * 45 + c];
+        const double exact =
+            static_cast<double>(layer.scales.g[i * 10 + r]) * layer.scales.h[i * 45 + c];
         const double stored = static_cast<double>(half_to_float(packed->row_scale[i * 10 + r])) *
                               half_to_float(packed->col_scale[i * 45 + c]);
         EXPECT_NEAR(stored, exact, std::fabs(exact) * 1.1e-3);

@@ -1,6 +1,6 @@
-// The start of one block's student: second moments of its inputs, scales, error feedback.
-// Layers go in the order in which they are computed; each sees inputs that the already quantized
-// layers before it produce, within the block too. q, k, v share one input, gate and up another.
+// The start of one block's student. Its linear layers go in the order in which they are computed,
+// in four stages that share an input: q, k, v; output; gate, up; down. Each stage sees inputs that
+// the already quantized layers before it produce, within the block too.
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
@@ -9,6 +9,7 @@
 
 #include "base/interrupt.h"
 #include "io/dequant.h"
+#include "train/layer_fit.h"
 #include "train/session.h"
 
 namespace rabit::train {
@@ -16,16 +17,18 @@ namespace {
 
 constexpr int64_t kChunk = 8;  // windows computed at once
 
-// Sum of x xT over rows of x (tokens, d), in float32 on the device of x.
-class SecondMoment {
+// Mean of y x^T over tokens, in float32 on the device of x.
+class Moment {
  public:
-  void add(const at::Tensor& x) {
-    const at::Tensor flat = x.reshape({-1, x.size(-1)}).to(at::kFloat);
+  // y (tokens, m), x (tokens, d)
+  void add(const at::Tensor& y, const at::Tensor& x) {
+    const at::Tensor left = y.reshape({-1, y.size(-1)}).to(at::kFloat);
+    const at::Tensor right = x.reshape({-1, x.size(-1)}).to(at::kFloat);
     if (!sum_.defined()) {
-      sum_ = at::zeros({flat.size(1), flat.size(1)}, flat.options());
+      sum_ = at::zeros({left.size(1), right.size(1)}, right.options());
     }
-    sum_.addmm_(flat.t(), flat);
-    tokens_ += flat.size(0);
+    sum_.addmm_(left.t(), right);
+    tokens_ += right.size(0);
   }
   at::Tensor mean() const { return sum_ / static_cast<double>(tokens_); }
 
@@ -33,21 +36,6 @@ class SecondMoment {
   at::Tensor sum_;
   int64_t tokens_ = 0;
 };
-
-std::vector<float> to_vector(const at::Tensor& tensor) {
-  const at::Tensor host = tensor.to(at::kCPU, at::kFloat).contiguous();
-  const float* data = host.const_data_ptr<float>();
-  return {data, data + host.numel()};
-}
-
-// value^exponent, floored at a thousandth of the mean (a dead column must not get a zero weight),
-// with mean 1.
-std::vector<float> importance_from(at::Tensor values, double exponent) {
-  values = values.to(at::kDouble);
-  values = at::clamp_min(values, std::max(values.mean().item<double>() * 1e-3, 1e-30));
-  values = at::pow(values / values.mean(), exponent);
-  return to_vector(values / values.mean());
-}
 
 StudentLinear make_linear(const TrainSession& session, const quant::Shape& shape, at::Tensor latent,
                           const quant::Scales& scales) {
@@ -81,32 +69,6 @@ quant::Shape shape_of(const TrainSession& session, Role role) {
   return {shape.d_out, shape.d_in, session.options.paths};
 }
 
-// Upper Cholesky factor of the inverse of the damped H, (d, d) float32 on the host.
-Result<at::Tensor> inverse_factor(const at::Tensor& h, double damp, const std::string& name) {
-  at::Tensor damped = h.to(at::kDouble);
-  const double mean = damped.diagonal().mean().item<double>();
-  if (!std::isfinite(mean) || mean <= 0.0) {
-    return Error{name +
-                 ": the calibration inputs of this layer are all zero or not finite; give "
-                 "other text"};
-  }
-  damped.diagonal().add_(damp * mean);
-  const auto [factor, info] = at::linalg_cholesky_ex(damped);
-  if (info.item<int64_t>() != 0) {
-    return Error{name +
-                 ": the second moment of the inputs is not positive definite; raise "
-                 "--ef-damp or --calib-tokens"};
-  }
-  const at::Tensor inverse = at::cholesky_inverse(factor);
-  const auto [upper, info2] = at::linalg_cholesky_ex(inverse, /*upper=*/true);
-  if (info2.item<int64_t>() != 0) {
-    return Error{name +
-                 ": the inverse second moment is not positive definite; raise --ef-damp or "
-                 "--calib-tokens"};
-  }
-  return upper.to(at::kCPU, at::kFloat).contiguous();
-}
-
 // Adds the time until it goes to the session's count.
 struct FitTimer {
   TrainSession& session;
@@ -114,90 +76,146 @@ struct FitTimer {
   ~FitTimer() { session.fit_seconds += clock.elapsed(); }
 };
 
-Status quantize_roles(TrainSession& session, int64_t layer, std::initializer_list<Role> roles,
-                      const at::Tensor& h, StudentBlock& block) {
-  const FitTimer timer{session};
+struct Stage {
+  std::vector<Role> roles;
+  bool adds_to_stream;  // its output goes onto the residual stream
+};
+const std::array<Stage, 4> kStages = {{{{Role::kAttnQ, Role::kAttnK, Role::kAttnV}, false},
+                                       {{Role::kAttnOutput}, true},
+                                       {{Role::kFfnGate, Role::kFfnUp}, false},
+                                       {{Role::kFfnDown}, true}}};
+
+// One side, teacher or student, on the way through the block: what each stage reads and the stream
+// that it adds to, a few windows at a time.
+class Side {
+ public:
+  Side(const TrainSession& session, const Rotary& rotary, const at::Tensor& x)
+      : session_(session), rotary_(rotary), x_(x) {}
+
+  void set_weights(BlockWeights weights) { weights_ = std::move(weights); }
+
+  at::Tensor input(size_t stage, int64_t begin, int64_t count) {
+    const ModelConfig& config = session_.config();
+    const at::ScalarType compute = session_.teacher.compute;
+    switch (stage) {
+      case 0:
+        return norm(config, stream(stage, begin, count), weights_.attn_norm, compute);
+      case 1: {
+        const at::Tensor a = input(0, begin, count);
+        const at::Tensor out = attend(config, rotary_, product(Role::kAttnQ, a),
+                                      product(Role::kAttnK, a), product(Role::kAttnV, a));
+        if (!attention_.defined()) {
+          attention_ =
+              at::empty({x_.size(0), x_.size(1), config.d_q()}, x_.options().dtype(compute));
+        }
+        attention_.narrow(0, begin, count).copy_(out);
+        return out;
+      }
+      case 2:
+        return norm(config, stream(3, begin, count), weights_.ffn_norm, compute);
+      default: {
+        const at::Tensor f = input(2, begin, count);
+        return swiglu(product(Role::kFfnGate, f), product(Role::kFfnUp, f));
+      }
+    }
+  }
+
+  // Before the stage adds to it.
+  at::Tensor stream(size_t stage, int64_t begin, int64_t count) const {
+    const at::Tensor x = x_.narrow(0, begin, count);
+    return stage < 2 ? x : x + product(Role::kAttnOutput, attention_.narrow(0, begin, count));
+  }
+
+ private:
+  at::Tensor product(Role role, const at::Tensor& in) const {
+    return at::matmul(in, weights_.linear[index_of(role)].t());
+  }
+
+  const TrainSession& session_;
+  const Rotary& rotary_;
+  const at::Tensor x_;  // (S, T, d_model)
+  BlockWeights weights_;
+  at::Tensor attention_;  // (S, T, d_q), once stage 1 has seen it
+};
+
+// What the layers of a stage are fitted to.
+struct StageMoments {
+  at::Tensor inputs;  // mean x x^T
+  at::Tensor cross;   // mean t x^T, t the teacher's input; undefined: not asked for
+  at::Tensor stream;  // mean (teacher's stream - student's stream) x^T; undefined: not asked for
+};
+
+Result<StageMoments> measure_stage(const TrainSession& session, size_t stage, int64_t windows,
+                                   Side& student, Side& teacher) {
   const QuantizeOptions& options = session.options;
-  const std::vector<float> s_in = importance_from(h.diagonal().sqrt(), options.alpha_in);
-  RABIT_ASSIGN(const at::Tensor u,
-               inverse_factor(h, options.ef_damp, linear_name(layer, *roles.begin())));
-  for (const Role role : roles) {
+  const bool by_teacher = options.ef_inputs == EfInputs::kTeacher;
+  const bool to_output = options.ef_target != EfTarget::kWeight;
+  const bool to_stream = options.ef_target == EfTarget::kStream && kStages[stage].adds_to_stream;
+  Moment inputs, cross, lacking;
+  for (int64_t begin = 0; begin < windows; begin += kChunk) {
     RABIT_CHECK(check_interrupt());
-    const quant::Shape shape = shape_of(session, role);
-    RABIT_ASSIGN(at::Tensor w, original_weight(session, layer, role));
-    const quant::Scales scales =
-        quant::fit_scales(shape, w.const_data_ptr<float>(), {}, s_in,
-                          {options.init_sweeps, options.als_steps}, session.pool);
-    quant::error_feedback(shape, w.mutable_data_ptr<float>(), scales, u.const_data_ptr<float>(),
-                          session.pool);
-    block[index_of(role)] = make_linear(session, shape, w, scales);
+    const int64_t count = std::min(kChunk, windows - begin);
+    // Both sides go through every stage, for what a stage leaves the next may need.
+    const at::Tensor x = student.input(stage, begin, count);
+    const at::Tensor t = needs_teacher_stream(options) ? teacher.input(stage, begin, count) : x;
+    inputs.add(by_teacher ? t : x, by_teacher ? t : x);
+    if (to_output) {
+      cross.add(t, x);
+    }
+    if (to_stream) {
+      lacking.add(teacher.stream(stage, begin, count) - student.stream(stage, begin, count), x);
+    }
+  }
+  return StageMoments{inputs.mean(), to_output ? cross.mean() : at::Tensor(),
+                      to_stream ? lacking.mean() : at::Tensor()};
+}
+
+Status fit_stage(TrainSession& session, int64_t layer, const Stage& stage,
+                 const StageMoments& moments, const std::array<Importance, kRoleCount>* importance,
+                 StudentBlock& block) {
+  const FitTimer timer{session};
+  for (const Role role : stage.roles) {
+    RABIT_CHECK(check_interrupt());
+    const std::string name = linear_name(layer, role);
+    RABIT_ASSIGN(const at::Tensor weight, original_weight(session, layer, role));
+    LayerProblem problem{name, weight.to(moments.inputs.device()), moments.inputs, {}};
+    if (importance != nullptr) {
+      problem.out = (*importance)[index_of(role)].out;
+    }
+    if (moments.cross.defined()) {
+      at::Tensor cross = at::matmul(problem.target, moments.cross);
+      if (moments.stream.defined()) {
+        cross += moments.stream;
+      }
+      RABIT_ASSIGN(problem.target, best_target(problem.target, cross, moments.inputs,
+                                               session.options.ef_damp, name));
+    }
+    RABIT_ASSIGN(const LayerFit fit,
+                 fit_layer(problem, shape_of(session, role).paths, session.options, session.pool));
+    block[index_of(role)] = make_linear(session, shape_of(session, role), fit.latent, fit.scales);
+    session.fit_errors.push_back(fit.error);
   }
   return {};
 }
 
 }  // namespace
 
-Status initialise_block(TrainSession& session, int64_t layer, const at::Tensor& x) {
+Status initialise_block(TrainSession& session, int64_t layer, const at::Tensor& x,
+                        const at::Tensor& teacher_x,
+                        const std::array<Importance, kRoleCount>* importance) {
   const at::NoGradGuard no_grad;
-  const ModelConfig& config = session.config();
-  const Network& teacher = session.teacher;
-  const BlockWeights& weights = teacher.blocks[static_cast<size_t>(layer)];
-  const Rotary rotary = make_rotary(config, x.size(1), teacher.device);
+  const BlockWeights& weights = session.teacher.blocks[static_cast<size_t>(layer)];
+  const Rotary rotary = make_rotary(session.config(), x.size(1), session.teacher.device);
   StudentBlock block;
-  const int64_t windows = x.size(0);
-  const auto each_chunk = [&](const auto& body) -> Status {
-    for (int64_t begin = 0; begin < windows; begin += kChunk) {
-      RABIT_CHECK(check_interrupt());
-      body(begin, std::min(kChunk, windows - begin));
-    }
-    return {};
-  };
-  const auto chunk_of = [&](const at::Tensor& stream, int64_t begin, int64_t count) {
-    return stream.narrow(0, begin, count).to(teacher.device);
-  };
-
-  SecondMoment attn_in;
-  RABIT_CHECK(each_chunk([&](int64_t begin, int64_t count) {
-    attn_in.add(norm(config, chunk_of(x, begin, count), weights.attn_norm, teacher.compute));
-  }));
-  RABIT_CHECK(quantize_roles(session, layer, {Role::kAttnQ, Role::kAttnK, Role::kAttnV},
-                             attn_in.mean(), block));
-  BlockWeights student = student_weights(block, weights, teacher.compute);
-  const auto product = [&](Role role, const at::Tensor& input) {
-    return at::matmul(input, student.linear[index_of(role)].t());
-  };
-
-  SecondMoment attended;
-  at::Tensor attention =
-      at::empty({windows, x.size(1), config.d_q()}, x.options().dtype(teacher.compute));
-  RABIT_CHECK(each_chunk([&](int64_t begin, int64_t count) {
-    const at::Tensor a =
-        norm(config, chunk_of(x, begin, count), weights.attn_norm, teacher.compute);
-    const at::Tensor out = attend(config, rotary, product(Role::kAttnQ, a),
-                                  product(Role::kAttnK, a), product(Role::kAttnV, a));
-    attended.add(out);
-    attention.narrow(0, begin, count).copy_(out);
-  }));
-  RABIT_CHECK(quantize_roles(session, layer, {Role::kAttnOutput}, attended.mean(), block));
-  student = student_weights(block, weights, teacher.compute);
-
-  const auto ffn_input = [&](int64_t begin, int64_t count) {
-    const at::Tensor middle =
-        chunk_of(x, begin, count) + product(Role::kAttnOutput, chunk_of(attention, begin, count));
-    return norm(config, middle, weights.ffn_norm, teacher.compute);
-  };
-  SecondMoment ffn_in;
-  RABIT_CHECK(
-      each_chunk([&](int64_t begin, int64_t count) { ffn_in.add(ffn_input(begin, count)); }));
-  RABIT_CHECK(quantize_roles(session, layer, {Role::kFfnGate, Role::kFfnUp}, ffn_in.mean(), block));
-  student = student_weights(block, weights, teacher.compute);
-
-  SecondMoment hidden;
-  RABIT_CHECK(each_chunk([&](int64_t begin, int64_t count) {
-    const at::Tensor f = ffn_input(begin, count);
-    hidden.add(swiglu(product(Role::kFfnGate, f), product(Role::kFfnUp, f)));
-  }));
-  RABIT_CHECK(quantize_roles(session, layer, {Role::kFfnDown}, hidden.mean(), block));
+  session.fit_errors.clear();
+  Side student(session, rotary, x), teacher(session, rotary, teacher_x);
+  teacher.set_weights(weights);
+  for (size_t stage = 0; stage < kStages.size(); ++stage) {
+    student.set_weights(student_weights(block, weights, session.teacher.compute));
+    RABIT_ASSIGN(const StageMoments moments,
+                 measure_stage(session, stage, x.size(0), student, teacher));
+    RABIT_CHECK(fit_stage(session, layer, kStages[stage], moments, importance, block));
+  }
   session.student.blocks[static_cast<size_t>(layer)] = std::move(block);
   return {};
 }

@@ -58,10 +58,22 @@ std::vector<Setting> make_settings() {
        "Fit the scales by importance alone, without error feedback"},
       {"ef_damp", "--ef-damp", "Start", Number{&Q::ef_damp, 1e-8, 1e3},
        "Damping of the inputs' second moment, in parts of its mean diagonal"},
+      {"ef_order", "--ef-order", "Start", choice<&Q::ef_order>({"natural", "diagonal"}),
+       "Order of the columns: natural, or diagonal: largest inputs first"},
+      {"ef_inputs", "--ef-inputs", "Start", choice<&Q::ef_inputs>({"student", "teacher"}),
+       "Whose activations are the inputs: student (the quantized layers before) or teacher"},
+      {"ef_target", "--ef-target", "Start", choice<&Q::ef_target>({"weight", "output", "stream"}),
+       "What a layer is fitted to: its own weight, the teacher layer's output, or that and what "
+       "the "
+       "stream lacks"},
+      {"ef_rounds", "--ef-rounds", "Start", Integer{&Q::ef_rounds, 0, 100},
+       "Refits of the scales under the signs reached, each with error feedback again"},
+      {"ef_sweeps", "--ef-sweeps", "Start", Integer{&Q::ef_sweeps, 0, 100},
+       "Sweeps of coordinate descent after error feedback"},
       {"alpha_in", "--alpha-in", "Start", Number{&Q::alpha_in, 0, 4},
        "Exponent of the columns' importance"},
       {"alpha_out", "--alpha-out", "Start", Number{&Q::alpha_out, 0, 4},
-       "Exponent of the rows' importance (only with --no-error-feedback)"},
+       "Exponent of the rows' importance"},
       {"init_sweeps", "--init-sweeps", "Start", Integer{&Q::init_sweeps, 1, 1000},
        "Gauss-Seidel sweeps of SVID"},
       {"als_steps", "--als-steps", "Start", Integer{&Q::als_steps, 0, 1000},
@@ -123,6 +135,11 @@ Status check_combination(const QuantizeOptions& o) {
     return Error{fmt::format(
         "--calib-tokens {}: less than one window of {}; give more, or a smaller --seq-len",
         o.calib_tokens, o.seq_len)};
+  }
+  if (o.ef_inputs == EfInputs::kTeacher && o.ef_target != EfTarget::kWeight) {
+    return Error{
+        "--ef-inputs teacher goes with --ef-target weight only: the other targets correct "
+        "what the student's inputs lack"};
   }
   return {};
 }

@@ -16,6 +16,13 @@
 namespace rabit::train {
 
 enum class Compute { kAuto, kBF16, kF32 };
+/// Columns as they stand, or those with the largest inputs first.
+enum class ColumnOrder { kNatural, kDiagonal };
+/// Whose activations are a layer's inputs in error feedback.
+enum class EfInputs { kStudent, kTeacher };
+/// What a layer is fitted to on those inputs: its own weight's output; the output of the teacher's
+/// layer; and, where it adds to the stream, what the student's stream lacks as well.
+enum class EfTarget { kWeight, kOutput, kStream };
 enum class EmbeddingType { kQ8_0, kF16 };
 
 /// Every setting of a run; settings() says what each means and may be.
@@ -36,6 +43,11 @@ struct QuantizeOptions {
 
   bool error_feedback = true;
   double ef_damp = 0.01;
+  ColumnOrder ef_order = ColumnOrder::kNatural;
+  EfInputs ef_inputs = EfInputs::kStudent;
+  EfTarget ef_target = EfTarget::kWeight;
+  int64_t ef_rounds = 0;
+  int64_t ef_sweeps = 0;
   double alpha_in = 1.0;
   double alpha_out = 0.0;
   int64_t init_sweeps = 8;

@@ -41,8 +41,9 @@ struct TrainSession {
   Clock clock;         // the whole run's
   nlohmann::json log;  // settings, phases, losses
   std::filesystem::path checkpoint_path;
-  double warm_share = 1.0;   // of a bounded run's time, for phases 1 and 2
-  double fit_seconds = 0.0;  // spent so far in fitting scales and error feedback
+  double warm_share = 1.0;         // of a bounded run's time, for phases 1 and 2
+  double fit_seconds = 0.0;        // spent so far in fitting scales and error feedback
+  std::vector<double> fit_errors;  // of the last block's layers, relative; error feedback only
 
   const ModelConfig& config() const { return teacher.config; }
 };
@@ -79,14 +80,24 @@ class WindowOrder {
 /// The device of a --device. Errors: not a device's name; not there.
 Result<at::Device> pick_device(const std::string& name);
 
-/// Phase 1 of block `layer`: fits scales and, if asked, runs error feedback, from the residual
-/// stream x (S, T, d_model) that the quantized prefix produces. Fills student.blocks[layer].
-Status initialise_block(TrainSession& session, int64_t layer, const at::Tensor& x);
-
-/// Importances by layer and role where error feedback is off: docs/training.md.
+/// Importances by layer and role: docs/training.md.
 struct Importance {
   std::vector<float> in, out;
 };
+
+/// Error feedback needs the teacher's stream beside the student's.
+inline bool needs_teacher_stream(const QuantizeOptions& options) {
+  return options.error_feedback &&
+         (options.ef_inputs == EfInputs::kTeacher || options.ef_target != EfTarget::kWeight);
+}
+
+/// Phase 1 of block `layer` by error feedback from the residual stream x (S, T, d_model) that the
+/// quantized prefix produces, and the teacher's stream where needs_teacher_stream(). `importance`
+/// of the rows, if not null. Fills student.blocks[layer].
+Status initialise_block(TrainSession& session, int64_t layer, const at::Tensor& x,
+                        const at::Tensor& teacher_x,
+                        const std::array<Importance, kRoleCount>* importance);
+
 Result<std::vector<std::array<Importance, kRoleCount>>> measure_importance(TrainSession& session);
 
 /// Fits the scales of a block to given importances, without error feedback.

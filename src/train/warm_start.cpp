@@ -129,7 +129,7 @@ Result<BlockCost> measure_cost(TrainSession& session, const Rotary& rotary, cons
   const double fit_before = session.fit_seconds;
   const Clock init_clock;
   if (session.options.error_feedback) {
-    RABIT_CHECK(initialise_block(session, 0, sample));
+    RABIT_CHECK(initialise_block(session, 0, sample, sample, nullptr));
   } else {
     std::array<Importance, kRoleCount> none;
     RABIT_CHECK(initialise_block(session, 0, none));
@@ -220,7 +220,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   double epochs = options.warm_epochs;
 
   std::vector<std::array<Importance, kRoleCount>> importance;
-  if (!options.error_feedback) {
+  if (!options.error_feedback || options.alpha_out > 0.0) {
     RABIT_ASSIGN(importance, measure_importance(session));
   }
   RABIT_CHECK(plan(session, rotary, first_block, windows, epochs));
@@ -235,7 +235,8 @@ Status warm_start(TrainSession& session, int64_t first_block) {
     const at::NoGradGuard no_grad;
     return embed(teacher, ids);
   }();
-  if (train) {
+  const bool both = train || needs_teacher_stream(options);  // streams are kept
+  if (both) {
     x_teacher = x_student.clone();
     target = at::empty_like(x_teacher);
   }
@@ -246,7 +247,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   for (int64_t layer = 0; layer < first_block; ++layer) {  // resumed: only the streams are missing
     const auto block = static_cast<size_t>(layer);
     RABIT_CHECK(run_block(session, weights_of(block), rotary, x_student, x_student));
-    if (train) {
+    if (both) {
       RABIT_CHECK(run_block(session, teacher.blocks[block], rotary, x_teacher, x_teacher));
     }
   }
@@ -274,15 +275,18 @@ Status warm_start(TrainSession& session, int64_t first_block) {
     const double fit_before = session.fit_seconds;
     const auto body = [&]() -> Status {
       if (options.error_feedback) {
-        RABIT_CHECK(initialise_block(session, layer, x_student));
+        RABIT_CHECK(initialise_block(session, layer, x_student, x_teacher,
+                                     importance.empty() ? nullptr : &importance[block]));
       } else {
         RABIT_CHECK(initialise_block(session, layer, importance[block]));
       }
       BlockRun run;
       const double init_seconds = block_clock.elapsed();
       double train_seconds = 0.0;
-      if (train) {
+      if (both) {
         RABIT_CHECK(run_block(session, teacher.blocks[block], rotary, x_teacher, target));
+      }
+      if (train) {
         // Each remaining block gets an equal share of what is left once the rest is paid for.
         double budget = 0.0;
         if (session.clock.limited()) {
@@ -292,11 +296,11 @@ Status warm_start(TrainSession& session, int64_t first_block) {
         RABIT_ASSIGN(
             run, train_block(session, layer, rotary, x_student, target, x_teacher, epochs, budget));
         train_seconds = train_clock.elapsed();
-        std::swap(x_teacher, target);
       }
+      std::swap(x_teacher, target);
       RABIT_CHECK(run_block(session, weights_of(block), rotary, x_student, x_student));
       double output_error = NAN;
-      if (train) {
+      if (both) {
         // `target` holds the block's input on the teacher's side now, x_teacher its output.
         output_error = block_loss(x_student, x_teacher, x_teacher - target).item<double>();
       }
@@ -308,6 +312,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
                                            {"loss_first", run.first_loss},
                                            {"loss_last", run.last_loss},
                                            {"output_error", output_error},
+                                           {"fit_errors", session.fit_errors},
                                            {"init_seconds", init_seconds},
                                            {"train_seconds", train_seconds},
                                            {"tokens_per_second", run.tokens_per_second}});

@@ -1,0 +1,153 @@
+// What follows error feedback: weights that go to another level because all others have settled,
+// and latents that go with scales refitted under fixed signs.
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <numeric>
+
+#include "base/multiversion.h"
+#include "base/threads.h"
+#include "quant/residual_binary.h"
+
+namespace rabit::quant {
+namespace {
+
+// The level that the coupled rule gives a latent, and whether each path is positive there.
+struct Level {
+  float value = 0.0F;
+  unsigned signs = 0;  // bit i: path i is positive
+};
+
+Level level_of(float latent, const float* p, int64_t paths) {
+  Level level;
+  float residual = latent;
+  for (int64_t i = 0; i < paths; ++i) {
+    const bool positive = !(residual < 0.0F);
+    const float signed_p = positive ? p[i] : -p[i];
+    level.value = i == 0 ? signed_p : level.value + signed_p;
+    residual -= signed_p;
+    level.signs |= positive ? 1U << i : 0U;
+  }
+  return level;
+}
+
+float value_of(unsigned signs, const float* p, int64_t paths) {
+  float value = (signs & 1U) != 0U ? p[0] : -p[0];
+  for (int64_t i = 1; i < paths; ++i) {
+    value += (signs >> i & 1U) != 0U ? p[i] : -p[i];
+  }
+  return value;
+}
+
+// A latent from which the coupled rule derives `signs`, the level itself if that is one. False
+// where there is none: path i is positive from the sum of the levels before it upwards.
+bool latent_for(unsigned signs, const float* p, int64_t paths, float& latent) {
+  float low = -std::numeric_limits<float>::infinity(), high = -low, before = 0.0F;
+  for (int64_t i = 0; i < paths; ++i) {
+    if ((signs >> i & 1U) != 0U) {
+      low = std::max(low, before);
+      before += p[i];
+    } else {
+      high = std::min(high, before);
+      before -= p[i];
+    }
+  }
+  latent = value_of(signs, p, paths);
+  if (!(latent >= low && latent < high)) {
+    latent = low + 0.5F * (high - low);  // finite: a level outside has bounds on both sides
+  }
+  return level_of(latent, p, paths).signs == signs;
+}
+
+// Magnitudes of all paths at one weight.
+std::array<float, kMaxPaths> magnitudes(const Shape& s, const Scales& scales, int64_t r,
+                                        int64_t c) {
+  std::array<float, kMaxPaths> p{};
+  for (int64_t i = 0; i < s.paths; ++i) {
+    p[static_cast<size_t>(i)] = scales.g[i * s.d_out + r] * scales.h[i * s.d_in + c];
+  }
+  return p;
+}
+
+RABIT_MULTIVERSION void add_scaled(const float* x, float factor, int64_t n, float* __restrict y) {
+  for (int64_t i = 0; i < n; ++i) {
+    y[i] += factor * x[i];
+  }
+}
+
+}  // namespace
+
+int64_t coordinate_descent(const Shape& shape, const float* moment, const Scales& scales,
+                           int64_t sweeps, float* product, float* w, ThreadPool& pool) {
+  const int64_t n = shape.d_in;
+  std::vector<int64_t> changed(static_cast<size_t>(pool.size()), 0);
+  pool.parallel_for(shape.d_out, 1, [&](int64_t begin, int64_t end, int thread) {
+    int64_t count = 0;
+    for (int64_t r = begin; r < end; ++r) {
+      float* error_product = product + r * n;  // of this row: (t - what) H
+      for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
+        const int64_t before = count;
+        for (int64_t c = 0; c < n; ++c) {
+          const auto p = magnitudes(shape, scales, r, c);
+          const Level now = level_of(w[r * n + c], p.data(), shape.paths);
+          const float diagonal = moment[c * n + c];
+          // Going from level q to q' changes the error by d = q - q' and the objective by
+          // 2 d product_c + d^2 H_cc.
+          float best = 0.0F, best_latent = 0.0F, best_level = now.value;
+          for (unsigned signs = 0; signs < 1U << shape.paths; ++signs) {
+            const float level = value_of(signs, p.data(), shape.paths);
+            const float d = now.value - level;
+            const float change = 2.0F * d * error_product[c] + d * d * diagonal;
+            float latent = 0.0F;
+            // A change below the noise of the sums is none.
+            if (change < best - 1e-6F * diagonal * d * d &&
+                latent_for(signs, p.data(), shape.paths, latent)) {
+              best = change;
+              best_latent = latent;
+              best_level = level;
+            }
+          }
+          if (best_level != now.value) {
+            add_scaled(moment + c * n, now.value - best_level, n, error_product);
+            w[r * n + c] = best_latent;
+            ++count;
+          }
+        }
+        if (count == before) {
+          break;
+        }
+      }
+    }
+    changed[static_cast<size_t>(thread)] += count;
+  });
+  return std::accumulate(changed.begin(), changed.end(), int64_t{0});
+}
+
+int64_t settle(const Shape& shape, std::span<const uint32_t> signs, const Scales& scales,
+               float* w) {
+  const int64_t words = (shape.d_in + 31) / 32;
+  int64_t lost = 0;
+  for (int64_t r = 0; r < shape.d_out; ++r) {
+    for (int64_t c = 0; c < shape.d_in; ++c) {
+      unsigned wanted = 0;
+      for (int64_t i = 0; i < shape.paths; ++i) {
+        wanted |= (signs[(i * shape.d_out + r) * words + c / 32] >> (c % 32) & 1U) << i;
+      }
+      const auto p = magnitudes(shape, scales, r, c);
+      float& latent = w[r * shape.d_in + c];
+      if (level_of(latent, p.data(), shape.paths).signs == wanted) {
+        continue;
+      }
+      float other = 0.0F;
+      if (latent_for(wanted, p.data(), shape.paths, other)) {
+        latent = other;
+      } else {
+        ++lost;
+      }
+    }
+  }
+  return lost;
+}
+
+}  // namespace rabit::quant
