@@ -322,6 +322,12 @@ class WithModel(CliTest):
             self.assertEqual(process.returncode, INTERRUPTED, (arguments, error))
             self.assertRegex(error.decode().splitlines()[-1], "^rabit: .*interrupted", arguments)
 
+    def test_stderr_that_cannot_be_written(self):
+        for to in ("2>/dev/full", "2>&-"):
+            script = f"{shlex.quote(RABIT)} inspect /nonexistent {to}"
+            done = subprocess.run(["sh", "-c", script], check=False)
+            self.assertEqual(done.returncode, FAILURE, to)
+
     def test_second_interrupt(self):
         process = subprocess.Popen(
             [RABIT, "bench", "-m", MODEL, "-p", "512", "-n", "0", "-r", "1000"],

@@ -109,15 +109,17 @@ TEST_F(Engine, PackedEqualsItsReconstruction) {
 
 TEST_F(Engine, AnInterruptEndsAPassAndLeavesThePosition) {
   SmallModel(7, true, 2).write(path("model.gguf"));
-  const auto s = session(path("model.gguf"), 40);
-  const std::vector<int32_t> tokens = random_tokens(20, 8);
+  const auto s = session(path("model.gguf"), 700);
+  const std::vector<int32_t> tokens = random_tokens(600, 8);  // more than one chunk
   const std::vector<Floats> want = all_logits(*s, tokens);
   s->truncate(3);
   set_interrupted(true);
   const auto next = s->forward(tokens);
-  const Status all = s->forward_all(tokens, [](int64_t, int64_t, const float*) {});
   set_interrupted(false);
   EXPECT_TRUE(!next && next.error().interrupted);
+  const Status all = s->forward_all(
+      tokens, [](int64_t, int64_t, const float*) { set_interrupted(true); });  // after one chunk
+  set_interrupted(false);
   EXPECT_TRUE(!all && all.error().interrupted);
   EXPECT_EQ(s->position(), 3);
   s->truncate(0);

@@ -467,7 +467,8 @@ TEST_P(ErrorFeedback, CoordinateDescentEndsWhereNoSingleWeightCanGain) {
               static_cast<double>(w_hat[r * d_in + c]) - oracle_entry(other, r, c).value;
           const double change = 2.0 * d * again[r * d_in + c] + d * d * h[c * d_in + c];
           // The level that it has differs by the rounding of its sum.
-          ASSERT_GE(change, std::fabs(d) < 1e-7 ? -1e-6 : -1e-4 * std::fabs(d) * size) << r << ", " << c;
+          ASSERT_GE(change, std::fabs(d) < 1e-7 ? -1e-6 : -1e-4 * std::fabs(d) * size)
+              << r << ", " << c;
         }
       }
     }

@@ -185,7 +185,7 @@ class QuantizeTest(unittest.TestCase):
         self.assertTrue(seen["runnable"])
         self.assertAlmostEqual(seen["bits_per_weight"], told["bits_per_weight"], places=6)
         self.assertEqual(seen["metadata"]["rabit.paths"], 2)
-        self.assertIn("2", self.succeeds("inspect", self.out))
+        self.assertRegex(self.succeeds("inspect", self.out), r"attn_q .* packed +2 +3\.0")
         scored = json.loads(self.succeeds(
             "eval", "-m", self.out, "--ppl", self.text, "--ctx", 32, "--json", "--dense-f32"
         ))
@@ -222,6 +222,8 @@ class QuantizeTest(unittest.TestCase):
             "--data": self.text, "--method": "rabit", "--bits": 3, "--minutes": 5, "--tokens": 64,
             "--calib-tokens": 256, "--warm-epochs": 0.5, "--device": "cpu", "--threads": 2,
             "--compute": "bf16", "--checkpoint-minutes": 0.5, "--ef-damp": 0.05,
+            "--ef-order": "diagonal", "--ef-inputs": "student", "--ef-target": "output",
+            "--ef-rounds": 1, "--ef-sweeps": 2,
             "--alpha-in": 0.5, "--alpha-out": 0.25, "--init-sweeps": 2, "--als-steps": 3,
             "--seq-len": 24, "--seed": 7, "--warm-batch": 2, "--warm-muon-lr": 0.003,
             "--warm-scale-lr": 0.002, "--batch": 1, "--muon-lr": 0.0004, "--scale-lr": 0.0003,
@@ -243,6 +245,21 @@ class QuantizeTest(unittest.TestCase):
         self.assertFalse(told["settings"]["error_feedback"])
         self.assertEqual(told["perplexity"]["student"]["ctx"], 24)
         self.assertEqual(told["compute"], "bf16")
+
+    def test_documents_end_at_markers_and_with_the_file(self):
+        def tokens(*contents):
+            files = [self.file(f"part{i}.txt", content) for i, content in enumerate(contents)]
+            done = self.run_rabit("quantize", self.model, "-o", self.out, "--data", *files,
+                                  "--seq-len", 16, "--calib-tokens", 16, "--dry-run", "--tokens", 0)
+            return int(re.search(rb"(\d+) tokens of training text", done.stderr).group(1))
+
+        word = b"zq" * 20  # 40 tokens: no merge applies
+        self.assertEqual(tokens(word), 41)
+        self.assertEqual(tokens(word + b"\n<|endoftext|>\n" + word), 41 + 42)
+        self.assertEqual(tokens(word + b"\r\n<|endoftext|>\r\n" + word), 42 + 42 - 1 + 1)
+        self.assertEqual(tokens(word + b"\n<|endoftext|>"), 42)
+        self.assertEqual(tokens(word, word), 82)
+        self.assertEqual(tokens(word + b" <|endoftext|>\n"), 41 + 14 + 1)
 
     def test_several_texts(self):
         other = self.file("other.txt", TEXT)
@@ -269,7 +286,7 @@ class QuantizeTest(unittest.TestCase):
                 arguments += ["--tokens", "128"]
             if "--resume" in arguments:
                 # Something that is in the way when training is done leaves a checkpoint.
-                block = Path(f"{out}.unverified")
+                block = Path(f"{out}.json.partial")
                 (block / "full").mkdir(parents=True)
                 first = [word for word in arguments if word != "--resume"]
                 self.assertEqual(self.run_rabit(*first).returncode, FAILURE)
@@ -314,10 +331,14 @@ class QuantizeTest(unittest.TestCase):
         self.fails(*self.start("--eval", missing), says="missing")
         self.fails(*self.start("--seq-len", CONTEXT + 1, "--tokens", 0), says=f"at most {CONTEXT} positions")
         self.fails(*self.start("--device", "tpu"), says="tpu: not a device")
+        self.fails(*self.start("--json", "--dry-run"), code=USAGE, says="--dry-run makes none")
         self.fails(*self.start("--resume"), says="no checkpoint to resume from")
         checkpoint = self.file(f"{self.out.name}.ckpt", self.model.read_bytes()[:-9])
         self.fails(*self.start("--resume"), says="cannot resume: .*ckpt.*start anew without --resume")
+        self.fails(*self.start(), says="add --resume to go on from it, or remove it")
         Path(checkpoint).unlink()
+        self.fails("quantize", self.model, "-o", self.folder / ("x" * 300) / "out.gguf", "--data",
+                   self.text, says="no such folder: .*too long")
         self.fails(*self.start("--calib-tokens", 31), says="less than one window of 32")
         self.fails(*self.start("--minutes", 0.1), says="too short")
 
@@ -417,7 +438,7 @@ class QuantizeTest(unittest.TestCase):
         process = self.begin("--compute", "f32", "--resume", "--bits", "3")
         _, error = process.communicate(timeout=60)
         self.assertEqual(process.returncode, FAILURE)
-        self.assertIn(b"made with --bits (2 there, 3 here)", error)
+        self.assertIn(b"made with --bits 2 (3 here)", error)
         process = self.begin("--compute", "f32", "--resume")
         _, error = process.communicate(timeout=60)
         self.assertEqual(process.returncode, SUCCESS, error)

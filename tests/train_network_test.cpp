@@ -148,7 +148,7 @@ TEST_F(TrainNetwork, ErrorFeedbackLowersTheErrorOfABlock) {
   const at::Tensor mix = at::randn({8, small.sizes.width});
   const at::Tensor x =
       at::matmul(at::randn({24, 32, 8}), mix) + 0.1 * at::randn({24, 32, small.sizes.width});
-  ASSERT_TRUE(initialise_block(session, 0, x));
+  ASSERT_TRUE(initialise_block(session, 0, x, x, nullptr));
   const double with = block_error(session, session.student.blocks[0], x);
   ASSERT_TRUE(initialise_block(session, 0, std::array<Importance, kRoleCount>{}));
   const double without = block_error(session, session.student.blocks[0], x);

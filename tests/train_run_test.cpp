@@ -226,6 +226,46 @@ TEST_F(TrainRun, LogHasSettingsAndLosses) {
   EXPECT_EQ(json::parse(*(*file)->get_string("rabit.train.settings")), told["settings"]);
 }
 
+TEST_F(TrainRun, DistillationHelps) {
+  options_.warm_epochs = 0;
+  options_.tokens = 100 * 4 * kWindow;
+  options_.muon_lr = 2e-3;
+  options_.scale_lr = 1e-3;
+  succeeds("out.gguf", options_);
+  const json steps = log("out.gguf")["distill"];
+  ASSERT_EQ(steps.size(), 100U);
+  const auto mean = [&](size_t begin) {
+    double sum = 0.0;
+    for (size_t i = begin; i < begin + 10; ++i) {
+      sum += steps[i]["kl"].get<double>() / 10;
+    }
+    return sum;
+  };
+  EXPECT_LT(mean(90), 0.8 * mean(0));
+}
+
+TEST_F(TrainRun, OneStepTrains) {
+  options_.warm_epochs = 0;
+  options_.tokens = 0;
+  succeeds("none.gguf", options_);
+  options_.tokens = 4 * kWindow;
+  succeeds("one.gguf", options_);
+  const std::string scales = "blk.0.attn_q.row_scale";
+  const auto read = [&](const char* name) {
+    const auto file = GgufFile::open(path(name));
+    const auto data = (*file)->find_tensor(scales)->data;
+    return std::vector<std::byte>(data.begin(), data.end());
+  };
+  EXPECT_NE(read("one.gguf"), read("none.gguf"));
+}
+
+TEST_F(TrainRun, LeavesAnEarlierRunsCheckpointAlone) {
+  interrupted_run("out.gguf", options_, interrupt_at("warm start", 2), true);
+  const std::string kept = bytes("out.gguf.ckpt");
+  fails("out.gguf", options_, "add --resume to go on from it, or remove it");
+  EXPECT_TRUE(bytes("out.gguf.ckpt") == kept);
+}
+
 TEST_F(TrainRun, TrainingHelps) {
   options_.warm_epochs = 0;
   options_.tokens = 0;
@@ -258,7 +298,7 @@ TEST_F(TrainRun, InterruptedRunsGoOnToTheSameFile) {
     QuantizeOptions resume = options_;
     resume.resume = true;
     // Once more, at once: what was done must still be there.
-    interrupted_run("whole2.gguf", resume, interrupt_at("plan: ", 0), true);
+    interrupted_run("whole2.gguf", resume, interrupt_at("resuming: ", 0), true);
     std::vector<std::string> phases;
     TrainObserver observer;
     observer.progress = [&](const TrainProgress& p) { phases.push_back(p.phase); };
@@ -331,9 +371,17 @@ TEST_F(TrainRun, InterruptedInsideABlock) {
 
 TEST_F(TrainRun, WhatFollowsTrainingMayFailWithoutLosingIt) {
   // A folder in the place of the file to be written stands for a disk that fails.
-  std::filesystem::create_directories(path("out.gguf.unverified") / "full");
-  const Status status = quantize("out.gguf", options_);
+  TrainObserver observer;
+  observer.message = [&](const std::string& line) {
+    if (line.rfind("perplexity of the student", 0) == 0) {
+      std::filesystem::create_directories(path("out.gguf.unverified") / "full");
+    }
+  };
+  const Status status = quantize("out.gguf", options_, observer);
   ASSERT_FALSE(status);
+  EXPECT_NE(status.error().message.find("holds what was trained, go on with --resume"),
+            std::string::npos)
+      << status.error().message;
   EXPECT_FALSE(status.error().interrupted);
   EXPECT_TRUE(std::filesystem::exists(path("out.gguf.ckpt")));
   std::filesystem::remove_all(path("out.gguf.unverified"));
@@ -366,7 +414,7 @@ TEST_F(TrainRun, OtherSettingsDoNotResume) {
     }
     QuantizeOptions other = options_;
     change(setting, other);
-    fails("out.gguf", other, "made with " + std::string(setting.option) + " (");
+    fails("out.gguf", other, std::string(setting.option));
     EXPECT_TRUE(std::filesystem::exists(path("out.gguf.ckpt"))) << setting.option;
     ++tried;
   }

@@ -52,10 +52,12 @@ class Session {
   using LogitSink = std::function<void(int64_t first, int64_t count, const float* logits)>;
 
   /// Appends the tokens and hands on the logits after each. Long inputs are split inside. Errors:
-  /// no tokens, an id outside the vocabulary, more positions than capacity; nothing is appended.
+  /// no tokens, an id outside the vocabulary, more positions than capacity, an interrupt of the
+  /// program (base/interrupt.h) after which the sink may have seen some; nothing is appended.
   virtual Status forward_all(std::span<const int32_t> tokens, const LogitSink& sink) = 0;
 
-  /// Appends the tokens and returns the logits after the last, valid until the next call.
+  /// Appends the tokens and returns the logits after the last, valid until the next call. Errors as
+  /// forward_all.
   virtual Result<std::span<const float>> forward(std::span<const int32_t> tokens) = 0;
 
   virtual int64_t position() const = 0;

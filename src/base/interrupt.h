@@ -1,13 +1,10 @@
-// Ctrl-C and SIGTERM as a flag that long loops look at between steps.
+// A wish to stop, as a flag that long loops look at between steps; the program sets it on Ctrl-C
+// and SIGTERM.
 #pragma once
 
 #include "rabit/result.h"
 
 namespace rabit {
-
-/// Installs handlers for SIGINT and SIGTERM: the first sets the flag, a second says so on
-/// stderr and ends the process.
-void catch_interrupts();
 
 /// True once the user or the system has asked to stop.
 bool interrupted();
@@ -15,7 +12,7 @@ bool interrupted();
 /// An Error with `interrupted` set if interrupted(), else success.
 Status check_interrupt();
 
-/// Sets or clears the flag; for tests.
-void set_interrupted(bool value);
+/// Sets or clears the flag and returns what it was. Safe in a signal handler.
+bool set_interrupted(bool value);
 
 }  // namespace rabit

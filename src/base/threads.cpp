@@ -6,10 +6,12 @@
 #include <atomic>
 #include <cmath>
 #include <condition_variable>
+#include <exception>
 #include <fstream>
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace rabit {
@@ -53,6 +55,7 @@ struct ThreadPool::State {
   std::atomic<bool> stop{false};
   const std::function<void(int64_t, int64_t, int)>* body = nullptr;
   int64_t count = 0, chunk = 0;
+  std::exception_ptr failure;  // of a worker, under the mutex
 };
 
 ThreadPool::ThreadPool(int threads) : state_(new State) {
@@ -74,7 +77,12 @@ ThreadPool::ThreadPool(int threads) : state_(new State) {
       const int64_t begin = thread * state->chunk;
       const int64_t end = std::min(state->count, begin + state->chunk);
       if (begin < end) {
-        (*state->body)(begin, end, thread);
+        try {
+          (*state->body)(begin, end, thread);
+        } catch (...) {
+          const std::lock_guard lock(state->mutex);
+          state->failure = std::current_exception();
+        }
       }
       state->pending.fetch_sub(1, std::memory_order_release);
     }
@@ -122,13 +130,25 @@ void ThreadPool::parallel_for(int64_t count, int64_t grain,
     state_->generation.fetch_add(1, std::memory_order_release);
   }
   state_->wake.notify_all();
-  body(0, std::min(count, chunk), 0);
+  std::exception_ptr failure;
+  try {
+    body(0, std::min(count, chunk), 0);
+  } catch (...) {  // the workers still read the loop's state
+    failure = std::current_exception();
+  }
   for (int spin = 0; state_->pending.load(std::memory_order_acquire) != 0; ++spin) {
     if (spin < kSpins) {
       relax();
     } else {
       std::this_thread::yield();
     }
+  }
+  if (failure == nullptr) {
+    failure = std::exchange(state_->failure, nullptr);
+  }
+  state_->failure = nullptr;
+  if (failure != nullptr) {
+    std::rethrow_exception(failure);
   }
 }
 

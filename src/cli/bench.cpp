@@ -112,7 +112,6 @@ Result<std::vector<Row>> measure(const BenchOptions& options, const std::vector<
         row.samples.push_back(static_cast<double>(length) / std::max(seconds, 1e-9));
         progress.update(i + 1, options.repetitions, fmt::format("{:.2f} t/s", row.mean()));
       }
-      progress.finish();
       rows.push_back(std::move(row));
     }
   }

@@ -101,7 +101,13 @@ std::string one_line(std::string_view text) {
   return out;
 }
 
-void note(const std::string& text) { fmt::print(stderr, "rabit: {}\n", one_line(text)); }
+void write_stderr(std::string_view text) {
+  // Nobody is left to be told of a failure here, and none may end what is being done.
+  (void)std::fwrite(text.data(), 1, text.size(), stderr);
+  (void)std::fflush(stderr);
+}
+
+void note(const std::string& text) { write_stderr("rabit: " + one_line(text) + "\n"); }
 
 void warn_of_context(int64_t trained, int64_t positions) {
   if (positions > trained) {
@@ -199,10 +205,9 @@ void Progress::update(int64_t done, int64_t total, const std::string& detail) {
     return;
   }
   if (terminal_) {
-    fmt::print(stderr, "\r\x1b[K{}", line);
-    std::fflush(stderr);
+    write_stderr("\r\x1b[K" + line);
   } else {
-    fmt::print(stderr, "{}\n", line);
+    write_stderr(line + "\n");
   }
   drawn_ = true;
   last_ = now;
@@ -212,14 +217,14 @@ void Progress::update(int64_t done, int64_t total, const std::string& detail) {
 void Progress::finish() {
   if (terminal_) {
     if (!pending_.empty()) {
-      fmt::print(stderr, "\r\x1b[K{}", pending_);
+      write_stderr("\r\x1b[K" + pending_);
       drawn_ = true;
     }
     if (drawn_) {
-      fmt::print(stderr, "\n");
+      write_stderr("\n");
     }
   } else if (!pending_.empty()) {
-    fmt::print(stderr, "{}\n", pending_);
+    write_stderr(pending_ + "\n");
   }
   pending_.clear();
   drawn_ = false;

@@ -40,6 +40,9 @@ Status write_stdout(std::string_view text);
 /// `text` with every control character (newlines among them) made a space: fit for one line.
 std::string one_line(std::string_view text);
 
+/// Writes to stderr at once; a stderr that cannot be written is no error.
+void write_stderr(std::string_view text);
+
 /// A line on stderr that starts with "rabit: ".
 void note(const std::string& text);
 
@@ -70,6 +73,9 @@ class Progress {
  public:
   /// `done`: what was finished before the clock started.
   explicit Progress(std::string what, int64_t done = 0);
+  ~Progress() { finish(); }
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
   void update(int64_t done, int64_t total, const std::string& detail);
   void finish();
 

@@ -27,6 +27,25 @@ void occupy_standard_streams() {
   }
 }
 
+extern "C" void on_signal(int signal) {
+  if (set_interrupted(true)) {
+    // Only what is safe in a handler; nothing can be done if it fails.
+    constexpr char kLastWords[] = "\nrabit: stopped at once, by a second signal\n";
+    [[maybe_unused]] const auto written = ::write(STDERR_FILENO, kLastWords, sizeof kLastWords - 1);
+    std::signal(signal, SIG_DFL);
+    std::raise(signal);
+  }
+}
+
+/// SIGINT and SIGTERM: the first asks to stop, a second says so and ends the process.
+void catch_interrupts() {
+  struct sigaction action {};
+  action.sa_handler = on_signal;
+  sigemptyset(&action.sa_mask);
+  sigaction(SIGINT, &action, nullptr);
+  sigaction(SIGTERM, &action, nullptr);
+}
+
 int fail(int code, const std::string& message) {
   note(message);
   return code;
@@ -106,7 +125,7 @@ int main(int argc, char** argv) {
   try {
     cli::occupy_standard_streams();
     std::signal(SIGPIPE, SIG_IGN);  // a reader that went away is a failed write, reported as such
-    catch_interrupts();
+    cli::catch_interrupts();
     return cli::run_program(argc, argv);
   } catch (const std::bad_alloc&) {
     return cli::fail(cli::kFailure, "out of memory: take a smaller model, context or batch");

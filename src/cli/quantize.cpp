@@ -43,39 +43,34 @@ struct Arguments {
 
 constexpr char kDocumentEnd[] = "<|endoftext|>";
 
-// Documents are separated by lines that hold only <|endoftext|>; the token of that name, or the
-// end-of-sequence token, takes the line's place. All other text is plain text.
-void append_documents(const Tokenizer& tokenizer, const std::string& text,
-                      std::vector<int32_t>& ids) {
-  const std::string line = std::string(kDocumentEnd) + "\n";
+// Documents end at lines that hold only <|endoftext|>, and with the file; the token of that name,
+// or the end-of-sequence token, takes such a line's place. All other text is plain text.
+Status append_documents(const Tokenizer& tokenizer, std::string_view text,
+                        std::vector<int32_t>& ids) {
   const std::vector<int32_t> parsed = tokenizer.encode(kDocumentEnd, true);
   const int32_t end_id =
       parsed.size() == 1 ? parsed[0] : static_cast<int32_t>(tokenizer.spec().eos_id);
-  size_t begin = 0;
-  while (begin < text.size()) {
-    size_t end = begin;
-    size_t next = std::string::npos;
-    for (;; ++end) {
-      end = text.find(line, end);
-      if (end == std::string::npos) {
-        break;
+  size_t begin = 0;  // of the document
+  for (size_t line = 0; line < text.size();) {
+    const size_t next = std::min(text.find('\n', line), text.size() - 1) + 1;
+    std::string_view content = text.substr(line, next - line);
+    while (!content.empty() && (content.back() == '\n' || content.back() == '\r')) {
+      content.remove_suffix(1);
+    }
+    const bool marker = content == kDocumentEnd;
+    if (marker || next == text.size()) {
+      RABIT_CHECK(check_interrupt());
+      const auto document =
+          tokenizer.encode(text.substr(begin, (marker ? line : next) - begin), false);
+      ids.insert(ids.end(), document.begin(), document.end());
+      if (end_id >= 0) {
+        ids.push_back(end_id);
       }
-      if (end == 0 || text[end - 1] == '\n') {
-        next = end + line.size();
-        break;
-      }
+      begin = next;
     }
-    const auto document = tokenizer.encode(
-        std::string_view(text).substr(begin, end == std::string::npos ? end : end - begin), false);
-    ids.insert(ids.end(), document.begin(), document.end());
-    if (next == std::string::npos) {
-      break;
-    }
-    if (end_id >= 0) {
-      ids.push_back(end_id);
-    }
-    begin = next;
+    line = next;
   }
+  return {};
 }
 
 Status run(const Arguments& arguments) {
@@ -85,16 +80,18 @@ Status run(const Arguments& arguments) {
   if (!arguments.eval_text.empty()) {
     inputs.emplace_back(arguments.eval_text);
   }
+  if (arguments.json && options.dry_run) {
+    throw CLI::ValidationError("--json prints the log of a run, and --dry-run makes none");
+  }
   RABIT_CHECK(train::check_run(options, arguments.out, inputs));
   RABIT_ASSIGN(const auto model, GgufFile::open(arguments.model));
   RABIT_ASSIGN(const auto tokenizer, load_tokenizer(*model));
   train::TrainingText text;
   for (const auto& path : arguments.data) {
     RABIT_ASSIGN(const std::string content, read_text_file(path));
-    append_documents(*tokenizer, content, text.tokens);
+    RABIT_CHECK(append_documents(*tokenizer, content, text.tokens));
     text.files.push_back(std::filesystem::path(path).filename().string());
     text.digests.push_back(sha256_hex(content));
-    RABIT_CHECK(check_interrupt());
   }
   train::HeldOut held_out;
   if (!arguments.eval_text.empty()) {
@@ -108,9 +105,7 @@ Status run(const Arguments& arguments) {
   train::TrainObserver observer;
   observer.progress = [&](const train::TrainProgress& p) {
     if (p.phase != phase) {
-      if (progress) {
-        progress->finish();
-      }
+      progress.reset();  // ends its line
       progress = std::make_unique<Progress>(phase = p.phase, p.done);
     }
     std::vector<std::string> details;
@@ -123,27 +118,18 @@ Status run(const Arguments& arguments) {
     progress->update(p.done, p.total, fmt::format("{}", fmt::join(details, ", ")));
   };
   observer.message = [&](const std::string& line) {
-    if (progress) {
-      progress->finish();
-      progress.reset();
-      phase.clear();
-    }
-    fmt::print(stderr, "{}\n", line);
+    progress.reset();
+    phase.clear();
+    write_stderr(line + "\n");
   };
   observer.message(fmt::format("{} tokens of training text", text.tokens.size()));
   std::filesystem::path checkpoint = arguments.out;
   checkpoint += ".ckpt";
-  std::error_code absent;
-  const auto before = std::filesystem::last_write_time(checkpoint, absent);
   const Status status = train::quantize(*model, text, held_out, arguments.out, options, observer);
-  if (progress) {
-    progress->finish();
-  }
+  progress.reset();
   if (!status) {
-    std::error_code gone;
-    const auto after = std::filesystem::last_write_time(checkpoint, gone);
-    const bool holds_this_run = !gone && (options.resume || absent || after != before);
-    if (status.error().interrupted && holds_this_run) {
+    std::error_code unknown;
+    if (status.error().interrupted && std::filesystem::exists(checkpoint, unknown)) {
       return Error{"interrupted; " + checkpoint.string() +
                        " holds what was done, go on with the same command and --resume",
                    true};
@@ -160,9 +146,10 @@ Status run(const Arguments& arguments) {
     RABIT_ASSIGN(const std::string log, read_file(arguments.out + ".json"));
     RABIT_CHECK(write_stdout(log));
   }
-  fmt::print(stderr, "wrote {} ({:.1f} MB), log in {}.json\n", one_line(arguments.out),
-             static_cast<double>(std::filesystem::file_size(arguments.out)) / 1e6,
-             one_line(arguments.out));
+  std::error_code unknown;
+  const auto bytes = static_cast<double>(std::filesystem::file_size(arguments.out, unknown));
+  write_stderr(fmt::format("wrote {} ({:.1f} MB), log in {}.json\n", one_line(arguments.out),
+                           bytes / 1e6, one_line(arguments.out)));
   return {};
 }
 

@@ -4,6 +4,8 @@
 
 #include <array>
 
+#include "quant/residual_binary.h"
+
 namespace rabit::cli {
 namespace {
 
@@ -16,25 +18,10 @@ struct LayerSize {
 Result<LayerSize> packed_size(const GgufFile& file, const TensorInfo& sign, const std::string& name,
                               LinearShape shape) {
   const int64_t paths = sign.ne.size() >= 3 ? sign.ne[2] : 1;
-  // A last extent of 1 may be left out of the file.
-  const auto extents = [paths](std::initializer_list<int64_t> first, const TensorInfo& tensor) {
-    std::vector<int64_t> ne(first);
-    if (paths > 1 || tensor.ne.size() > ne.size()) {
-      ne.push_back(paths);
-    }
-    return ne;
-  };
-  RABIT_CHECK(file.get_tensor(sign.name, extents({(shape.d_in + 31) / 32, shape.d_out}, sign)));
-  const std::array scales = {std::pair{".row_scale", shape.d_out},
-                             std::pair{".col_scale", shape.d_in}};
-  for (const auto& [suffix, length] : scales) {
-    const TensorInfo* scale = file.find_tensor(name + suffix);
-    if (scale == nullptr) {
-      return Error{file.path().string() + ": tensor " + name + suffix + " is missing"};
-    }
-    RABIT_CHECK(file.get_tensor(scale->name, extents({length}, *scale)));
-  }
-  const int64_t bits = paths * (shape.d_out * shape.d_in + 16 * (shape.d_out + shape.d_in));
+  RABIT_CHECK(file.get_tensor(sign.name, std::array{(shape.d_in + 31) / 32, shape.d_out, paths}));
+  RABIT_CHECK(file.get_tensor(name + ".row_scale", std::array{shape.d_out, paths}));
+  RABIT_CHECK(file.get_tensor(name + ".col_scale", std::array{shape.d_in, paths}));
+  const int64_t bits = quant::packed_bits({shape.d_out, shape.d_in, paths});
   return LayerSize{static_cast<uint64_t>(bits), paths, "packed"};
 }
 

@@ -58,8 +58,19 @@ Result<uint64_t> tensor_bytes(TensorType type, std::span<const int64_t> ne);
 std::string quote_untrusted(std::string_view text);
 
 enum class MetaType : uint32_t {
-  kUint8 = 0, kInt8 = 1, kUint16 = 2, kInt16 = 3, kUint32 = 4, kInt32 = 5, kFloat32 = 6,
-  kBool = 7, kString = 8, kArray = 9, kUint64 = 10, kInt64 = 11, kFloat64 = 12,
+  kUint8 = 0,
+  kInt8 = 1,
+  kUint16 = 2,
+  kInt16 = 3,
+  kUint32 = 4,
+  kInt32 = 5,
+  kFloat32 = 6,
+  kBool = 7,
+  kString = 8,
+  kArray = 9,
+  kUint64 = 10,
+  kInt64 = 11,
+  kFloat64 = 12,
 };
 
 /// "uint32" and so on.
@@ -67,8 +78,8 @@ std::string_view meta_type_name(MetaType type);
 
 /// One metadata value. Scalars are widened (all unsigned to uint64_t, signed to int64_t, floats to
 /// double) and `type` keeps what the file said, so that a value can be written back as it was.
-/// Arrays are one of the four vectors: integers and bools as int64_t (uint64 above 2^63 is refused),
-/// floats as double, strings; nested arrays are refused.
+/// Arrays are one of the four vectors: integers and bools as int64_t (uint64 above 2^63 is
+/// refused), floats as double, strings; nested arrays are refused.
 struct MetaValue {
   MetaType type = MetaType::kUint32;
   MetaType item_type = MetaType::kUint32;  // of an array's items

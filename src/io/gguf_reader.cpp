@@ -68,7 +68,7 @@ std::string describe_stranger(std::string_view head) {
     return "its bytes are swapped";
   }
   if (head.size() > 8 && head[8] == '{' && head.substr(4, 4) == std::string_view("\0\0\0\0", 4)) {
-    return "it looks like safetensors; give the model's folder instead";
+    return "it looks like safetensors; convert the model to GGUF first";
   }
   return "it begins with " + quote_untrusted(head.substr(0, 4));
 }

@@ -33,8 +33,9 @@ struct ModelConfig {
 
 /// Linear layers of one decoder block, in the order in which they are computed.
 enum class Role { kAttnQ, kAttnK, kAttnV, kAttnOutput, kFfnGate, kFfnUp, kFfnDown };
-inline constexpr std::array kRoles = {Role::kAttnQ,   Role::kAttnK, Role::kAttnV, Role::kAttnOutput,
-                                      Role::kFfnGate, Role::kFfnUp, Role::kFfnDown};
+inline constexpr std::array kRoles = {Role::kAttnQ,      Role::kAttnK,   Role::kAttnV,
+                                      Role::kAttnOutput, Role::kFfnGate, Role::kFfnUp,
+                                      Role::kFfnDown};
 
 /// "attn_q", "ffn_down", ...: the part of the tensor's name between "blk.N." and ".weight".
 std::string role_name(Role role);

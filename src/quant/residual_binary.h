@@ -83,18 +83,18 @@ void error_feedback(const Shape& shape, float* w, const Scales& scales, const fl
                     ThreadPool& pool);
 
 /// Coordinate descent on tr((T - What) H (T - What)^T), one weight after another, signs free and
-/// scales held: `sweeps` passes over the columns of every row. `moment` is H (d_in, d_in), symmetric,
-/// `product` (T - What) H (d_out, d_in), kept up to date. A weight that changes its level gets a
-/// latent in w (d_out, d_in) from which it follows; the others stay as they are. The objective never
-/// rises. Returns how many changes were made.
+/// scales held: `sweeps` passes over the columns of every row. `moment` is H (d_in, d_in),
+/// symmetric, `product` (T - What) H (d_out, d_in), kept up to date. A weight that changes its
+/// level gets a latent in w (d_out, d_in) from which it follows; the others stay as they are. The
+/// objective never rises. Returns how many changes were made.
 int64_t coordinate_descent(const Shape& shape, const float* moment, const Scales& scales,
                            int64_t sweeps, float* product, float* w, ThreadPool& pool);
 
 /// Makes coupled_forward derive `signs` (k, d_out, ceil(d_in/32)) under `scales` again after the
-/// scales have changed: where it would not, the latent in w (d_out, d_in) becomes the level that the
-/// signs stand for, or the middle of the latents that give them. Signs that no latent gives (three
-/// paths and more, a later one larger than an earlier one) are left as they come. Returns how many
-/// are.
+/// scales have changed: where it would not, the latent in w (d_out, d_in) becomes the level that
+/// the signs stand for, or the middle of the latents that give them. Signs that no latent gives
+/// (three paths and more, a later one larger than an earlier one) are left as they come. Returns
+/// how many are.
 int64_t settle(const Shape& shape, std::span<const uint32_t> signs, const Scales& scales, float* w);
 
 /// One layer as the file stores it.
@@ -106,8 +106,9 @@ struct PackedLinear {
 };
 
 /// Signs from the latent with the float scales, scales rounded to F16 after a power of two is moved
-/// between g_i and h_i so that neither leaves F16's normal range. Errors: a scale that is not
-/// finite or cannot be held.
+/// between g_i and h_i so that the largest of both are of one size: as far from F16's largest
+/// value, and as many scales from its subnormals, as can be. Errors: a scale that is not finite or
+/// cannot be held.
 Result<PackedLinear> pack(const Shape& shape, const float* w, const Scales& scales);
 
 /// Bits that a packed layer takes: signs without padding, and 16 a scale.

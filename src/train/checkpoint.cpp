@@ -109,19 +109,36 @@ namespace {
 std::string differences(const nlohmann::json& before, const nlohmann::json& now) {
   std::string found;
   const auto add = [&](const std::string& what) { found += (found.empty() ? "" : ", ") + what; };
-  if (before.value("source", nlohmann::json()) != now["source"]) {
+  const auto digest = [](const nlohmann::json& side) {
+    return side.value("source", nlohmann::json::object()).value("sha256", "");
+  };
+  const auto digests = [](const nlohmann::json& side) {
+    std::vector<std::string> out;
+    for (const auto& file :
+         side.value("data", nlohmann::json::object()).value("files", nlohmann::json::array())) {
+      out.push_back(file.value("sha256", ""));
+    }
+    return out;
+  };
+  if (digest(before) != digest(now)) {
     add("another MODEL");
   }
-  if (before.value("data", nlohmann::json()) != now["data"]) {
+  if (digests(before) != digests(now)) {
     add("other texts of --data");
   }
   const auto old_settings = before.value("settings", nlohmann::json::object());
   for (const Setting& setting : settings()) {
     const std::string key(setting.key);
-    if (!setting.may_change && old_settings.value(key, nlohmann::json()) != now["settings"][key]) {
-      add(fmt::format("{} ({} there, {} here)", setting.option,
-                      old_settings.value(key, nlohmann::json()).dump(),
-                      now["settings"][key].dump()));
+    const auto old_value = old_settings.value(key, nlohmann::json());
+    const auto& new_value = now["settings"][key];
+    if (setting.may_change || old_value == new_value) {
+      continue;
+    }
+    if (const auto* flag = std::get_if<Setting::Flag>(&setting.value)) {
+      const bool here = new_value == flag->when_given;
+      add(fmt::format("{}{}", here ? "no " : "", setting.option));
+    } else {
+      add(fmt::format("{} {} ({} here)", setting.option, old_value.dump(), new_value.dump()));
     }
   }
   return found;

@@ -159,7 +159,7 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
       RABIT_CHECK(save(step));
       return check_interrupt();
     }
-    const double by_steps = static_cast<double>(step) / static_cast<double>(steps);
+    const double by_steps = (static_cast<double>(step) + 0.5) / static_cast<double>(steps);
     const double by_time =
         clock.limited() ? static_cast<double>(clock.elapsed()) / time_budget : 0.0;
     const double progress = std::max(by_steps, by_time);

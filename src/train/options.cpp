@@ -131,6 +131,10 @@ Status check_combination(const QuantizeOptions& o) {
                     "tokens, or a smaller --batch or --seq-len",
                     o.tokens, o.batch, o.seq_len)};
   }
+  if (o.minutes > 0.0 && o.minutes * 60.0 <= kFinishSeconds) {
+    return Error{fmt::format("--minutes {}: too short; at least {} s are needed to pack and check",
+                             o.minutes, kFinishSeconds)};
+  }
   if (o.calib_tokens < o.seq_len) {
     return Error{fmt::format(
         "--calib-tokens {}: less than one window of {}; give more, or a smaller --seq-len",
@@ -146,14 +150,16 @@ Status check_combination(const QuantizeOptions& o) {
 
 // The folder is there and takes files, and what the run writes replaces nothing but its own kind:
 // the rename at the end would replace even a device such as /dev/null.
-Status check_output(const std::filesystem::path& out,
-                    std::span<const std::filesystem::path> inputs) {
+Status check_output(const std::filesystem::path& out, std::span<const std::filesystem::path> inputs,
+                    bool fresh) {
   if (out.empty()) {
     return Error{"-o is empty; name the packed file to write"};
   }
   const std::filesystem::path folder = out.has_parent_path() ? out.parent_path() : ".";
-  if (!std::filesystem::is_directory(folder)) {
-    return Error{"-o " + out.string() + ": no such folder: " + folder.string()};
+  std::error_code failed;
+  if (!std::filesystem::is_directory(folder, failed)) {
+    return Error{"-o " + out.string() + ": no such folder: " + folder.string() +
+                 (failed ? " (" + failed.message() + ")" : "")};
   }
   for (const char* ending : {"", ".json", ".ckpt"}) {
     std::filesystem::path written = out;
@@ -175,8 +181,15 @@ Status check_output(const std::filesystem::path& out,
       }
     }
   }
+  std::filesystem::path checkpoint = out;
+  checkpoint += ".ckpt";
+  if (fresh && std::filesystem::exists(checkpoint, failed)) {
+    return Error{
+        checkpoint.string() +
+        " is there, what an earlier run left: add --resume to go on from it, or remove it"};
+  }
   std::filesystem::path probe = out;
-  probe += ".probe";
+  probe += ".unverified";  // the longest name that will be written
   RABIT_ASSIGN(const AtomicFile file, AtomicFile::create(probe));  // dropped: leaves nothing
   return {};
 }
@@ -237,7 +250,7 @@ Status check_run(const QuantizeOptions& options, const std::filesystem::path& ou
   RABIT_CHECK(check_ranges(options));
   RABIT_CHECK(check_combination(options));
   RABIT_CHECK(pick_device(options.device));
-  return check_output(out, inputs);
+  return check_output(out, inputs, !options.resume && !options.dry_run);
 }
 
 }  // namespace rabit::train

@@ -105,12 +105,15 @@ struct Setting {
 /// All settings, in the order of the help.
 std::span<const Setting> settings();
 
+/// Time kept back at the end of a bounded run for packing, checking and writing.
+inline constexpr double kFinishSeconds = 15.0;
+
 /// All settings that have a key, with their values.
 nlohmann::json describe(const QuantizeOptions& options);
 
 /// Everything that can be known to be wrong before anything is read: settings out of range or that
 /// contradict each other, a device that is not there, an output that cannot be written or that
-/// would replace one of `inputs`.
+/// would replace one of `inputs`, a checkpoint that the run would overwrite.
 Status check_run(const QuantizeOptions& options, const std::filesystem::path& out,
                  std::span<const std::filesystem::path> inputs);
 

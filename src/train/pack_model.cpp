@@ -67,6 +67,30 @@ Status add_layer(GgufWriter& writer, const NamedLayer& layer) {
                            bytes_of(layer.packed.col_scale));
 }
 
+// The products g h of all paths, each factor rounded to F16: within 2^-11 of itself, or, below the
+// smallest normal half, within half of the smallest subnormal.
+bool same_products(const quant::Shape& shape, const quant::Scales& trained,
+                   const std::vector<float>& g, const std::vector<float>& h) {
+  constexpr double kRelative = 0x1p-11, kAbsolute = 0x1p-25;
+  const auto slack = [&](double v) { return std::max(std::fabs(v) * kRelative, kAbsolute); };
+  for (int64_t i = 0; i < shape.paths; ++i) {
+    for (int64_t r = 0; r < shape.d_out; ++r) {
+      const double row = g[i * shape.d_out + r];
+      for (int64_t c = 0; c < shape.d_in; ++c) {
+        const double column = h[i * shape.d_in + c];
+        const double want =
+            static_cast<double>(trained.g[i * shape.d_out + r]) * trained.h[i * shape.d_in + c];
+        const double bound = 1.001 * (slack(row) * std::fabs(column) +
+                                      slack(column) * std::fabs(row) + slack(row) * slack(column));
+        if (!(std::fabs(row * column - want) <= bound)) {
+          return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
 // Compares the file with the student: signs through the float scales they were trained with give
 // the fake-quant weight to the bit, and the F16 scales are those scales, rounded.
 Status verify(const TrainSession& session, const std::filesystem::path& path) {
@@ -96,15 +120,9 @@ Status verify(const TrainSession& session, const std::filesystem::path& path) {
         return Error{path.string() + ": " + name +
                      ": the packed signs are not those of the trained weights; nothing was kept"};
       }
-      // Scales: the very halves that packing gives, each within half a unit of what was trained.
-      const at::Tensor latent = linear.latent.detach().to(at::kCPU).contiguous();
-      RABIT_ASSIGN(const quant::PackedLinear again,
-                   quant::pack(shape, latent.const_data_ptr<float>(), scales));
-      const auto same = [](const TensorInfo& stored, const std::vector<uint16_t>& expected) {
-        return stored.data.size() == expected.size() * sizeof(uint16_t) &&
-               std::memcmp(stored.data.data(), expected.data(), stored.data.size()) == 0;
-      };
-      if (!same(*rows, again.row_scale) || !same(*columns, again.col_scale)) {
+      RABIT_ASSIGN(const std::vector<float> g, dequantize(*rows));
+      RABIT_ASSIGN(const std::vector<float> h, dequantize(*columns));
+      if (!same_products(shape, scales, g, h)) {
         return Error{path.string() + ": " + name +
                      ": the stored scales are not those of the trained layer; nothing was kept"};
       }

@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include <cmath>
+#include <new>
 
 #include "base/files.h"
 #include "base/interrupt.h"
@@ -19,10 +20,8 @@ namespace {
 
 using nlohmann::json;
 
-// Time kept back at the end of a bounded run for packing, checking and writing.
-constexpr double kFinishSeconds = 15.0;
-// End-to-end distillation gets this share of a bounded run on a GPU, and none on a CPU, where the
-// block-by-block phase teaches more a second (docs/training.md).
+// End-to-end distillation gets at most this share of a bounded run on a GPU, and none on a CPU,
+// where the block-by-block phase teaches more a second (docs/training.md).
 constexpr double kDistillShare = 0.7;
 constexpr int64_t kDefaultDistillTokens = 4'000'000;
 
@@ -131,22 +130,40 @@ Status without_exceptions(const Body& body) try {
 } catch (const c10::Error& error) {
   const std::string what = error.what_without_backtrace();
   return Error{"torch: " + what.substr(0, what.find('\n'))};
+} catch (const std::bad_alloc&) {
+  return Error{"out of memory"};
+} catch (const std::exception& error) {
+  return Error{error.what()};
+}
+
+// Tokens of end-to-end distillation.
+int64_t planned_tokens(const QuantizeOptions& options, at::Device device) {
+  if (options.tokens >= 0) {
+    return options.tokens;
+  }
+  return options.minutes > 0.0 && device.is_cpu() ? 0 : kDefaultDistillTokens;
 }
 
 // Before hours of training rather than after them: the packed file must fit, checkpoints should.
 Status check_room(const QuantizeOptions& options, const GgufFile& model, const ModelConfig& config,
-                  const std::filesystem::path& out, const TrainObserver& observer) {
-  uint64_t values = 0, linear = 0;
-  for (const auto& tensor : model.tensors()) {
-    values += static_cast<uint64_t>(tensor.elements());
-  }
+                  int64_t distill_tokens, const std::filesystem::path& out,
+                  const TrainObserver& observer) {
+  uint64_t packed = 0, linear = 0;
   for (const Role role : kRoles) {
     const LinearShape shape = linear_shape(config, role);
-    linear += static_cast<uint64_t>(config.layers * shape.d_out * shape.d_in);
+    const auto layers = static_cast<uint64_t>(config.layers);
+    linear += layers * static_cast<uint64_t>(shape.d_out * shape.d_in);
+    packed += layers * static_cast<uint64_t>(
+                           quant::packed_bits({shape.d_out, shape.d_in, options.paths}) / 8);
   }
-  const uint64_t packed =
-      linear * static_cast<uint64_t>(options.paths) / 8 + 2 * (values - std::min(values, linear));
-  const uint64_t checkpoint = linear * (options.tokens == 0 ? 4 : 8);
+  for (const char* name : {"token_embd.weight", "output.weight"}) {
+    if (const TensorInfo* tensor = model.find_tensor(name)) {
+      const auto values = static_cast<uint64_t>(tensor->elements());
+      packed += options.embedding == EmbeddingType::kF16 ? 2 * values : values / 32 * 34;
+    }
+  }
+  // Latents, and the optimizers' momentum where there is distillation.
+  const uint64_t checkpoint = linear * (distill_tokens > 0 ? 8 : 4);
   std::error_code unknown;
   const auto folder = out.has_parent_path() ? out.parent_path() : std::filesystem::path(".");
   const auto space = std::filesystem::space(folder, unknown);
@@ -181,53 +198,57 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
                                          resumed.distill.step));
   }
 
-  int64_t distill_tokens = options.tokens;
+  const int64_t layers = session.config().layers;
+  const int64_t distill_tokens = planned_tokens(options, session.teacher.device);
   const bool bounded = options.minutes > 0.0;
-  if (distill_tokens < 0) {
-    distill_tokens = bounded && session.teacher.device.is_cpu() ? 0 : kDefaultDistillTokens;
-  }
   const bool distilled = session.log.value("distill_planned", int64_t{0}) >= distill_tokens;
-  if (!distilled) {
-    RABIT_ASSIGN(const double seconds, measure_distill(session, distill_tokens));
+  const bool blocks_left = !resumed.distilling && resumed.blocks_done < layers;
+  // What distillation will take, unless a student is in memory already: a second would not fit.
+  double distill_seconds = 0.0;
+  if (!distilled && resumed.blocks_done == 0) {
+    RABIT_ASSIGN(distill_seconds, measure_distill(session, distill_tokens));
+    const auto tokens = static_cast<double>(distill_steps(options, distill_tokens) * options.batch *
+                                            options.seq_len);
     session.observer.message(
         fmt::format("measured: distillation from {} tokens takes {:.0f} s ({:.0f} tokens/s)",
-                    distill_tokens, seconds,
-                    static_cast<double>(distill_steps(options, distill_tokens) * options.batch *
-                                        options.seq_len) /
-                        seconds));
+                    distill_tokens, distill_seconds, tokens / distill_seconds));
   }
-  const double total = options.minutes * 60.0 - (bounded ? kFinishSeconds : 0.0);
-  if (bounded && total <= 0.0) {
-    return Error{fmt::format("--minutes {}: too short; at least {} s are needed to pack and check",
-                             options.minutes, kFinishSeconds)};
-  }
-  const double spent = session.clock.elapsed();
-  const double warm_share = distill_tokens > 0 ? 1.0 - kDistillShare : 1.0;
-  session.warm_share = warm_share;
+  const double spent = session.spent = session.clock.elapsed();
   // A bound that loading has used up already is still one: 0 would mean none.
-  const double left = std::max(1e-3, total - spent);
-  session.clock = Clock(bounded ? left * warm_share : 0.0);
-  const Clock phases(bounded ? left : 0.0);
-  session.observer.message(fmt::format(
-      "plan: {} blocks from {}{} tokens, {}, warm start of {} epochs{}; then {} tokens end to "
-      "end{}",
-      session.config().layers, bounded ? "at most " : "",
-      std::min(options.calib_tokens, session.windows.numel()),
-      options.error_feedback ? "error feedback" : "no error feedback", options.warm_epochs,
-      bounded ? fmt::format(" within {:.0f} s", session.clock.left()) : "", distill_tokens,
-      bounded && distill_tokens > 0 ? fmt::format(" within {:.0f} s", phases.left() * kDistillShare)
-                                    : ""));
+  const double left =
+      bounded ? std::max(1e-3, options.minutes * 60.0 - kFinishSeconds - spent) : 0.0;
+  const double distill_share =
+      distilled ? 0.0
+                : (distill_seconds > 0.0 ? std::min(kDistillShare, distill_seconds / left)
+                                         : kDistillShare);
+  session.warm_share = 1.0 - distill_share;
+  session.clock = Clock(left * session.warm_share);
+  const Clock phases(left);
+  const auto within = [&](double share) {
+    return bounded ? fmt::format(" within {:.0f} s", left * share) : std::string();
+  };
+  if (blocks_left) {
+    session.observer.message(
+        fmt::format("plan: {} blocks from {}{} tokens, {}, warm start of {} epochs{}",
+                    layers - resumed.blocks_done, bounded ? "at most " : "",
+                    std::min(options.calib_tokens, session.windows.numel()),
+                    options.error_feedback ? "error feedback" : "no error feedback",
+                    options.warm_epochs, within(session.warm_share)));
+  }
+  if (!distilled) {
+    session.observer.message(fmt::format("plan: {} tokens end to end{}", distill_tokens,
+                                         within(blocks_left ? distill_share : 1.0)));
+  }
   if (options.calib_tokens > session.windows.numel()) {
     session.observer.message(
         fmt::format("the text has {} tokens in whole windows, fewer than "
                     "--calib-tokens {}: all are taken",
                     session.windows.numel(), options.calib_tokens));
   }
-  const int64_t layers = session.config().layers;
-  if (options.dry_run && (resumed.distilling || resumed.blocks_done == layers)) {
+  if (options.dry_run && !blocks_left) {
     return {};
   }
-  if (!resumed.distilling && resumed.blocks_done < layers) {
+  if (blocks_left) {
     RABIT_CHECK(warm_start(session, resumed.blocks_done));
     if (options.dry_run) {
       return {};
@@ -242,6 +263,8 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     RABIT_CHECK(distill(session, distill_tokens, resumed.distill));
     resumed.distilling = true;
     session.log["distill_planned"] = distill_tokens;
+  }
+  if (resumed.distilling) {
     session.log["distill_tokens"] = resumed.distill.step * options.batch * options.seq_len;
   }
   const auto finish = [&]() -> Status {
@@ -254,11 +277,18 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     // Training is done: whatever ended the rest, it must not have been in vain.
     const Status saved =
         save_checkpoint(session, layers, resumed.distilling ? &resumed.distill : nullptr);
+    const std::string checkpoint = session.checkpoint_path.string();
+    std::error_code unknown;
+    const bool older = std::filesystem::exists(session.checkpoint_path, unknown);
     if (!saved) {
-      return Error{status.error().message +
-                   "; and what was trained is lost: " + saved.error().message};
+      return Error{
+          status.error().message + "; " +
+          (older ? "only an earlier state is in " + checkpoint : "what was trained is lost") +
+          ": " + saved.error().message};
     }
-    return status;
+    return Error{
+        status.error().message + "; " + checkpoint + " holds what was trained, go on with --resume",
+        status.error().interrupted};
   }
   std::error_code ignored;
   std::filesystem::remove(session.checkpoint_path, ignored);
@@ -287,7 +317,7 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
                              options.seq_len, config.context_length)};
   }
   RABIT_CHECK(check_held_out(held_out, config.vocab_size));
-  RABIT_CHECK(check_room(options, model, config, out, observer));
+  RABIT_CHECK(check_room(options, model, config, planned_tokens(options, device), out, observer));
   RABIT_ASSIGN(const at::Tensor windows, cut_windows(text, options.seq_len, config.vocab_size));
   Network teacher;
   RABIT_CHECK(without_exceptions([&]() -> Status {

@@ -33,10 +33,14 @@ Status run_block(const TrainSession& session, const BlockWeights& weights, const
 // Error of the student block's output in units of what the teacher's block adds to the stream:
 // sum |y - target|^2 / sum |target - x|^2. Sums over all tokens: the few with outsized activations
 // set the scale, and dividing token by token was measured worse (docs/training.md).
-at::Tensor block_loss(const at::Tensor& y, const at::Tensor& target, const at::Tensor& change) {
+// `weight` (d_model), where defined, is the importance of the stream's features.
+at::Tensor block_loss(const at::Tensor& y, const at::Tensor& target, const at::Tensor& change,
+                      const at::Tensor& weight) {
+  const auto size = [&](const at::Tensor& x) {
+    return (weight.defined() ? x * weight : x).square().sum();
+  };
   // A block that adds nothing is measured by the stream itself.
-  return (y - target).square().sum() /
-         at::maximum(change.square().sum(), target.square().sum() * 1e-12);
+  return size(y - target) / at::maximum(size(change), size(target) * 1e-12);
 }
 
 struct BlockRun {
@@ -49,7 +53,8 @@ struct BlockRun {
 // Trains student block `layer` for `epochs` passes over x; `budget` seconds bound it where > 0.
 Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary& rotary,
                              const at::Tensor& x, const at::Tensor& target,
-                             const at::Tensor& teacher_x, double epochs, double budget) {
+                             const at::Tensor& teacher_x, const at::Tensor& weight, double epochs,
+                             double budget) {
   const QuantizeOptions& options = session.options;
   const auto block = static_cast<size_t>(layer);
   Trainer trainer(latents(session.student, block, block + 1),
@@ -67,7 +72,7 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
   for (int64_t step = 0; step < steps; ++step) {
     RABIT_CHECK(check_interrupt());
     // By time or by steps, whichever is further.
-    const double by_steps = static_cast<double>(step) / static_cast<double>(steps);
+    const double by_steps = (static_cast<double>(step) + 0.5) / static_cast<double>(steps);
     const double by_time = clock.limited() ? clock.elapsed() / budget : 0.0;
     const double progress = std::max(by_steps, by_time);
     if (progress >= 1.0) {
@@ -81,7 +86,7 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
         session.student.blocks[block], session.teacher.blocks[block], session.teacher.compute);
     const at::Tensor loss = block_loss(
         block_forward(session.config(), weights, rotary, x_batch, session.teacher.compute),
-        target_batch, change);
+        target_batch, change, weight);
     const double factor = cosine_schedule(progress, options.warmup);
     const auto taken =
         trainer.step(loss, loss, options.warm_muon_lr * factor, options.warm_scale_lr * factor);
@@ -149,7 +154,7 @@ Result<BlockCost> measure_cost(TrainSession& session, const Rotary& rotary, cons
     for (int i = 0; i < 2; ++i) {
       const Clock train_clock;
       RABIT_ASSIGN(const BlockRun run,
-                   train_block(session, 0, rotary, sample, output, sample, 1.0, 0.0));
+                   train_block(session, 0, rotary, sample, output, sample, {}, 1.0, 0.0));
       cost.train_per_window = train_clock.elapsed() /
                               static_cast<double>(std::max<int64_t>(1, run.steps) *
                                                   std::min(session.options.warm_batch, windows));
@@ -190,8 +195,9 @@ Status plan(TrainSession& session, const Rotary& rotary, int64_t first_block, in
       epochs = std::min(epochs, 1.0);
     }
     if (seconds(least) > share) {
-      const double minutes =
-          (seconds(least) * blocks / session.warm_share + session.clock.elapsed() + 30.0) / 60.0;
+      const double minutes = (seconds(least) * blocks / session.warm_share + session.spent +
+                              session.clock.elapsed() + 2.0 * kFinishSeconds) /
+                             60.0;
       return Error{
           fmt::format("--minutes {}: too short for this machine, which needs about {:.1f} minutes "
                       "at least ({})",
@@ -273,6 +279,11 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       }
     }
     const double fit_before = session.fit_seconds;
+    at::Tensor weight;  // of the stream's features; what goes into it last knows it
+    if (options.alpha_out > 0.0) {
+      const auto& out = importance[block][index_of(Role::kFfnDown)].out;
+      weight = at::tensor(out, at::kFloat).to(teacher.device);
+    }
     const auto body = [&]() -> Status {
       if (options.error_feedback) {
         RABIT_CHECK(initialise_block(session, layer, x_student, x_teacher,
@@ -293,8 +304,8 @@ Status warm_start(TrainSession& session, int64_t first_block) {
           budget = std::max(0.1, share - std::max(other_seconds, init_seconds * 1.15));
         }
         const Clock train_clock;
-        RABIT_ASSIGN(
-            run, train_block(session, layer, rotary, x_student, target, x_teacher, epochs, budget));
+        RABIT_ASSIGN(run, train_block(session, layer, rotary, x_student, target, x_teacher, weight,
+                                      epochs, budget));
         train_seconds = train_clock.elapsed();
       }
       std::swap(x_teacher, target);
@@ -302,7 +313,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       double output_error = NAN;
       if (both) {
         // `target` holds the block's input on the teacher's side now, x_teacher its output.
-        output_error = block_loss(x_student, x_teacher, x_teacher - target).item<double>();
+        output_error = block_loss(x_student, x_teacher, x_teacher - target, weight).item<double>();
       }
       other_seconds = block_clock.elapsed() - train_seconds;
       fit_seconds = session.fit_seconds - fit_before;
