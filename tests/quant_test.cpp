@@ -452,24 +452,18 @@ TEST_P(ErrorFeedback, CoordinateDescentEndsWhereNoSingleWeightCanGain) {
     for (size_t i = 0; i < again.size(); ++i) {
       ASSERT_NEAR(product[i], again[i], 1e-3 * size) << i;
     }
-    // Every other level of every weight, tried one at a time in double.
+    // The level of every weight's best value, one at a time in double.
     for (int64_t r = 0; r < d_out; ++r) {
       for (int64_t c = 0; c < d_in; ++c) {
         Layer other = end;
-        for (unsigned signs = 0; signs < 1U << paths; ++signs) {
-          float level = 0.0F;
-          for (int64_t i = 0; i < paths; ++i) {
-            const float p = end.scales.g[i * d_out + r] * end.scales.h[i * d_in + c];
-            level += (signs >> i & 1U) != 0U ? p : -p;
-          }
-          other.w[r * d_in + c] = level;
-          const double d =
-              static_cast<double>(w_hat[r * d_in + c]) - oracle_entry(other, r, c).value;
-          const double change = 2.0 * d * again[r * d_in + c] + d * d * h[c * d_in + c];
-          // The level that it has differs by the rounding of its sum.
-          ASSERT_GE(change, std::fabs(d) < 1e-7 ? -1e-6 : -1e-4 * std::fabs(d) * size)
-              << r << ", " << c;
-        }
+        const double now = w_hat[r * d_in + c], product_here = again[r * d_in + c];
+        const double diagonal = h[c * d_in + c];
+        other.w[r * d_in + c] = static_cast<float>(now + product_here / diagonal);
+        const double d = now - oracle_entry(other, r, c).value;
+        const double change = 2.0 * d * product_here + d * d * diagonal;
+        // The level that it has differs by the rounding of its sum.
+        ASSERT_GE(change, std::fabs(d) < 1e-7 ? -1e-6 : -1e-4 * std::fabs(d) * size)
+            << r << ", " << c;
       }
     }
   }
@@ -515,7 +509,8 @@ TEST_P(Paths, PackKeepsSignsAndScales) {
   for (auto& v : layer.scales.h) {
     v *= 3e-5F;  // without moving a power of two these would be subnormal in F16
   }
-  const auto packed = pack(layer.shape, layer.w.data(), layer.scales);
+  const auto packed =
+      pack(layer.shape, coupled_signs(layer.shape, layer.w.data(), layer.scales), layer.scales);
   ASSERT_TRUE(packed.ok());
   EXPECT_EQ(packed->signs, coupled_signs(layer.shape, layer.w.data(), layer.scales));
   for (int64_t i = 0; i < GetParam(); ++i) {
@@ -534,13 +529,18 @@ TEST_P(Paths, PackKeepsSignsAndScales) {
 TEST(Pack, RefusesScalesThatCannotBeHeld) {
   Layer layer = random_layer(3, 8, 2, 1);
   layer.scales.g[4] = std::numeric_limits<float>::infinity();
-  EXPECT_FALSE(pack(layer.shape, layer.w.data(), layer.scales).ok());
+  EXPECT_FALSE(
+      pack(layer.shape, coupled_signs(layer.shape, layer.w.data(), layer.scales), layer.scales)
+          .ok());
   layer = random_layer(3, 8, 2, 1);
   layer.scales.h[9] = std::numeric_limits<float>::quiet_NaN();
-  EXPECT_FALSE(pack(layer.shape, layer.w.data(), layer.scales).ok());
+  EXPECT_FALSE(
+      pack(layer.shape, coupled_signs(layer.shape, layer.w.data(), layer.scales), layer.scales)
+          .ok());
   layer = random_layer(3, 8, 1, 1);
   layer.scales.g[0] = 1e12F;
-  const auto result = pack(layer.shape, layer.w.data(), layer.scales);
+  const auto result =
+      pack(layer.shape, coupled_signs(layer.shape, layer.w.data(), layer.scales), layer.scales);
   ASSERT_FALSE(result.ok());
   EXPECT_NE(result.error().message.find("65504"), std::string::npos);
 }

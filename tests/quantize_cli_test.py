@@ -219,7 +219,7 @@ class QuantizeTest(unittest.TestCase):
 
     def test_every_option(self):
         values = {
-            "--data": self.text, "--method": "rabit", "--bits": 3, "--minutes": 5, "--tokens": 64,
+            "--data": self.text, "--method": "standard", "--bits": "3,ffn=2", "--minutes": 5, "--tokens": 64,
             "--calib-tokens": 256, "--warm-epochs": 0.5, "--device": "cpu", "--threads": 2,
             "--compute": "bf16", "--checkpoint-minutes": 0.5, "--ef-damp": 0.05,
             "--ef-order": "diagonal", "--ef-inputs": "student", "--ef-target": "output",
@@ -240,7 +240,7 @@ class QuantizeTest(unittest.TestCase):
         )
         for option, value in values.items():
             key = option[2:].replace("-", "_")
-            if key not in ("data", "method", "eval", "eval_ctx"):
+            if key not in ("data", "eval", "eval_ctx"):
                 self.assertEqual(told["settings"][key], value, option)
         self.assertFalse(told["settings"]["error_feedback"])
         self.assertEqual(told["perplexity"]["student"]["ctx"], 24)
@@ -330,7 +330,7 @@ class QuantizeTest(unittest.TestCase):
                    says="9 tokens for windows of 32")
         self.fails(*self.start("--eval", missing), says="missing")
         self.fails(*self.start("--seq-len", CONTEXT + 1, "--tokens", 0), says=f"at most {CONTEXT} positions")
-        self.fails(*self.start("--device", "tpu"), says="tpu: not a device")
+        self.fails(*self.start("--device", "tpu"), code=USAGE, says="tpu: not a device")
         self.fails(*self.start("--json", "--dry-run"), code=USAGE, says="--dry-run makes none")
         self.fails(*self.start("--resume"), says="no checkpoint to resume from")
         checkpoint = self.file(f"{self.out.name}.ckpt", self.model.read_bytes()[:-9])
@@ -390,7 +390,7 @@ class QuantizeTest(unittest.TestCase):
         self.fails(*self.start("--compute", "f64"), code=USAGE, says="--compute")
         self.fails(*self.start("--seed", 1, "--seed", 2), code=USAGE, says="--seed")
         for option, bad in {
-            "--bits": (0, 5, "x", 1.5), "--tokens": (-2, "1e3"), "--calib-tokens": (0, "x"),
+            "--method": ("x",), "--bits": (0, 5, "x", 1.5, "2,head=3", "3-1=2"), "--tokens": (-2, "1e3"), "--calib-tokens": (0, "x"),
             "-t": (-1, "x"), "--init-sweeps": (0,), "--als-steps": (-1,),
             "--seq-len": (15, "0x20"), "--seed": (-1, "99999999999999999999"),
             "--warm-batch": (0,), "--batch": (0, ""), "--eval-ctx": (1,),
@@ -438,7 +438,7 @@ class QuantizeTest(unittest.TestCase):
         process = self.begin("--compute", "f32", "--resume", "--bits", "3")
         _, error = process.communicate(timeout=60)
         self.assertEqual(process.returncode, FAILURE)
-        self.assertIn(b"made with --bits 2 (3 here)", error)
+        self.assertIn(b'made with --bits "2" ("3" here)', error)
         process = self.begin("--compute", "f32", "--resume")
         _, error = process.communicate(timeout=60)
         self.assertEqual(process.returncode, SUCCESS, error)

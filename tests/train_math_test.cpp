@@ -93,18 +93,18 @@ TEST(FakeQuant, EqualsQuantToTheBit) {
     for (const auto& [d_out, d_in] : kSizes) {
       const StudentLinear linear = planted_linear(d_out, d_in, paths, 7);
       const at::Tensor want = quant_forward(linear);
-      const at::Tensor got = coupled_weight(linear, at::kFloat);
+      const at::Tensor got = fake_quant_weight(linear, at::kFloat);
       EXPECT_TRUE(same_bits(got, want)) << paths << ": " << d_out << " x " << d_in;
       EXPECT_TRUE(same_bits(coupled_weight_by_operations(linear, at::kFloat), want))
           << paths << ": " << d_out << " x " << d_in;
-      for (const auto& half : {coupled_weight(linear, at::kBFloat16),
+      for (const auto& half : {fake_quant_weight(linear, at::kBFloat16),
                                coupled_weight_by_operations(linear, at::kBFloat16)}) {
         EXPECT_TRUE(same_bits(half, want.to(at::kBFloat16))) << paths << ": " << d_out;
       }
       // The comparison must see one sign.
       StudentLinear other = linear;
       other.latent = (-linear.latent.detach() - 1e-3).set_requires_grad(true);
-      EXPECT_FALSE(same_bits(coupled_weight(other, at::kFloat), want));
+      EXPECT_FALSE(same_bits(fake_quant_weight(other, at::kFloat), want));
     }
   }
 }
@@ -119,7 +119,7 @@ TEST(FakeQuant, EqualsQuantOnTheGpu) {
       return t.detach().to(at::kCUDA).set_requires_grad(true);
     };
     const StudentLinear gpu{linear.shape, there(linear.latent), there(linear.g), there(linear.h)};
-    EXPECT_TRUE(same_bits(coupled_weight(gpu, at::kFloat), quant_forward(linear))) << paths;
+    EXPECT_TRUE(same_bits(fake_quant_weight(gpu, at::kFloat), quant_forward(linear))) << paths;
   }
 }
 
@@ -146,7 +146,7 @@ TEST(FakeQuant, Gradients) {
       const StudentLinear linear = planted_linear(37, 21, paths, 20 + paths);
       const at::Tensor upstream = random_matrix(37, 21, 5);
       const at::Tensor out = operations ? coupled_weight_by_operations(linear, at::kFloat)
-                                        : coupled_weight(linear, at::kFloat);
+                                        : fake_quant_weight(linear, at::kFloat);
       out.backward(upstream);
       // Straight through, and nothing more: no path adds to it by way of the residual.
       EXPECT_TRUE(same_bits(linear.latent.grad(), upstream));

@@ -1,137 +1,22 @@
 // Whole runs of train::quantize on a tiny model: what comes out, that it is repeatable, and that a
 // run which was interrupted anywhere goes on to the very same file.
 
+#include "train_run.h"
+
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <cmath>
 #include <thread>
 
-#include "base/files.h"
-#include "base/interrupt.h"
 #include "cli/engine_logits.h"
 #include "eval/perplexity.h"
 #include "io/dequant.h"
-#include "tiny_model.h"
-#include "train/session.h"
 #include "train/torch_logits.h"
 
 namespace rabit::train {
 namespace {
-
-using nlohmann::json;
-
-constexpr TinySizes kSizes{
-    .layers = 3, .width = 64, .heads = 4, .kv_heads = 2, .hidden = 96, .vocab = 80, .context = 64};
-constexpr int64_t kWindow = 32, kTokens = 40 * kWindow;
-
-class TrainRun : public testing::Test {
- protected:
-  TrainRun()
-      : folder_(std::filesystem::temp_directory_path() /
-                ("rabit_train_run_" + std::to_string(::getpid()) + "_" +
-                 testing::UnitTest::GetInstance()->current_test_info()->name())) {
-    std::filesystem::create_directories(folder_);
-    write_model(SmallModel(1, true, 0, kSizes));
-    text_ = {random_tokens(kTokens, 2, kSizes.vocab), {"text.txt"}, {std::string(64, 'a')}};
-    held_out_ = {random_tokens(4 * kWindow, 3, kSizes.vocab), kWindow};
-    options_.threads = 1;
-    options_.compute = Compute::kF32;
-    options_.seq_len = kWindow;
-    options_.calib_tokens = 16 * kWindow;
-    options_.warm_epochs = 2;
-    options_.warm_batch = 4;
-    options_.batch = 4;
-    options_.tokens = 6 * 4 * kWindow;  // six steps
-  }
-  ~TrainRun() override {
-    set_interrupted(false);
-    std::filesystem::remove_all(folder_);
-  }
-
-  void write_model(const SmallModel& small) {
-    small.write(folder_ / "model.gguf");
-    auto model = GgufFile::open(folder_ / "model.gguf");
-    ASSERT_TRUE(model);
-    model_ = std::move(model).value();
-  }
-
-  std::filesystem::path path(const std::string& name) const { return folder_ / name; }
-
-  Status quantize(const std::string& name, const QuantizeOptions& options,
-                  const TrainObserver& observer = {}) const {
-    return train::quantize(*model_, text_, held_out_, path(name), options, observer);
-  }
-
-  /// Expects success, and nothing but the model and its log.
-  void succeeds(const std::string& name, const QuantizeOptions& options,
-                const TrainObserver& observer = {}) const {
-    const Status status = quantize(name, options, observer);
-    ASSERT_TRUE(status) << status.error().message;
-    EXPECT_TRUE(std::filesystem::exists(path(name)));
-    for (const char* left : {".ckpt", ".unverified", ".partial", ".unverified.partial"}) {
-      EXPECT_FALSE(std::filesystem::exists(path(name + left))) << left;
-    }
-  }
-
-  /// Expects one line that says `says`, and no model.
-  void fails(const std::string& name, const QuantizeOptions& options, const std::string& says,
-             const TrainObserver& observer = {}) const {
-    const Status status = quantize(name, options, observer);
-    ASSERT_FALSE(status) << says;
-    EXPECT_FALSE(status.error().interrupted) << status.error().message;
-    EXPECT_NE(status.error().message.find(says), std::string::npos) << status.error().message;
-    EXPECT_EQ(status.error().message.find('\n'), std::string::npos) << status.error().message;
-    for (const char* left : {"", ".unverified", ".partial", ".unverified.partial", ".json"}) {
-      EXPECT_FALSE(std::filesystem::exists(path(name + left))) << says << left;
-    }
-  }
-
-  std::string bytes(const std::string& name) const {
-    const auto read = read_file(path(name));
-    EXPECT_TRUE(read) << name;
-    return read ? *read : std::string();
-  }
-
-  json log(const std::string& name) const { return json::parse(bytes(name + ".json")); }
-
-  /// Sets the flag when `phase` reports `done`, or with `done` 0 when a message begins with it.
-  static TrainObserver interrupt_at(const std::string& phase, int64_t done) {
-    TrainObserver observer;
-    observer.progress = [=](const TrainProgress& p) {
-      if (p.phase == phase && p.done == done) {
-        set_interrupted(true);
-      }
-    };
-    observer.message = [=](const std::string& line) {
-      if (done == 0 && line.rfind(phase, 0) == 0) {
-        set_interrupted(true);
-      }
-    };
-    return observer;
-  }
-
-  /// Runs until interrupted; expects no model, and a checkpoint or none.
-  void interrupted_run(const std::string& name, const QuantizeOptions& options,
-                       const TrainObserver& observer, bool checkpoint) const {
-    const Status status = quantize(name, options, observer);
-    set_interrupted(false);
-    ASSERT_FALSE(status) << "not interrupted";
-    EXPECT_TRUE(status.error().interrupted) << status.error().message;
-    for (const char* left : {"", ".unverified", ".partial", ".ckpt.partial", ".json"}) {
-      EXPECT_FALSE(std::filesystem::exists(path(name + left))) << left;
-    }
-    EXPECT_EQ(std::filesystem::exists(path(name + ".ckpt")), checkpoint);
-  }
-
-  std::filesystem::path folder_;
-  std::shared_ptr<GgufFile> model_;
-  TrainingText text_;
-  HeldOut held_out_;
-  QuantizeOptions options_;
-};
 
 double engine_perplexity(const std::filesystem::path& path, const HeldOut& held_out) {
   const auto model = Model::load(path, {1, true, ""});
@@ -147,7 +32,7 @@ TEST_F(TrainRun, PackedFileScoresAsTheStudent) {
   for (int64_t paths = 1; paths <= 4; ++paths) {
     for (const EmbeddingType embedding : {EmbeddingType::kF16, EmbeddingType::kQ8_0}) {
       QuantizeOptions options = options_;
-      options.paths = paths;
+      options.bits = std::to_string(paths);
       options.embedding = embedding;
       const bool half = embedding == EmbeddingType::kF16;
       const std::string name = std::to_string(paths) + (half ? "h.gguf" : "q.gguf");
@@ -177,7 +62,7 @@ TEST_F(TrainRun, MorePathsComeCloser) {
   double before = 1e30;
   options_.tokens = 0;
   for (int64_t paths = 1; paths <= 4; ++paths) {
-    options_.paths = paths;
+    options_.bits = std::to_string(paths);
     succeeds("out.gguf", options_);
     const double error = log("out.gguf")["warm_start"][2]["output_error"];
     EXPECT_LT(error, before) << paths;
@@ -266,19 +151,28 @@ TEST_F(TrainRun, LeavesAnEarlierRunsCheckpointAlone) {
   EXPECT_TRUE(bytes("out.gguf.ckpt") == kept);
 }
 
-TEST_F(TrainRun, TrainingHelps) {
-  options_.warm_epochs = 0;
+TEST_F(TrainRun, TrainingBlocksHelps) {
+  options_.error_feedback = false;  // after it, a block this small has little left to learn
   options_.tokens = 0;
-  succeeds("none.gguf", options_);
   options_.warm_epochs = 20;
   succeeds("warm.gguf", options_);
-  const auto error = [&](const char* name) {
-    return log(name)["warm_start"].back()["output_error"].get<double>();
+  for (const auto& block : log("warm.gguf")["warm_start"]) {
+    EXPECT_LT(block["loss_last"].get<double>(), 0.9 * block["loss_first"].get<double>());
+    EXPECT_LT(block["output_error"].get<double>(), block["loss_first"].get<double>());
+  }
+}
+
+TEST_F(TrainRun, ErrorFeedbackFollowsTheTeachersStream) {
+  options_.warm_epochs = 0;
+  options_.tokens = 0;
+  const auto error_of = [&](EfTarget target) {
+    options_.ef_target = target;
+    succeeds("out.gguf", options_);
+    return log("out.gguf")["warm_start"].back()["output_error"];
   };
-  const auto first = log("warm.gguf")["warm_start"][0];
-  EXPECT_LT(first["loss_last"].get<double>(), 0.9 * first["loss_first"].get<double>());
-  EXPECT_TRUE(log("none.gguf")["warm_start"][0]["output_error"].is_null());
-  EXPECT_GT(error("warm.gguf"), 0.0);
+  EXPECT_TRUE(error_of(EfTarget::kWeight).is_null()) << "there is no teacher's stream";
+  const double output = error_of(EfTarget::kOutput), stream = error_of(EfTarget::kStream);
+  EXPECT_LT(stream, 0.8 * output);
 }
 
 TEST_F(TrainRun, InterruptedRunsGoOnToTheSameFile) {
@@ -399,6 +293,8 @@ void change(const Setting& setting, QuantizeOptions& options) {
     value += (number->high - value) * 1e-3;
   } else if (const auto* flag = std::get_if<Setting::Flag>(&setting.value)) {
     options.*flag->member = !(options.*flag->member);
+  } else if (setting.option == "--bits") {
+    options.bits = "3";
   } else if (const auto* choice = std::get_if<Setting::Choice>(&setting.value)) {
     choice->set(options, (choice->get(options) + 1) % static_cast<int>(choice->names.size()));
   }
@@ -519,8 +415,8 @@ TEST_F(TrainRun, BadInput) {
   };
   with([](auto& o) { o.seq_len = 65; }, "at most 64 positions");
   with([](auto& o) { o.seq_len = 15; }, "--seq-len");
-  with([](auto& o) { o.paths = 0; }, "--bits");
-  with([](auto& o) { o.paths = 5; }, "--bits");
+  with([](auto& o) { o.bits = "0"; }, "--bits");
+  with([](auto& o) { o.bits = "5"; }, "--bits");
   with([](auto& o) { o.warm_muon_lr = 11; }, "--warm-muon-lr");
   with([](auto& o) { o.scale_lr = NAN; }, "--scale-lr");
   with([](auto& o) { o.batch = 0; }, "--batch");

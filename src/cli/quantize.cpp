@@ -34,7 +34,7 @@ Command add_quantize(CLI::App& app) {
 namespace {
 
 struct Arguments {
-  std::string model, out, method = "rabit", eval_text;
+  std::string model, out, eval_text;
   std::vector<std::string> data;
   int64_t eval_ctx = 2048;
   bool json = false;
@@ -162,7 +162,12 @@ void add_setting(CLI::App* group, const train::Setting& setting, train::Quantize
   } else if (const auto* number = std::get_if<Setting::Number>(&setting.value)) {
     add_number(group, name, options.*number->member, number->low, number->high, help);
   } else if (const auto* text = std::get_if<Setting::Text>(&setting.value)) {
-    group->add_option(name, options.*text->member, help)->capture_default_str();
+    group->add_option(name, options.*text->member, help)
+        ->capture_default_str()
+        ->check([text](const std::string& value) {
+          const Status status = text->check(value);
+          return status ? std::string() : status.error().message;
+        });
   } else if (const auto* flag = std::get_if<Setting::Flag>(&setting.value)) {
     group->add_flag_callback(
         name, [&options, flag] { options.*flag->member = flag->when_given; }, help);
@@ -198,9 +203,7 @@ Command add_quantize(CLI::App& app) {
                    "UTF-8 text files to train on; documents end at lines that hold only "
                    "<|endoftext|>")
       ->required();
-  command->add_option("--method", a.method, "How the paths are trained: rabit (coupled)")
-      ->capture_default_str()
-      ->check(CLI::IsMember({"rabit"}));
+
   std::map<std::string_view, CLI::App*> groups = {{"", command}};
   for (const train::Setting& setting : train::settings()) {
     auto& group = groups[setting.group];
@@ -221,6 +224,8 @@ Command add_quantize(CLI::App& app) {
       "  rabit quantize model.gguf -o model.2bit.gguf --data text.txt --device cuda --tokens "
       "4000000\n"
       "  rabit quantize model.gguf -o model.3bit.gguf --data text.txt --bits 3 --warm-epochs 0 "
+      "--tokens 0\n"
+      "  rabit quantize model.gguf -o model.mixed.gguf --data text.txt --bits 2,ffn_down=3 "
       "--tokens 0\n"
       "  rabit quantize model.gguf -o model.2bit.gguf --data text.txt --dry-run\n"
       "  rabit quantize model.gguf -o model.2bit.gguf --data text.txt --resume");

@@ -89,28 +89,21 @@ int64_t coordinate_descent(const Shape& shape, const float* moment, const Scales
       for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
         const int64_t before = count;
         for (int64_t c = 0; c < n; ++c) {
-          const auto p = magnitudes(shape, scales, r, c);
-          const Level now = level_of(w[r * n + c], p.data(), shape.paths);
           const float diagonal = moment[c * n + c];
-          // Going from level q to q' changes the error by d = q - q' and the objective by
-          // 2 d product_c + d^2 H_cc.
-          float best = 0.0F, best_latent = 0.0F, best_level = now.value;
-          for (unsigned signs = 0; signs < 1U << shape.paths; ++signs) {
-            const float level = value_of(signs, p.data(), shape.paths);
-            const float d = now.value - level;
-            const float change = 2.0F * d * error_product[c] + d * d * diagonal;
-            float latent = 0.0F;
-            // A change below the noise of the sums is none.
-            if (change < best - 1e-6F * diagonal * d * d &&
-                latent_for(signs, p.data(), shape.paths, latent)) {
-              best = change;
-              best_latent = latent;
-              best_level = level;
-            }
+          if (diagonal <= 0.0F) {
+            continue;
           }
-          if (best_level != now.value) {
-            add_scaled(moment + c * n, now.value - best_level, n, error_product);
-            w[r * n + c] = best_latent;
+          const auto p = magnitudes(shape, scales, r, c);
+          const float now = level_of(w[r * n + c], p.data(), shape.paths).value;
+          // Going to level q' changes the error by d = q - q' and the objective by
+          // 2 d product_c + d^2 H_cc: least at q' = q + product_c / H_cc, whose own level is taken.
+          const float wanted = now + error_product[c] / diagonal;
+          const float level = level_of(wanted, p.data(), shape.paths).value;
+          const float d = now - level;
+          // A change below the noise of the sums is none.
+          if (2.0F * d * error_product[c] + d * d * diagonal < -1e-6F * d * d * diagonal) {
+            add_scaled(moment + c * n, d, n, error_product);
+            w[r * n + c] = wanted;
             ++count;
           }
         }

@@ -306,6 +306,35 @@ Scales gauss_seidel(const Shape& s, const float* w, int64_t sweeps) {
 
 Scales svid(const Shape& shape, const float* w) { return gauss_seidel(shape, w, 1); }
 
+Scales two_bit_scales(int64_t d_out, int64_t d_in, const float* w) {
+  constexpr int kGrid = 80;
+  Scales scales{std::vector<float>(static_cast<size_t>(2 * d_out)),
+                std::vector<float>(static_cast<size_t>(2 * d_in), 1.0F)};
+  for (int64_t r = 0; r < d_out; ++r) {
+    const float* row = w + r * d_in;
+    float largest = 0.0F;
+    for (int64_t c = 0; c < d_in; ++c) {
+      largest = std::max(largest, std::fabs(row[c]));
+    }
+    double best = std::numeric_limits<double>::infinity();
+    for (int step = 1; step <= kGrid; ++step) {
+      const float s = largest / 1.5F * static_cast<float>(step) / kGrid;
+      double error = 0.0;
+      for (int64_t c = 0; c < d_in; ++c) {
+        const float magnitude = std::fabs(row[c]);
+        const float difference = magnitude - (magnitude < s ? 0.5F * s : 1.5F * s);
+        error += static_cast<double>(difference) * difference;
+      }
+      if (error < best) {
+        best = error;
+        scales.g[r] = s;
+        scales.g[d_out + r] = 0.5F * s;
+      }
+    }
+  }
+  return scales;
+}
+
 Scales fit_scales(const Shape& shape, const float* w, std::span<const float> s_out,
                   std::span<const float> s_in, const InitOptions& options, ThreadPool& pool) {
   const auto out_weight = [&](int64_t r) { return s_out.empty() ? 1.0F : s_out[r]; };

@@ -1,9 +1,9 @@
-// One trained layer as the file stores it: signs of the coupled forward under the float scales that
-// were trained, and those scales in F16.
+// One trained layer as the file stores it: signs as they were trained, scales in F16.
 
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <utility>
 
 #include "base/half.h"
 #include "quant/residual_binary.h"
@@ -26,8 +26,8 @@ float largest(std::span<const float> values) {
 
 }  // namespace
 
-Result<PackedLinear> pack(const Shape& shape, const float* w, const Scales& scales) {
-  PackedLinear packed{shape, coupled_signs(shape, w, scales), {}, {}};
+Result<PackedLinear> pack(const Shape& shape, std::vector<uint32_t> signs, const Scales& scales) {
+  PackedLinear packed{shape, std::move(signs), {}, {}};
   packed.row_scale.resize(scales.g.size());
   packed.col_scale.resize(scales.h.size());
   for (int64_t i = 0; i < shape.paths; ++i) {

@@ -74,6 +74,12 @@ Scales fit_scales(const Shape& shape, const float* w, std::span<const float> s_o
 /// (Xu et al., OneBit, arXiv 2402.11295, section 3.2).
 Scales svid(const Shape& shape, const float* w);
 
+/// Scales of round-to-nearest at 2 bits, one step size s a row: g = (s, s/2), h = 1, so that the
+/// coupled rule gives the levels -3/2 s, -s/2, s/2, 3/2 s. s has the least squared error of a grid
+/// up to the largest weight of the row. The start of DB-LLM (Chen et al., arXiv 2402.11960) without
+/// its offset of s/2, which our levels do not have.
+Scales two_bit_scales(int64_t d_out, int64_t d_in, const float* w);
+
 /// Error feedback (docs/training.md). Goes through the columns in order, rounds each to its level
 /// by the coupled sign rule under fixed scales, and pushes the error onto the columns still open.
 /// w (d_out, d_in) is replaced by the latent: each column as it stood when it was rounded, so that
@@ -84,9 +90,10 @@ void error_feedback(const Shape& shape, float* w, const Scales& scales, const fl
 
 /// Coordinate descent on tr((T - What) H (T - What)^T), one weight after another, signs free and
 /// scales held: `sweeps` passes over the columns of every row. `moment` is H (d_in, d_in),
-/// symmetric, `product` (T - What) H (d_out, d_in), kept up to date. A weight that changes its
-/// level gets a latent in w (d_out, d_in) from which it follows; the others stay as they are. The
-/// objective never rises. Returns how many changes were made.
+/// symmetric, `product` (T - What) H (d_out, d_in), kept up to date. A weight whose best value, all
+/// others held, has another level under the coupled rule gets that value as its latent in w (d_out,
+/// d_in) if that lowers the objective; the others stay as they are. Returns how many changes were
+/// made.
 int64_t coordinate_descent(const Shape& shape, const float* moment, const Scales& scales,
                            int64_t sweeps, float* product, float* w, ThreadPool& pool);
 
@@ -105,11 +112,11 @@ struct PackedLinear {
   std::vector<uint16_t> col_scale;  // F16 (k, d_in)
 };
 
-/// Signs from the latent with the float scales, scales rounded to F16 after a power of two is moved
+/// Signs (k, d_out, ceil(d_in/32)) as they are, scales rounded to F16 after a power of two is moved
 /// between g_i and h_i so that the largest of both are of one size: as far from F16's largest
 /// value, and as many scales from its subnormals, as can be. Errors: a scale that is not finite or
 /// cannot be held.
-Result<PackedLinear> pack(const Shape& shape, const float* w, const Scales& scales);
+Result<PackedLinear> pack(const Shape& shape, std::vector<uint32_t> signs, const Scales& scales);
 
 /// Bits that a packed layer takes: signs without padding, and 16 a scale.
 int64_t packed_bits(const Shape& shape);

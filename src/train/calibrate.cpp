@@ -37,19 +37,16 @@ class Moment {
   int64_t tokens_ = 0;
 };
 
-StudentLinear make_linear(const TrainSession& session, const quant::Shape& shape, at::Tensor latent,
-                          const quant::Scales& scales) {
-  const at::Device device = session.teacher.device;
-  const auto leaf = [&](const at::Tensor& tensor) {
-    return tensor.to(device).clone().set_requires_grad(true);
-  };
+StudentLinear make_linear(const TrainSession& session, const quant::Shape& shape,
+                          const at::Tensor& latent, const quant::Scales& scales) {
   const auto host = [](const std::vector<float>& values, int64_t rows, int64_t columns) {
     at::Tensor tensor = at::empty({rows, columns}, at::kFloat);
     std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<float>());
     return tensor;
   };
-  return {shape, leaf(latent), leaf(host(scales.g, shape.paths, shape.d_out)),
-          leaf(host(scales.h, shape.paths, shape.d_in))};
+  return make_student_linear(session.options.method, latent,
+                             host(scales.g, shape.paths, shape.d_out),
+                             host(scales.h, shape.paths, shape.d_in), session.teacher.device);
 }
 
 // The original weight (d_out, d_in) in float32 from the file: the teacher may hold it in bf16.
@@ -64,9 +61,9 @@ Result<at::Tensor> original_weight(const TrainSession& session, int64_t layer, R
   return weight;
 }
 
-quant::Shape shape_of(const TrainSession& session, Role role) {
+quant::Shape shape_of(const TrainSession& session, int64_t layer, Role role) {
   const LinearShape shape = linear_shape(session.config(), role);
-  return {shape.d_out, shape.d_in, session.options.paths};
+  return {shape.d_out, shape.d_in, session.bits.paths(layer, role)};
 }
 
 // Adds the time until it goes to the session's count.
@@ -190,9 +187,10 @@ Status fit_stage(TrainSession& session, int64_t layer, const Stage& stage,
       RABIT_ASSIGN(problem.target, best_target(problem.target, cross, moments.inputs,
                                                session.options.ef_damp, name));
     }
-    RABIT_ASSIGN(const LayerFit fit,
-                 fit_layer(problem, shape_of(session, role).paths, session.options, session.pool));
-    block[index_of(role)] = make_linear(session, shape_of(session, role), fit.latent, fit.scales);
+    RABIT_ASSIGN(const LayerFit fit, fit_layer(problem, shape_of(session, layer, role).paths,
+                                               session.options, session.pool));
+    block[index_of(role)] =
+        make_linear(session, shape_of(session, layer, role), fit.latent, fit.scales);
     session.fit_errors.push_back(fit.error);
   }
   return {};
@@ -288,12 +286,15 @@ Status initialise_block(TrainSession& session, int64_t layer,
   const FitTimer timer{session};
   for (const Role role : kRoles) {
     RABIT_CHECK(check_interrupt());
-    const quant::Shape shape = shape_of(session, role);
+    const quant::Shape shape = shape_of(session, layer, role);
     RABIT_ASSIGN(const at::Tensor w, original_weight(session, layer, role));
     const Importance& weight = importance[index_of(role)];
+    const bool dual = session.options.method == Method::kDbllm;
     const quant::Scales scales =
-        quant::fit_scales(shape, w.const_data_ptr<float>(), weight.out, weight.in,
-                          {session.options.init_sweeps, session.options.als_steps}, session.pool);
+        dual ? quant::two_bit_scales(shape.d_out, shape.d_in, w.const_data_ptr<float>())
+             : quant::fit_scales(shape, w.const_data_ptr<float>(), weight.out, weight.in,
+                                 {session.options.init_sweeps, session.options.als_steps},
+                                 session.pool);
     session.student.blocks[static_cast<size_t>(layer)][index_of(role)] =
         make_linear(session, shape, w, scales);
   }

@@ -193,24 +193,21 @@ Result<Resumed> read_checkpoint(TrainSession& session) {
   for (int64_t layer = 0; layer < resumed.blocks_done; ++layer) {
     for (const Role role : kRoles) {
       const LinearShape sizes = linear_shape(session.config(), role);
-      const int64_t paths = session.options.paths;
+      const int64_t paths = session.bits.paths(layer, role);
       const std::string name = linear_name(layer, role);
+      const Method method = session.options.method;
+      std::vector<int64_t> latent_sizes = {sizes.d_out, sizes.d_in};
+      if (has_independent_latents(method)) {
+        latent_sizes.insert(latent_sizes.begin(), paths);
+      }
+      RABIT_ASSIGN(const at::Tensor latent, read(*file, name + ".latent", latent_sizes));
+      RABIT_ASSIGN(const at::Tensor g, read(*file, name + ".g", {paths, sizes.d_out}));
+      RABIT_ASSIGN(const at::Tensor h, read(*file, name + ".h", {paths, sizes.d_in}));
       StudentLinear& linear = session.student.blocks[static_cast<size_t>(layer)][index_of(role)];
-      linear.shape = {sizes.d_out, sizes.d_in, paths};
-      const auto leaf = [&](const std::string& part,
-                            std::vector<int64_t> extents) -> Result<at::Tensor> {
-        RABIT_ASSIGN(const at::Tensor tensor, read(*file, name + part, std::move(extents)));
-        return tensor.to(device).set_requires_grad(true);
-      };
-      RABIT_ASSIGN(linear.latent, leaf(".latent", {sizes.d_out, sizes.d_in}));
-      RABIT_ASSIGN(linear.g, leaf(".g", {paths, sizes.d_out}));
-      RABIT_ASSIGN(linear.h, leaf(".h", {paths, sizes.d_in}));
-      scale_count += linear.g.numel() + linear.h.numel();
+      linear = restore_student_linear(method, latent, g, h, device);
+      scale_count += linear.g.numel() + (linear.h.requires_grad() ? linear.h.numel() : 0);
       if (optimized) {
-        // Muon keeps its momentum with the longer side last.
-        RABIT_ASSIGN(const at::Tensor momentum,
-                     read(*file, name + ".momentum",
-                          {std::min(sizes.d_out, sizes.d_in), std::max(sizes.d_out, sizes.d_in)}));
+        RABIT_ASSIGN(const at::Tensor momentum, read(*file, name + ".momentum", latent_sizes));
         resumed.distill.momentum.push_back(momentum);
       }
     }

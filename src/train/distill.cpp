@@ -63,17 +63,20 @@ Losses distill_loss(const TrainSession& session, const Student& student, const R
 // The teacher's weights as latents: the same sizes, and finite losses.
 Student stand_in(const TrainSession& session) {
   Student student;
+  int64_t layer = 0;
   for (const BlockWeights& weights : session.teacher.blocks) {
     StudentBlock& block = student.blocks.emplace_back();
-    for (size_t i = 0; i < kRoleCount; ++i) {
-      const at::Tensor latent = weights.linear[i].to(at::kFloat, false, /*copy=*/true);
-      const quant::Shape shape = {latent.size(0), latent.size(1), session.options.paths};
+    for (const Role role : kRoles) {
+      const at::Tensor latent = weights.linear[index_of(role)].to(at::kFloat);
+      const int64_t paths = session.bits.paths(layer, role);
       const auto scale = [&](int64_t extent, double value) {
-        return at::full({shape.paths, extent}, value, latent.options()).set_requires_grad(true);
+        return at::full({paths, extent}, value, latent.options());
       };
-      block[i] = {shape, latent.set_requires_grad(true),
-                  scale(shape.d_out, latent.abs().mean().item<double>()), scale(shape.d_in, 1.0)};
+      block[index_of(role)] = make_student_linear(
+          session.options.method, latent, scale(latent.size(0), latent.abs().mean().item<double>()),
+          scale(latent.size(1), 1.0), latent.device());
     }
+    ++layer;
   }
   return student;
 }

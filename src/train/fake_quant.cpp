@@ -1,6 +1,7 @@
 #include "train/fake_quant.h"
 
 #include <ATen/Parallel.h>
+#include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 namespace rabit::train {
@@ -101,11 +102,75 @@ class CoupledBinarize : public torch::autograd::Function<CoupledBinarize<Arithme
 
 }  // namespace
 
-at::Tensor coupled_weight(const StudentLinear& linear, at::ScalarType compute) {
-  if (linear.latent.is_cpu()) {
-    return CoupledBinarize<HostArithmetic>::apply(linear.latent, linear.g, linear.h, compute);
+namespace {
+
+at::Tensor coupled_weight(const at::Tensor& latent, const at::Tensor& g, const at::Tensor& h,
+                          at::ScalarType compute) {
+  return latent.is_cpu() ? CoupledBinarize<HostArithmetic>::apply(latent, g, h, compute)
+                         : CoupledBinarize<OperationArithmetic>::apply(latent, g, h, compute);
+}
+
+}  // namespace
+
+StudentLinear restore_student_linear(Method method, const at::Tensor& latent, const at::Tensor& g,
+                                     const at::Tensor& h, at::Device device) {
+  const auto leaf = [&](const at::Tensor& tensor, bool trained) {
+    return tensor.detach().to(device).clone().set_requires_grad(trained);
+  };
+  const int64_t paths = g.size(0);
+  return {{latent.size(-2), latent.size(-1), paths},
+          leaf(latent, true),
+          leaf(g, true),
+          leaf(h, method != Method::kDbllm),
+          method == Method::kMbok ? paths - 1 : 0};
+}
+
+StudentLinear make_student_linear(Method method, const at::Tensor& latent, const at::Tensor& g,
+                                  const at::Tensor& h, at::Device device) {
+  if (!has_independent_latents(method)) {
+    return restore_student_linear(method, latent, g, h, device);
   }
-  return coupled_weight_by_operations(linear, compute);
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> residuals = {latent};
+  for (int64_t i = 0; i + 1 < g.size(0); ++i) {
+    const at::Tensor& left = residuals.back();
+    residuals.push_back(left -
+                        coupled_weight(left, g.narrow(0, i, 1), h.narrow(0, i, 1), at::kFloat));
+  }
+  return restore_student_linear(method, at::stack(residuals), g, h, device);
+}
+
+at::Tensor fake_quant_weight(const StudentLinear& linear, at::ScalarType compute) {
+  if (!linear.independent()) {
+    return coupled_weight(linear.latent, linear.g, linear.h, compute);
+  }
+  at::Tensor sum;
+  for (int64_t i = 0; i < linear.shape.paths; ++i) {
+    const at::Tensor latent = linear.latent.select(0, i);
+    const at::Tensor path =
+        coupled_weight(i < linear.held_paths ? latent.detach() : latent, linear.g.narrow(0, i, 1),
+                       linear.h.narrow(0, i, 1), at::kFloat);
+    sum = sum.defined() ? sum + path : path;
+  }
+  return sum.to(compute);
+}
+
+std::vector<uint32_t> student_signs(const StudentLinear& linear) {
+  const at::Tensor latent = linear.latent.detach().to(at::kCPU).contiguous();
+  const float* w = latent.const_data_ptr<float>();
+  const quant::Scales scales = host_scales(linear);
+  const auto [d_out, d_in, paths] = linear.shape;
+  if (!linear.independent()) {
+    return quant::coupled_signs(linear.shape, w, scales);
+  }
+  std::vector<uint32_t> signs;
+  for (int64_t i = 0; i < paths; ++i) {
+    const quant::Scales own = {{scales.g.begin() + i * d_out, scales.g.begin() + (i + 1) * d_out},
+                               {scales.h.begin() + i * d_in, scales.h.begin() + (i + 1) * d_in}};
+    const auto part = quant::coupled_signs({d_out, d_in, 1}, w + i * d_out * d_in, own);
+    signs.insert(signs.end(), part.begin(), part.end());
+  }
+  return signs;
 }
 
 at::Tensor coupled_weight_by_operations(const StudentLinear& linear, at::ScalarType compute) {
@@ -117,7 +182,7 @@ BlockWeights student_weights(const StudentBlock& student, const BlockWeights& te
   BlockWeights weights{{}, teacher.attn_norm, teacher.ffn_norm};
   for (size_t i = 0; i < kRoleCount; ++i) {
     weights.linear[i] =
-        student[i].defined() ? coupled_weight(student[i], compute) : teacher.linear[i];
+        student[i].defined() ? fake_quant_weight(student[i], compute) : teacher.linear[i];
   }
   return weights;
 }
@@ -138,7 +203,9 @@ std::vector<at::Tensor> scale_tensors(const Student& student, size_t begin_block
   for (size_t b = begin_block; b < end_block; ++b) {
     for (const auto& linear : student.blocks[b]) {
       out.push_back(linear.g);
-      out.push_back(linear.h);
+      if (linear.h.requires_grad()) {
+        out.push_back(linear.h);
+      }
     }
   }
   return out;

@@ -11,8 +11,8 @@
 namespace rabit::train {
 namespace {
 
-constexpr double kRidge = 1e-6;  // of the normal equations' mean diagonal
-constexpr int64_t kRefitSteps = 2;
+constexpr double kRidge = 1e-5;  // of the normal equations' mean diagonal
+constexpr int64_t kRefitSteps = 1;
 
 std::vector<float> to_vector(const at::Tensor& tensor) {
   const at::Tensor host = tensor.to(at::kCPU, at::kFloat).contiguous();
@@ -98,16 +98,19 @@ void refit_scales(const at::Tensor& b, const at::Tensor& target, const at::Tenso
                   const at::Tensor& row_weight, int64_t steps, at::Tensor& g, at::Tensor& h) {
   const int64_t paths = b.size(0), d_in = b.size(2);
   const at::Tensor target_moment = at::matmul(target, moment);  // (d_out, d_in)
-  const auto solve = [](at::Tensor a, const at::Tensor& rhs) {
-    a = a.to(at::kDouble);
+  const auto solve = [](const at::Tensor& a, const at::Tensor& rhs) {
     const at::Tensor diagonal = a.diagonal(0, -2, -1);
     diagonal.add_(diagonal.mean(-1, true) * kRidge + 1e-30);
-    return at::linalg_solve(a, rhs.to(at::kDouble).unsqueeze(-1)).squeeze(-1).to(at::kFloat);
+    const auto [factor, info] = at::linalg_cholesky_ex(a);
+    const at::Tensor x = info.any().item<bool>() ? at::linalg_solve(a, rhs.unsqueeze(-1))
+                                                 : at::cholesky_solve(rhs.unsqueeze(-1), factor);
+    return x.squeeze(-1);
   };
   for (int64_t step = 0; step < steps; ++step) {
     const at::Tensor v = (b * h.unsqueeze(1)).transpose(0, 1);  // (d_out, k, d_in)
     const at::Tensor gram = at::matmul(at::matmul(v, moment), v.mT());
-    g = solve(gram, at::matmul(v, target_moment.unsqueeze(-1)).squeeze(-1)).t().contiguous();
+    const at::Tensor row_rhs = at::matmul(v, target_moment.unsqueeze(-1)).squeeze(-1);
+    g = solve(gram.to(at::kDouble), row_rhs.to(at::kDouble)).to(at::kFloat).t().contiguous();
     if (paths * d_in > kMostColumnUnknowns) {
       continue;
     }

@@ -43,23 +43,31 @@ at::Tensor orthogonalize(const at::Tensor& x) {
   return y;
 }
 
-Muon::Muon(std::vector<at::Tensor> parameters, double momentum)
-    : parameters_(std::move(parameters)), momentum_(momentum) {
-  std::map<std::pair<int64_t, int64_t>, std::vector<size_t>> by_size;
+Muon::Muon(const std::vector<at::Tensor>& parameters, double momentum)
+    : parameters_(parameters), momentum_(momentum) {
+  std::map<std::pair<int64_t, int64_t>, std::vector<Slice>> by_size;
   for (size_t i = 0; i < parameters_.size(); ++i) {
-    by_size[std::minmax(parameters_[i].size(0), parameters_[i].size(1))].push_back(i);
+    const at::Tensor& p = parameters_[i];
+    const int64_t slices = p.dim() == 3 ? p.size(0) : 1;
+    for (int64_t s = 0; s < slices; ++s) {
+      by_size[std::minmax(p.size(-2), p.size(-1))].push_back({i, s});
+    }
   }
   for (auto& [size, members] : by_size) {
     groups_.push_back({std::move(members), {}});
   }
 }
 
+at::Tensor Muon::matrix(const at::Tensor& parameter, const Slice& slice) {
+  return parameter.dim() == 3 ? parameter.select(0, slice.index) : parameter;
+}
+
 void Muon::step(double learning_rate) {
   const at::NoGradGuard no_grad;
   for (auto& group : groups_) {
     std::vector<at::Tensor> grads;
-    for (const size_t i : group.members) {
-      grads.push_back(wide(parameters_[i].grad()));
+    for (const Slice& slice : group.members) {
+      grads.push_back(wide(matrix(parameters_[slice.parameter].grad(), slice)));
     }
     const at::Tensor grad = at::stack(grads);
     if (!group.momentum.defined()) {
@@ -71,11 +79,14 @@ void Muon::step(double learning_rate) {
     const at::Tensor update =
         orthogonalize(direction.to(at::kBFloat16)).to(at::kFloat).mul_(-learning_rate * scale);
     for (size_t m = 0; m < group.members.size(); ++m) {
-      at::Tensor& parameter = parameters_[group.members[m]];
+      const Slice& slice = group.members[m];
+      at::Tensor parameter = matrix(parameters_[slice.parameter], slice);
       const at::Tensor delta = update[static_cast<int64_t>(m)];
       parameter.add_(parameter.size(0) > parameter.size(1) ? delta.t() : delta);
-      parameter.mutable_grad().reset();
     }
+  }
+  for (auto& parameter : parameters_) {
+    parameter.mutable_grad().reset();
   }
 }
 
@@ -83,7 +94,15 @@ std::vector<at::Tensor> Muon::state() const {
   std::vector<at::Tensor> momentum(parameters_.size());
   for (const auto& group : groups_) {
     for (size_t m = 0; m < group.members.size() && group.momentum.defined(); ++m) {
-      momentum[group.members[m]] = group.momentum[static_cast<int64_t>(m)];
+      const Slice& slice = group.members[m];
+      const at::Tensor& parameter = parameters_[slice.parameter];
+      at::Tensor& whole = momentum[slice.parameter];
+      if (!whole.defined()) {
+        whole = at::empty(parameter.sizes(), parameter.options().requires_grad(false));
+      }
+      const at::Tensor part = group.momentum[static_cast<int64_t>(m)];
+      at::Tensor place = matrix(whole, slice);
+      place.copy_(place.size(0) > place.size(1) ? part.t() : part);
     }
   }
   return momentum;
@@ -92,8 +111,9 @@ std::vector<at::Tensor> Muon::state() const {
 void Muon::load_state(const std::vector<at::Tensor>& momentum) {
   for (auto& group : groups_) {
     std::vector<at::Tensor> parts;
-    for (const size_t i : group.members) {
-      parts.push_back(momentum[i].to(parameters_[i].device()));
+    for (const Slice& slice : group.members) {
+      parts.push_back(
+          wide(matrix(momentum[slice.parameter], slice)).to(parameters_[slice.parameter].device()));
     }
     group.momentum = at::stack(parts);
   }

@@ -15,18 +15,23 @@ namespace rabit::train {
 /// of AdamW (Liu et al., arXiv 2502.16982). Matrices of equal sizes go through together.
 class Muon {
  public:
-  /// parameters: leaves (d_out, d_in) float32.
-  explicit Muon(std::vector<at::Tensor> parameters, double momentum = 0.95);
+  /// parameters: leaves float32, matrices (d_out, d_in) or stacks of them (k, d_out, d_in).
+  explicit Muon(const std::vector<at::Tensor>& parameters, double momentum = 0.95);
 
   void step(double learning_rate);
 
-  /// Momentum buffers in the parameters' order, for checkpoints. Undefined before the first step.
+  /// Momentum in the parameters' order and sizes, for checkpoints. Undefined before the first step.
   std::vector<at::Tensor> state() const;
   void load_state(const std::vector<at::Tensor>& momentum);
 
  private:
+  struct Slice {
+    size_t parameter;
+    int64_t index;  // of the matrix in its stack
+  };
+  static at::Tensor matrix(const at::Tensor& parameter, const Slice& slice);
   struct Group {
-    std::vector<size_t> members;
+    std::vector<Slice> members;
     at::Tensor momentum;  // (members, min side, max side)
   };
   std::vector<at::Tensor> parameters_;

@@ -4,6 +4,8 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "base/files.h"
 #include "train/session.h"
 
@@ -15,11 +17,37 @@ using Q = QuantizeOptions;
 
 constexpr int64_t kMany = int64_t{1} << 40;
 
+// -1 for the CPU, else the number of the GPU.
+Result<int> device_index(const std::string& name) {
+  if (name == "cpu") {
+    return -1;
+  }
+  if (name == "cuda") {
+    return 0;
+  }
+  const bool form = name.rfind("cuda:", 0) == 0 && name.size() > 5 && name.size() < 8 &&
+                    name.find_first_not_of("0123456789", 5) == std::string::npos;
+  if (!form) {
+    return Error{"--device " + name + ": not a device; use cpu, cuda or cuda:N"};
+  }
+  return std::stoi(name.substr(5));
+}
+
 template <auto Member>
 Setting::Choice choice(std::vector<std::string> names) {
   using Enum = std::remove_reference_t<decltype(std::declval<Q&>().*Member)>;
   return {[](const Q& o) { return static_cast<int>(o.*Member); },
           [](Q& o, int value) { o.*Member = static_cast<Enum>(value); }, std::move(names)};
+}
+
+Status check_bits(const std::string& text) {
+  RABIT_CHECK(PathPlan::parse(text));
+  return {};
+}
+
+Status check_device(const std::string& text) {
+  RABIT_CHECK(device_index(text));
+  return {};
 }
 
 std::vector<Setting> make_settings() {
@@ -29,8 +57,11 @@ std::vector<Setting> make_settings() {
   using Text = Setting::Text;
   constexpr bool kMayChange = true;
   return {
-      {"bits", "--bits", "", Integer{&Q::paths, 1, quant::kMaxPaths},
-       "Binary paths, one bit a weight each"},
+      {"method", "--method", "",
+       choice<&Q::method>({"rabit", "standard", "dbllm", "mbok", "onebit"}),
+       "How the paths are trained: rabit (coupled), or a baseline: standard, dbllm, mbok, onebit"},
+      {"bits", "--bits", "", Text{&Q::bits, check_bits},
+       "Binary paths, 1 to 4, one bit a weight each; also by role or block: 2,ffn_down=3,0-3=4"},
 
       {"minutes", "--minutes", "How long", Number{&Q::minutes, 0, 1e6},
        "Bound on the whole run's time; 0: none", kMayChange},
@@ -42,7 +73,8 @@ std::vector<Setting> make_settings() {
       {"warm_epochs", "--warm-epochs", "How long", Number{&Q::warm_epochs, 0, 1e4},
        "Passes over them for each block; 0: no warm start"},
 
-      {"device", "--device", "Where", Text{&Q::device}, "cpu, cuda or cuda:N", kMayChange},
+      {"device", "--device", "Where", Text{&Q::device, check_device}, "cpu, cuda or cuda:N",
+       kMayChange},
       {"threads", "-t,--threads", "Where", Integer{&Q::threads, 0, 1024},
        "Threads; 0 takes as many as the process may use", kMayChange},
       {"compute", "--compute", "Where", choice<&Q::compute>({"auto", "bf16", "f32"}),
@@ -119,12 +151,22 @@ Status check_ranges(const QuantizeOptions& o) {
       RABIT_CHECK(outside(o.*integer->member, integer->low, integer->high));
     } else if (const auto* number = std::get_if<Setting::Number>(&setting.value)) {
       RABIT_CHECK(outside(o.*number->member, number->low, number->high));
+    } else if (const auto* text = std::get_if<Setting::Text>(&setting.value)) {
+      RABIT_CHECK(text->check(o.*text->member));
     }
   }
   return {};
 }
 
 Status check_combination(const QuantizeOptions& o) {
+  if (o.method == Method::kOnebit && o.bits != "1") {
+    return Error{"--method onebit has one path: it goes with --bits 1 only"};
+  }
+  if (o.method == Method::kDbllm && (o.bits != "2" || o.error_feedback)) {
+    return Error{
+        "--method dbllm has two paths and a start of its own: it goes with --bits 2 and "
+        "--no-error-feedback only"};
+  }
   if (o.tokens > 0 && o.tokens < o.batch * o.seq_len) {
     return Error{
         fmt::format("--tokens {}: less than one step of {} windows of {}; give 0 or more "
@@ -196,6 +238,88 @@ Status check_output(const std::filesystem::path& out, std::span<const std::files
 
 }  // namespace
 
+Result<PathPlan> PathPlan::parse(const std::string& text) {
+  PathPlan plan;
+  bool has_default = false;
+  for (size_t begin = 0; begin <= text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    const std::string item = text.substr(begin, end - begin);
+    begin = end + 1;
+    const auto wrong = [&](const std::string& why) {
+      return Error{"--bits " + text + ": '" + item + "' " + why};
+    };
+    const size_t equals = item.find('=');
+    const std::string number = equals == std::string::npos ? item : item.substr(equals + 1);
+    if (number.size() != 1 || number[0] < '1' || number[0] > '0' + quant::kMaxPaths) {
+      return wrong("is not a number of paths from 1 to " + std::to_string(quant::kMaxPaths) +
+                   ", nor WHERE=PATHS");
+    }
+    Item parsed{.paths = number[0] - '0'};
+    if (equals == std::string::npos) {
+      has_default = true;
+    } else {
+      std::string where = item.substr(0, equals);
+      if (!where.empty() && where[0] >= '0' && where[0] <= '9') {
+        const size_t dot = std::min(where.find('.'), where.size());
+        const std::string blocks = where.substr(0, dot);
+        const size_t dash = std::min(blocks.find('-'), blocks.size());
+        const std::string first = blocks.substr(0, dash);
+        const std::string last = dash < blocks.size() ? blocks.substr(dash + 1) : first;
+        const auto whole = [](const std::string& digits) {
+          return !digits.empty() && digits.size() < 6 &&
+                 digits.find_first_not_of("0123456789") == std::string::npos;
+        };
+        if (!whole(first) || !whole(last) || std::stoi(first) > std::stoi(last)) {
+          return wrong("names no block N or blocks N-M");
+        }
+        parsed.first_layer = std::stoi(first);
+        parsed.last_layer = std::stoi(last);
+        where = dot < where.size() ? where.substr(dot + 1) : "";
+        if (dot + 1 == item.substr(0, equals).size()) {
+          return wrong("names no role");
+        }
+      } else if (where.empty()) {
+        return wrong("names no role or block");
+      }
+      const bool known = where.empty() || where == "attn" || where == "ffn" ||
+                         std::any_of(kRoles.begin(), kRoles.end(),
+                                     [&](Role role) { return role_name(role) == where; });
+      if (!known) {
+        return wrong(
+            "names no role: attn, ffn, attn_q, attn_k, attn_v, attn_output, ffn_gate, "
+            "ffn_up or ffn_down");
+      }
+      parsed.roles = where;
+    }
+    plan.items_.push_back(std::move(parsed));
+  }
+  if (!has_default) {
+    plan.items_.insert(plan.items_.begin(), Item{.paths = 2});
+  }
+  return plan;
+}
+
+int64_t PathPlan::paths(int64_t layer, Role role) const {
+  int64_t paths = 0;
+  const std::string name = role_name(role);
+  for (const Item& item : items_) {
+    const bool here =
+        item.last_layer < 0 || (item.first_layer <= layer && layer <= item.last_layer);
+    if (here && name.rfind(item.roles, 0) == 0) {
+      paths = item.paths;
+    }
+  }
+  return paths;
+}
+
+int64_t PathPlan::last_layer() const {
+  int64_t last = -1;
+  for (const Item& item : items_) {
+    last = std::max(last, item.last_layer);
+  }
+  return last;
+}
+
 std::span<const Setting> settings() {
   static const std::vector<Setting> table = make_settings();
   return table;
@@ -220,17 +344,9 @@ json describe(const QuantizeOptions& options) {
 }
 
 Result<at::Device> pick_device(const std::string& name) {
-  if (name == "cpu") {
+  RABIT_ASSIGN(const int index, device_index(name));
+  if (index < 0) {
     return at::Device(at::kCPU);
-  }
-  int index = 0;
-  if (name != "cuda") {
-    const bool form = name.rfind("cuda:", 0) == 0 && name.size() > 5 && name.size() < 8 &&
-                      name.find_first_not_of("0123456789", 5) == std::string::npos;
-    if (!form) {
-      return Error{"--device " + name + ": not a device; use cpu, cuda or cuda:N"};
-    }
-    index = std::stoi(name.substr(5));
   }
   if (!at::globalContext().hasCUDA()) {
     return Error{"--device " + name +

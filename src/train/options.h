@@ -11,10 +11,13 @@
 #include <variant>
 #include <vector>
 
+#include "model/config.h"
 #include "rabit/result.h"
 
 namespace rabit::train {
 
+/// How paths are trained; docs/training.md, "Methods".
+enum class Method { kRabit, kStandard, kDbllm, kMbok, kOnebit };
 enum class Compute { kAuto, kBF16, kF32 };
 /// Columns as they stand, or those with the largest inputs first.
 enum class ColumnOrder { kNatural, kDiagonal };
@@ -27,7 +30,8 @@ enum class EmbeddingType { kQ8_0, kF16 };
 
 /// Every setting of a run; settings() says what each means and may be.
 struct QuantizeOptions {
-  int64_t paths = 2;
+  Method method = Method::kRabit;
+  std::string bits = "2";
 
   double minutes = 0.0;
   int64_t tokens = -1;
@@ -43,11 +47,11 @@ struct QuantizeOptions {
 
   bool error_feedback = true;
   double ef_damp = 0.01;
-  ColumnOrder ef_order = ColumnOrder::kNatural;
+  ColumnOrder ef_order = ColumnOrder::kDiagonal;
   EfInputs ef_inputs = EfInputs::kStudent;
-  EfTarget ef_target = EfTarget::kWeight;
-  int64_t ef_rounds = 0;
-  int64_t ef_sweeps = 0;
+  EfTarget ef_target = EfTarget::kStream;
+  int64_t ef_rounds = 2;
+  int64_t ef_sweeps = 10;
   double alpha_in = 1.0;
   double alpha_out = 0.0;
   int64_t init_sweeps = 8;
@@ -66,6 +70,27 @@ struct QuantizeOptions {
   double clip = 1.0;
 
   EmbeddingType embedding = EmbeddingType::kQ8_0;
+};
+
+/// Paths of every linear layer: a default, and exceptions by block and role.
+class PathPlan {
+ public:
+  /// "2", or items such as "2,ffn_down=3,0-3=4,29.attn=3": a number alone is the default; a role
+  /// ("attn" and "ffn" stand for all of theirs), blocks (N or N-M) or BLOCKS.ROLE get their own; of
+  /// items that meet, the last wins. Errors name the item.
+  static Result<PathPlan> parse(const std::string& text);
+
+  int64_t paths(int64_t layer, Role role) const;
+  /// The last block that an item names, or -1.
+  int64_t last_layer() const;
+
+ private:
+  struct Item {
+    int64_t first_layer = 0, last_layer = -1;  // none named: all
+    std::string roles;                         // a prefix of the names meant; empty: all
+    int64_t paths = 0;
+  };
+  std::vector<Item> items_;
 };
 
 /// One setting: where it lives, what the command line and the log call it, what it may be.
@@ -91,6 +116,7 @@ struct Setting {
   };
   struct Text {
     std::string QuantizeOptions::*member;
+    Status (*check)(const std::string&);
   };
 
   std::string_view key;     // in the log, in checkpoints and in the packed file; empty: not there

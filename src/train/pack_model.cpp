@@ -114,7 +114,7 @@ Status verify(const TrainSession& session, const std::filesystem::path& path) {
       std::memcpy(words.data(), sign->data.data(), sign->data.size());
       const quant::Scales scales = host_scales(linear);
       const std::vector<float> unpacked = quant::reconstruct(shape, words, scales.g, scales.h);
-      const at::Tensor trained = coupled_weight(linear, at::kFloat).to(at::kCPU).contiguous();
+      const at::Tensor trained = fake_quant_weight(linear, at::kFloat).to(at::kCPU).contiguous();
       // By value: where every scale is zero, one may say 0 and the other -0.
       if (!std::equal(unpacked.begin(), unpacked.end(), trained.const_data_ptr<float>())) {
         return Error{path.string() + ": " + name +
@@ -144,8 +144,7 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
       RABIT_CHECK(check_interrupt());
       const StudentLinear& linear =
           session.student.blocks[static_cast<size_t>(layer)][index_of(role)];
-      const at::Tensor latent = linear.latent.detach().to(at::kCPU).contiguous();
-      auto packed = quant::pack(linear.shape, latent.const_data_ptr<float>(), host_scales(linear));
+      auto packed = quant::pack(linear.shape, student_signs(linear), host_scales(linear));
       if (!packed) {
         return Error{linear_name(layer, role) + ": " + packed.error().message};
       }
@@ -164,8 +163,13 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
     }
   }
   writer.set("rabit.format_version", MetaValue::u32(1));
-  writer.set("rabit.paths", MetaValue::u32(static_cast<uint32_t>(options.paths)));
-  writer.set("rabit.method", MetaValue::string("rabit"));
+  const int64_t paths = layers.front().packed.shape.paths;
+  if (std::all_of(layers.begin(), layers.end(),
+                  [&](const NamedLayer& l) { return l.packed.shape.paths == paths; })) {
+    writer.set("rabit.paths", MetaValue::u32(static_cast<uint32_t>(paths)));
+  }
+  writer.set("rabit.method",
+             MetaValue::string(session.log["settings"].value("method", std::string("rabit"))));
   writer.set("rabit.bits_per_weight", MetaValue::f64(bits_per_weight));
   writer.set("rabit.source.sha256",
              MetaValue::string(session.log["source"]["sha256"].get<std::string>()));

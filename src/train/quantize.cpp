@@ -149,12 +149,15 @@ Status check_room(const QuantizeOptions& options, const GgufFile& model, const M
                   int64_t distill_tokens, const std::filesystem::path& out,
                   const TrainObserver& observer) {
   uint64_t packed = 0, linear = 0;
-  for (const Role role : kRoles) {
-    const LinearShape shape = linear_shape(config, role);
-    const auto layers = static_cast<uint64_t>(config.layers);
-    linear += layers * static_cast<uint64_t>(shape.d_out * shape.d_in);
-    packed += layers * static_cast<uint64_t>(
-                           quant::packed_bits({shape.d_out, shape.d_in, options.paths}) / 8);
+  RABIT_ASSIGN(const PathPlan bits, PathPlan::parse(options.bits));
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    for (const Role role : kRoles) {
+      const LinearShape shape = linear_shape(config, role);
+      const int64_t paths = bits.paths(layer, role);
+      const int64_t latents = has_independent_latents(options.method) ? paths : 1;
+      linear += static_cast<uint64_t>(latents * shape.d_out * shape.d_in);
+      packed += static_cast<uint64_t>(quant::packed_bits({shape.d_out, shape.d_in, paths}) / 8);
+    }
   }
   for (const char* name : {"token_embd.weight", "output.weight"}) {
     if (const TensorInfo* tensor = model.find_tensor(name)) {
@@ -315,6 +318,11 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
   if (options.seq_len > config.context_length) {
     return Error{fmt::format("--seq-len {}: the model was trained for at most {} positions",
                              options.seq_len, config.context_length)};
+  }
+  RABIT_ASSIGN(const PathPlan bits, PathPlan::parse(options.bits));
+  if (bits.last_layer() >= config.layers) {
+    return Error{fmt::format("--bits {}: names block {}, the model's are 0 to {}", options.bits,
+                             bits.last_layer(), config.layers - 1)};
   }
   RABIT_CHECK(check_held_out(held_out, config.vocab_size));
   RABIT_CHECK(check_room(options, model, config, planned_tokens(options, device), out, observer));

@@ -41,9 +41,10 @@ struct TrainSession {
   Clock clock;         // the whole run's
   nlohmann::json log;  // settings, phases, losses
   std::filesystem::path checkpoint_path;
-  double spent = 0.0;              // seconds before the phases
-  double warm_share = 1.0;         // of a bounded run's time, for phases 1 and 2
-  double fit_seconds = 0.0;        // spent so far in fitting scales and error feedback
+  double spent = 0.0;        // seconds before the phases
+  double warm_share = 1.0;   // of a bounded run's time, for phases 1 and 2
+  double fit_seconds = 0.0;  // spent so far in fitting scales and error feedback
+  PathPlan bits = PathPlan::parse(options.bits).value();  // checked by check_run
   std::vector<double> fit_errors;  // of the last block's layers, relative; error feedback only
 
   const ModelConfig& config() const { return teacher.config; }
