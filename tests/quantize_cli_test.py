@@ -225,9 +225,10 @@ class QuantizeTest(unittest.TestCase):
             "--ef-order": "diagonal", "--ef-inputs": "student", "--ef-target": "output",
             "--ef-rounds": 1, "--ef-sweeps": 2,
             "--alpha-in": 0.5, "--alpha-out": 0.25, "--init-sweeps": 2, "--als-steps": 3,
-            "--seq-len": 24, "--seed": 7, "--warm-batch": 2, "--warm-muon-lr": 0.003,
-            "--warm-scale-lr": 0.002, "--batch": 1, "--muon-lr": 0.0004, "--scale-lr": 0.0003,
-            "--warmup": 0.1, "--gamma": 0.2, "--clip": 0.9, "--embedding": "f16",
+            "--seq-len": 24, "--seed": 7, "--optimizer": "adamw", "--warm-batch": 2, "--warm-latent-lr": 0.003,
+            "--warm-scale-lr": 0.002, "--batch": 1, "--latent-lr": 0.0004, "--scale-lr": 0.0003,
+            "--warmup": 0.1, "--gamma": 0.2, "--reverse-kl": 0.25, "--temperature": 2, "--cross-entropy": 0.1,
+            "--clip": 0.9, "--embedding": "f16",
             "--eval": self.text, "--eval-ctx": 24,
         }
         flags = ["--json", "--no-error-feedback"]
@@ -396,8 +397,9 @@ class QuantizeTest(unittest.TestCase):
             "--warm-batch": (0,), "--batch": (0, ""), "--eval-ctx": (1,),
             "--minutes": (-1, "nan", "inf", "x"), "--warm-epochs": (-0.1,),
             "--checkpoint-minutes": (0,), "--ef-damp": (0, "nan"), "--alpha-in": (-1,),
-            "--alpha-out": (5,), "--warm-muon-lr": (11,), "--warm-scale-lr": (-1,),
-            "--muon-lr": ("1,5",), "--scale-lr": ("nan",), "--warmup": (1,), "--gamma": (-1,),
+            "--alpha-out": (5,), "--warm-latent-lr": (11,), "--warm-scale-lr": (-1,),
+            "--latent-lr": ("1,5",), "--scale-lr": ("nan",), "--warmup": (1,), "--gamma": (-1,),
+            "--reverse-kl": (1.1,), "--temperature": (0,), "--cross-entropy": (-0.1,),
             "--clip": (0,),
         }.items():
             for value in bad:

@@ -185,7 +185,7 @@ at::Tensor divergence_in_double(const at::Tensor& student, const at::Tensor& tea
   return (log_t.exp() * (log_t - log_s)).sum(-1).mean();
 }
 
-TEST(KlDivergence, EqualsAutogradInDouble) {
+TEST(DistillationLoss, EqualsAutogradInDouble) {
   for (const auto& [tokens, vocab] : {Size{1, 2}, Size{7, 33}, Size{64, 500}, Size{3, 4099}}) {
     const int64_t width = 24;
     const at::Tensor head = random_matrix(vocab, width, 1) * 0.3;
@@ -193,7 +193,7 @@ TEST(KlDivergence, EqualsAutogradInDouble) {
     const at::Tensor values = teacher + random_matrix(tokens, width, 3) * 0.5;
     const at::Tensor student = values.clone().set_requires_grad(true);
     const at::Tensor exact = values.to(at::kDouble).set_requires_grad(true);
-    const at::Tensor got = kl_divergence(student, teacher, head);
+    const at::Tensor got = distillation_loss(student, teacher, head);
     const at::Tensor want = divergence_in_double(exact, teacher, head);
     // Sums of probabilities that differ by rounding: absolute, a few epsilon of logits of size 5.
     EXPECT_NEAR(got.item<double>(), want.item<double>(), 3e-6 + 1e-5 * want.item<double>());
@@ -204,21 +204,61 @@ TEST(KlDivergence, EqualsAutogradInDouble) {
   }
 }
 
-TEST(KlDivergence, ZeroForEqualsAndNeverNegative) {
+TEST(DistillationLoss, EveryShareEqualsAutogradInDouble) {
+  const int64_t width = 24, tokens = 11, vocab = 40;
+  const at::Tensor head = random_matrix(vocab, width, 1) * 0.3;
+  const at::Tensor teacher = random_matrix(tokens, width, 2);
+  const at::Tensor values = teacher + random_matrix(tokens, width, 3) * 0.5;
+  at::Tensor next = at::arange(tokens) * 3;
+  next[4] = -1;
+  next[tokens - 1] = -1;
+  for (const LossShares& shares :
+       {LossShares{1.0, 1.0, 0.0}, LossShares{0.3, 1.0, 0.0}, LossShares{0.0, 2.5, 0.0},
+        LossShares{0.6, 0.5, 0.2}, LossShares{0.0, 1.0, 0.4}, LossShares{0.5, 3.0, 1.0}}) {
+    const at::Tensor student = values.clone().set_requires_grad(true);
+    const at::Tensor exact = values.to(at::kDouble).set_requires_grad(true);
+    const at::Tensor got = distillation_loss(student, teacher, head, next, shares);
+    const at::Tensor wide = head.to(at::kDouble).t();
+    const double t = shares.temperature;
+    const at::Tensor logits = at::matmul(exact, wide);
+    const at::Tensor log_s = at::log_softmax(logits / t, -1);
+    const at::Tensor log_t = at::log_softmax(at::matmul(teacher.to(at::kDouble), wide) / t, -1);
+    const at::Tensor forward = (log_t.exp() * (log_t - log_s)).sum(-1).mean();
+    const at::Tensor reverse = (log_s.exp() * (log_s - log_t)).sum(-1).mean();
+    at::Tensor entropy = at::zeros({}, at::kDouble);
+    int64_t known = 0;
+    for (int64_t i = 0; i < tokens; ++i) {
+      if (const auto target = next[i].item<int64_t>(); target >= 0) {
+        entropy = entropy - at::log_softmax(logits[i], -1)[target];
+        ++known;
+      }
+    }
+    const at::Tensor want = (forward * (1 - shares.reverse) + reverse * shares.reverse) * (t * t) *
+                                (1 - shares.cross_entropy) +
+                            entropy / static_cast<double>(known) * shares.cross_entropy;
+    EXPECT_NEAR(got.item<double>(), want.item<double>(), 3e-6 + 1e-5 * want.item<double>());
+    (got * 2.0).backward();
+    (want * 2.0).backward();
+    EXPECT_LE(relative(student.grad(), exact.grad()), 3e-5)
+        << shares.reverse << " " << t << " " << shares.cross_entropy;
+  }
+}
+
+TEST(DistillationLoss, ZeroForEqualsAndNeverNegative) {
   const at::Tensor head = random_matrix(50, 16, 4), hidden = random_matrix(9, 16, 5);
   const at::Tensor same = hidden.clone().set_requires_grad(true);
-  const at::Tensor zero = kl_divergence(same, hidden, head);
+  const at::Tensor zero = distillation_loss(same, hidden, head);
   zero.backward();
   EXPECT_EQ(zero.item<double>(), 0.0);
   EXPECT_EQ(same.grad().abs().max().item<double>(), 0.0);
   for (uint64_t seed = 0; seed < 20; ++seed) {
     const double size = std::pow(10.0, static_cast<double>(seed % 5) - 3.0);
     const at::Tensor near = hidden + random_matrix(9, 16, 100 + seed) * size;
-    EXPECT_GE(kl_divergence(near, hidden, head).item<double>(), -1e-6) << size;
+    EXPECT_GE(distillation_loss(near, hidden, head).item<double>(), -1e-6) << size;
   }
 }
 
-TEST(KlDivergence, ChunksAddUp) {
+TEST(DistillationLoss, ChunksAddUp) {
   // Words that neither model ever says fill a chunk with two of the three tokens; the divergence is
   // that of the few words that count.
   constexpr int64_t kVocab = 3 << 23, kSaid = 8;
@@ -232,7 +272,7 @@ TEST(KlDivergence, ChunksAddUp) {
   values.select(1, 2).fill_(1.0);
   const at::Tensor student = values.clone().set_requires_grad(true);
   const at::Tensor exact = values.to(at::kDouble).set_requires_grad(true);
-  const at::Tensor got = kl_divergence(student, teacher, head);
+  const at::Tensor got = distillation_loss(student, teacher, head);
   const at::Tensor want = divergence_in_double(exact, teacher, small);
   EXPECT_NEAR(got.item<double>(), want.item<double>(), 1e-5 * want.item<double>());
   got.backward();

@@ -122,7 +122,7 @@ class TrainMethods : public TrainRun {
     options_.seq_len = kWindow;
     options_.warm_epochs = 0;
     options_.tokens = 150 * 4 * kWindow;
-    options_.muon_lr = 2e-3;
+    options_.latent_lr = 2e-3;
     options_.scale_lr = 1e-3;
     held_out_ = {};
   }
@@ -172,10 +172,13 @@ TEST_F(TrainMethods, DbllmHoldsTheColumnScales) {
   }
 }
 
-TEST_F(TrainMethods, BaselinesGoOnAfterAnInterrupt) {
+TEST_F(TrainMethods, EveryKindOfTrainingGoesOnAfterAnInterrupt) {
   options_.tokens = 6 * 4 * kWindow;
-  for (const Method method : {Method::kStandard, Method::kMbok}) {
+  for (const auto& [method, optimizer] :
+       {std::pair{Method::kStandard, Optimizer::kMuon}, std::pair{Method::kMbok, Optimizer::kAdamW},
+        std::pair{Method::kRabit, Optimizer::kAdamW}}) {
     options_.method = method;
+    options_.optimizer = optimizer;
     succeeds("whole.gguf", options_);
     interrupted_run("part.gguf", options_, interrupt_at("distil", 3 * 4 * kWindow), true);
     QuantizeOptions resume = options_;

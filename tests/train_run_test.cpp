@@ -114,7 +114,7 @@ TEST_F(TrainRun, LogHasSettingsAndLosses) {
 TEST_F(TrainRun, DistillationHelps) {
   options_.warm_epochs = 0;
   options_.tokens = 100 * 4 * kWindow;
-  options_.muon_lr = 2e-3;
+  options_.latent_lr = 2e-3;
   options_.scale_lr = 1e-3;
   succeeds("out.gguf", options_);
   const json steps = log("out.gguf")["distill"];
@@ -354,7 +354,7 @@ TEST_F(TrainRun, BadCheckpoints) {
   with("rabit.checkpoint.fingerprint", "rabit.checkpoint.fingerprinx");
   with("{\"data\"", "[[[[[[[");
   with("blk.1.attn_k.momentum", "blk.1.attn_k.momentux");
-  with("adam.square", "adam.squarx");
+  with("adam.scales.square", "adam.scales.squarx");
   with("blk.2.ffn_down.latent", "blk.2.ffn_down.latenx");
   const std::string blocks = "rabit.checkpoint.blocks_done";
   with(blocks + std::string("\x04\0\0\0", 4), blocks + std::string("\x04\0\0\0\x02", 5));
@@ -382,7 +382,7 @@ TEST_F(TrainRun, LossesThatAreNotFiniteEndTheRun) {
   write_model(broken);
   held_out_ = {};
   options_.warm_epochs = 0;
-  fails("out.gguf", options_, "not finite in 5 steps running; lower --muon-lr");
+  fails("out.gguf", options_, "not finite in 5 steps running; lower --latent-lr");
 }
 
 TEST_F(TrainRun, DevicesThatAreNotThere) {
@@ -417,7 +417,7 @@ TEST_F(TrainRun, BadInput) {
   with([](auto& o) { o.seq_len = 15; }, "--seq-len");
   with([](auto& o) { o.bits = "0"; }, "--bits");
   with([](auto& o) { o.bits = "5"; }, "--bits");
-  with([](auto& o) { o.warm_muon_lr = 11; }, "--warm-muon-lr");
+  with([](auto& o) { o.warm_latent_lr = 11; }, "--warm-latent-lr");
   with([](auto& o) { o.scale_lr = NAN; }, "--scale-lr");
   with([](auto& o) { o.batch = 0; }, "--batch");
   with([&](auto&) { text_.tokens.resize(kWindow - 1); }, "less than one window of 32");

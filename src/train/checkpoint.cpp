@@ -66,7 +66,8 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
                              -1, ' ', false, nlohmann::json::error_handler_t::replace)));
   writer.set(key("blocks_done"), MetaValue::u32(static_cast<uint32_t>(blocks_done)));
   // Steps may have been taken none of which was usable: then there is no state to keep.
-  const bool optimized = distill != nullptr && distill->mean.defined();
+  const TrainerState none;
+  const TrainerState& state = distill != nullptr ? distill->trainer : none;
   size_t matrix = 0;
   for (int64_t layer = 0; layer < blocks_done; ++layer) {
     for (const Role role : kRoles) {
@@ -76,17 +77,21 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
       RABIT_CHECK(tensors.add(writer, name + ".latent", linear.latent));
       RABIT_CHECK(tensors.add(writer, name + ".g", linear.g));
       RABIT_CHECK(tensors.add(writer, name + ".h", linear.h));
-      if (optimized) {
-        RABIT_CHECK(tensors.add(writer, name + ".momentum", distill->momentum[matrix++]));
+      if (!state.momentum.empty()) {
+        RABIT_CHECK(tensors.add(writer, name + ".momentum", state.momentum[matrix++]));
       }
     }
   }
   if (distill != nullptr) {
     writer.set(key("distill_step"), MetaValue::u64(static_cast<uint64_t>(distill->step)));
-    writer.set(key("adam_steps"), MetaValue::u64(static_cast<uint64_t>(distill->adam_steps)));
-    if (optimized) {
-      RABIT_CHECK(tensors.add(writer, "adam.mean", distill->mean));
-      RABIT_CHECK(tensors.add(writer, "adam.square", distill->square));
+    for (const auto& [name, adam] :
+         {std::pair{"scales", &state.scales}, std::pair{"latents", &state.latents}}) {
+      if (adam->mean.defined()) {
+        const std::string part = std::string("adam.") + name;
+        writer.set(key(part.c_str()), MetaValue::u64(static_cast<uint64_t>(adam->steps)));
+        RABIT_CHECK(tensors.add(writer, part + ".mean", adam->mean));
+        RABIT_CHECK(tensors.add(writer, part + ".square", adam->square));
+      }
     }
   }
   RABIT_CHECK(writer.write(session.checkpoint_path));
@@ -182,14 +187,14 @@ Result<Resumed> read_checkpoint(TrainSession& session) {
   resumed.distilling = file->find_meta(key("distill_step")) != nullptr;
   if (resumed.distilling) {
     RABIT_ASSIGN(resumed.distill.step, file->get_int(key("distill_step")));
-    RABIT_ASSIGN(resumed.distill.adam_steps, file->get_int(key("adam_steps")));
     if (resumed.blocks_done != session.config().layers) {
       return Error{where + ": damaged: distillation before all blocks are done"};
     }
   }
-  const bool optimized = resumed.distilling && file->find_tensor("adam.mean") != nullptr;
+  const bool optimized = resumed.distilling && file->find_meta(key("adam.scales")) != nullptr;
+  const bool momentum = optimized && session.options.optimizer == Optimizer::kMuon;
   const at::Device device = session.teacher.device;
-  int64_t scale_count = 0;
+  int64_t scale_count = 0, latent_count = 0;
   for (int64_t layer = 0; layer < resumed.blocks_done; ++layer) {
     for (const Role role : kRoles) {
       const LinearShape sizes = linear_shape(session.config(), role);
@@ -206,15 +211,25 @@ Result<Resumed> read_checkpoint(TrainSession& session) {
       StudentLinear& linear = session.student.blocks[static_cast<size_t>(layer)][index_of(role)];
       linear = restore_student_linear(method, latent, g, h, device);
       scale_count += linear.g.numel() + (linear.h.requires_grad() ? linear.h.numel() : 0);
-      if (optimized) {
-        RABIT_ASSIGN(const at::Tensor momentum, read(*file, name + ".momentum", latent_sizes));
-        resumed.distill.momentum.push_back(momentum);
+      latent_count += linear.latent.numel();
+      if (momentum) {
+        RABIT_ASSIGN(at::Tensor tensor, read(*file, name + ".momentum", latent_sizes));
+        resumed.distill.trainer.momentum.push_back(std::move(tensor));
       }
     }
   }
+  const auto adam = [&](const std::string& part, int64_t count) -> Result<AdamW::State> {
+    AdamW::State state;
+    RABIT_ASSIGN(state.steps, file->get_int(key(part.c_str())));
+    RABIT_ASSIGN(state.mean, read(*file, part + ".mean", {count}));
+    RABIT_ASSIGN(state.square, read(*file, part + ".square", {count}));
+    return state;
+  };
   if (optimized) {
-    RABIT_ASSIGN(resumed.distill.mean, read(*file, "adam.mean", {scale_count}));
-    RABIT_ASSIGN(resumed.distill.square, read(*file, "adam.square", {scale_count}));
+    RABIT_ASSIGN(resumed.distill.trainer.scales, adam("adam.scales", scale_count));
+    if (!momentum) {
+      RABIT_ASSIGN(resumed.distill.trainer.latents, adam("adam.latents", latent_count));
+    }
   }
   return resumed;
 }

@@ -51,8 +51,16 @@ Losses distill_loss(const TrainSession& session, const Student& student, const R
     }
   }
   x = norm(config, x, teacher.output_norm, teacher.compute);
+  const QuantizeOptions& options = session.options;
+  at::Tensor next;  // the token after each, none after a window's last
+  if (options.cross_entropy > 0.0) {
+    next = at::full_like(ids, -1);
+    next.narrow(1, 0, ids.size(1) - 1).copy_(ids.narrow(1, 1, ids.size(1) - 1));
+    next = next.flatten();
+  }
   const at::Tensor divergence =
-      kl_divergence(x.flatten(0, 1), x_teacher.flatten(0, 1), teacher.head);
+      distillation_loss(x.flatten(0, 1), x_teacher.flatten(0, 1), teacher.head, next,
+                        {options.reverse_kl, options.temperature, options.cross_entropy});
   at::Tensor total = divergence;
   if (gamma > 0.0) {
     total = total + blocks_error * (gamma / static_cast<double>(teacher.blocks.size()));
@@ -103,7 +111,8 @@ Result<double> measure_distill(const TrainSession& session, int64_t tokens) {
   const Rotary rotary = make_rotary(session.config(), options.seq_len, session.teacher.device);
   const Student student = stand_in(session);
   const std::vector<at::Tensor> matrices = latents(student, 0, student.blocks.size());
-  Trainer trainer(matrices, scale_tensors(student, 0, student.blocks.size()), options.clip);
+  Trainer trainer(options.optimizer, matrices, scale_tensors(student, 0, student.blocks.size()),
+                  options.clip);
   const auto seconds_of = [&](int64_t windows) -> Result<double> {
     RABIT_CHECK(check_interrupt());
     const Clock clock;
@@ -133,12 +142,9 @@ Result<double> measure_distill(const TrainSession& session, int64_t tokens) {
 Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   const QuantizeOptions& options = session.options;
   const size_t blocks = session.student.blocks.size();
-  Trainer trainer(latents(session.student, 0, blocks), scale_tensors(session.student, 0, blocks),
-                  options.clip);
-  if (!state.momentum.empty()) {
-    trainer.muon.load_state(state.momentum);
-    trainer.adam.load_state({state.mean, state.square, state.adam_steps});
-  }
+  Trainer trainer(options.optimizer, latents(session.student, 0, blocks),
+                  scale_tensors(session.student, 0, blocks), options.clip);
+  trainer.load_state(state.trainer);
   const Rotary rotary = make_rotary(session.config(), options.seq_len, session.teacher.device);
   const int64_t step_tokens = options.batch * options.seq_len;
   const int64_t steps = distill_steps(options, tokens);
@@ -147,10 +153,7 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   const double time_budget = session.clock.limited() ? session.clock.left() : 0.0;
   const Clock clock(time_budget);
   Clock since_checkpoint;
-  const auto state_at = [&](int64_t step) {
-    const AdamW::State adam = trainer.adam.state();
-    return DistillState{step, trainer.muon.state(), adam.mean, adam.square, adam.steps};
-  };
+  const auto state_at = [&](int64_t step) { return DistillState{step, trainer.state()}; };
   const auto save = [&](int64_t step) {
     const DistillState now = state_at(step);
     return save_checkpoint(session, static_cast<int64_t>(blocks), &now);
@@ -173,11 +176,11 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
     const Losses losses =
         distill_loss(session, session.student, rotary, ids.to(session.teacher.device));
     const double factor = cosine_schedule(progress, options.warmup);
-    const auto taken = trainer.step(losses.total, losses.divergence, options.muon_lr * factor,
+    const auto taken = trainer.step(losses.total, losses.divergence, options.latent_lr * factor,
                                     options.scale_lr * factor);
     if (!taken) {
-      return Error{
-          fmt::format("step {}: {}; lower --muon-lr and --scale-lr", step, taken.error().message)};
+      return Error{fmt::format("step {}: {}; lower --latent-lr and --scale-lr", step,
+                               taken.error().message)};
     }
     if (!taken->taken) {
       continue;

@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <optional>
 
 namespace rabit::train {
 namespace {
@@ -13,43 +14,78 @@ using torch::autograd::variable_list;
 // Logits kept at once: 2 models x 2^26 floats.
 constexpr int64_t kChunkLogits = int64_t{1} << 26;
 
-class ChunkedKl : public torch::autograd::Function<ChunkedKl> {
+class ChunkedLoss : public torch::autograd::Function<ChunkedLoss> {
  public:
   static at::Tensor forward(AutogradContext* context, const at::Tensor& student,
-                            const at::Tensor& teacher, const at::Tensor& head) {
+                            const at::Tensor& teacher, const at::Tensor& head,
+                            const std::optional<at::Tensor>& following, const LossShares& shares) {
+    const at::Tensor next = following.value_or(at::Tensor());
     const int64_t tokens = student.size(0);
     const int64_t chunk = std::max<int64_t>(1, kChunkLogits / head.size(0));
+    const double t = shares.temperature, r = shares.reverse, c = shares.cross_entropy;
+    const double divergence_weight = (1.0 - c) / static_cast<double>(tokens);
+    at::Tensor known;  // tokens whose successor is known
+    double entropy_weight = 0.0;
+    if (c > 0.0) {
+      known = (next >= 0).to(at::kFloat);
+      entropy_weight = c / std::max(1.0, known.sum().item<double>());
+    }
     at::Tensor loss = at::zeros({}, student.options().dtype(at::kDouble));
     at::Tensor grad = at::empty_like(student);
     for (int64_t begin = 0; begin < tokens; begin += chunk) {
       const int64_t count = std::min(chunk, tokens - begin);
-      const auto log_probabilities = [&](const at::Tensor& hidden) {
-        return at::log_softmax(at::matmul(hidden.narrow(0, begin, count), head.t()).to(at::kFloat),
-                               -1);
+      const auto logits_of = [&](const at::Tensor& hidden) {
+        return at::matmul(hidden.narrow(0, begin, count), head.t()).to(at::kFloat);
       };
-      const at::Tensor log_t = log_probabilities(teacher);
-      const at::Tensor log_s = log_probabilities(student);
-      const at::Tensor p_t = at::exp(log_t);
-      loss += (p_t * (log_t - log_s)).sum(-1).to(at::kDouble).sum();
-      // d mean KL / d student logits = (softmax(student) - softmax(teacher)) / tokens
-      const at::Tensor d_logits = (at::exp(log_s) - p_t).div_(static_cast<double>(tokens));
+      const auto log_probabilities = [&](const at::Tensor& logits) {
+        return at::log_softmax(t == 1.0 ? logits : logits / t, -1);
+      };
+      const at::Tensor logits = logits_of(student);
+      const at::Tensor log_t = log_probabilities(logits_of(teacher));
+      const at::Tensor log_s = log_probabilities(logits);
+      const at::Tensor p_t = at::exp(log_t), p_s = at::exp(log_s);
+      // d KL(p || q) / d logits = (q - p) / T;  d KL(q || p) / d logits = q (log q/p - KL(q || p))
+      // / T
+      at::Tensor d_logits = (p_s - p_t).mul_((1.0 - r) * t * divergence_weight);
+      at::Tensor divergence = (p_t * (log_t - log_s)).sum(-1) * (1.0 - r);
+      if (r > 0.0) {
+        const at::Tensor ratio = log_s - log_t;
+        const at::Tensor reverse = (p_s * ratio).sum(-1, true);
+        d_logits.add_(p_s * (ratio - reverse), r * t * divergence_weight);
+        divergence = divergence + reverse.squeeze(-1) * r;
+      }
+      loss += divergence.to(at::kDouble).sum() * (t * t * divergence_weight);
+      if (c > 0.0) {
+        const at::Tensor log_one = t == 1.0 ? log_s : at::log_softmax(logits, -1);
+        const at::Tensor here = known.narrow(0, begin, count);
+        const at::Tensor target = next.narrow(0, begin, count).clamp_min(0).unsqueeze(-1);
+        loss -=
+            (log_one.gather(-1, target).squeeze(-1) * here).to(at::kDouble).sum() * entropy_weight;
+        const at::Tensor weight = (here * entropy_weight).unsqueeze(-1);
+        d_logits.add_(at::exp(log_one) * weight);
+        d_logits.scatter_add_(-1, target, -weight);
+      }
       grad.narrow(0, begin, count).copy_(at::matmul(d_logits.to(head.scalar_type()), head));
     }
     context->save_for_backward({grad});
-    return (loss / static_cast<double>(tokens)).to(at::kFloat);
+    return loss.to(at::kFloat);
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const at::Tensor grad = context->get_saved_variables()[0];
-    return {grad * grads[0].to(grad.scalar_type()), at::Tensor(), at::Tensor()};
+    return {grad * grads[0].to(grad.scalar_type()), at::Tensor(), at::Tensor(), at::Tensor(),
+            at::Tensor()};
   }
 };
 
 }  // namespace
 
-at::Tensor kl_divergence(const at::Tensor& student, const at::Tensor& teacher,
-                         const at::Tensor& head) {
-  return ChunkedKl::apply(student, teacher, head);
+at::Tensor distillation_loss(const at::Tensor& student, const at::Tensor& teacher,
+                             const at::Tensor& head, const at::Tensor& next,
+                             const LossShares& shares) {
+  // autograd takes no undefined tensor.
+  return ChunkedLoss::apply(student, teacher, head,
+                            next.defined() ? std::optional(next) : std::nullopt, shares);
 }
 
 }  // namespace rabit::train

@@ -8,10 +8,23 @@
 
 namespace rabit::train {
 
-/// Mean over tokens of KL(teacher || student) in nats, temperature 1, both distributions from the
-/// same frozen head. student, teacher: normalised hidden states (tokens, d_model) in the compute
-/// type; gradients flow to `student` only. Source: Hinton et al., arXiv 1503.02531.
-at::Tensor kl_divergence(const at::Tensor& student, const at::Tensor& teacher,
-                         const at::Tensor& head);
+/// What the loss of a token is made of, p the teacher's and q the student's distribution at
+/// temperature T:
+///   (1 - cross_entropy) T^2 [(1 - reverse) KL(p || q) + reverse KL(q || p)]
+///     + cross_entropy * (-log q_1(next token)), q_1 at temperature 1.
+/// T^2 keeps the gradient's size (Hinton et al., arXiv 1503.02531).
+struct LossShares {
+  double reverse = 0.0;
+  double temperature = 1.0;
+  double cross_entropy = 0.0;
+};
+
+/// Mean loss over tokens in nats, both distributions from the same frozen head. student, teacher:
+/// normalised hidden states (tokens, d_model) in the compute type; next (tokens) int64, the token
+/// that follows each, -1 where none is known (it has no share in the cross-entropy), or undefined
+/// where there is no cross-entropy. Gradients flow to `student` only.
+at::Tensor distillation_loss(const at::Tensor& student, const at::Tensor& teacher,
+                             const at::Tensor& head, const at::Tensor& next = {},
+                             const LossShares& shares = {});
 
 }  // namespace rabit::train

@@ -175,16 +175,22 @@ void clear_gradients(const std::vector<at::Tensor>& parameters) {
   }
 }
 
-Trainer::Trainer(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& scales,
-                 double clip)
-    : muon(matrices), adam(scales, {}), matrices_(matrices), scales_(scales), clip_(clip) {}
+Trainer::Trainer(Optimizer optimizer, const std::vector<at::Tensor>& latents,
+                 const std::vector<at::Tensor>& scales, double clip)
+    : scale_adam_(scales, {}), latents_(latents), scales_(scales), clip_(clip) {
+  if (optimizer == Optimizer::kMuon) {
+    muon_.emplace(latents);
+  } else {
+    latent_adam_.emplace(latents, AdamW::Options());
+  }
+}
 
 Result<Trainer::Step> Trainer::step(const at::Tensor& loss, const at::Tensor& watched,
-                                    double muon_rate, double scale_rate) {
+                                    double latent_rate, double scale_rate) {
   loss.backward();
   const Step step{true, watched.item<double>(), gradient_norm(scales_)};
   if (!std::isfinite(step.loss) || !std::isfinite(step.gradient_norm)) {
-    clear_gradients(matrices_);
+    clear_gradients(latents_);
     clear_gradients(scales_);
     if (++unusable_ == kMaxUnusableSteps) {
       return Error{"the loss or its gradient is not finite in " +
@@ -196,9 +202,38 @@ Result<Trainer::Step> Trainer::step(const at::Tensor& loss, const at::Tensor& wa
   if (step.gradient_norm > clip_) {
     scale_gradients(scales_, clip_ / step.gradient_norm);
   }
-  muon.step(muon_rate);
-  adam.step(scale_rate);
+  if (muon_) {
+    muon_->step(latent_rate);
+  } else {
+    latent_adam_->step(latent_rate);
+  }
+  scale_adam_.step(scale_rate);
   return step;
+}
+
+TrainerState Trainer::state() const {
+  TrainerState state{{}, {}, scale_adam_.state()};
+  if (!state.scales.mean.defined()) {
+    return state;  // no step was usable
+  }
+  if (muon_) {
+    state.momentum = muon_->state();
+  } else {
+    state.latents = latent_adam_->state();
+  }
+  return state;
+}
+
+void Trainer::load_state(const TrainerState& state) {
+  if (!state.scales.mean.defined()) {
+    return;
+  }
+  scale_adam_.load_state(state.scales);
+  if (muon_) {
+    muon_->load_state(state.momentum);
+  } else {
+    latent_adam_->load_state(state.latents);
+  }
 }
 
 double cosine_schedule(double progress, double warmup) {

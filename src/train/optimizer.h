@@ -1,12 +1,14 @@
-// The optimizers: Muon for the latent matrices, AdamW for the scales. Parameters are the leaves
+// The optimizers: Muon or AdamW for the latents, AdamW for the scales. Parameters are the leaves
 // themselves; a step reads their .grad() and clears it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "rabit/result.h"
+#include "train/options.h"
 
 namespace rabit::train {
 
@@ -71,13 +73,20 @@ double gradient_norm(const std::vector<at::Tensor>& parameters);
 void scale_gradients(const std::vector<at::Tensor>& parameters, double factor);
 void clear_gradients(const std::vector<at::Tensor>& parameters);
 
-/// Both optimizers of a phase behind one guard: the norm of the scales' gradients is bounded
-/// (Muon's updates have their own size), and no step is taken from a loss or gradient that is not
-/// finite.
+/// What a training leaves for its continuation.
+struct TrainerState {
+  std::vector<at::Tensor> momentum;  // Muon's; empty with AdamW and before the first step
+  AdamW::State latents;              // AdamW's of the latents; undefined with Muon
+  AdamW::State scales;
+};
+
+/// The optimizers of a phase behind one guard: the norm of the scales' gradients is bounded
+/// (updates of latents have their own size), and no step is taken from a loss or gradient that is
+/// not finite.
 class Trainer {
  public:
-  Trainer(const std::vector<at::Tensor>& matrices, const std::vector<at::Tensor>& scales,
-          double clip);
+  Trainer(Optimizer optimizer, const std::vector<at::Tensor>& latents,
+          const std::vector<at::Tensor>& scales, double clip);
 
   struct Step {
     bool taken = false;
@@ -86,14 +95,17 @@ class Trainer {
   };
   /// Backward from `loss`, then a step of both. `watched`: the number to report, often the loss
   /// itself. Errors: the fifth unusable step running.
-  Result<Step> step(const at::Tensor& loss, const at::Tensor& watched, double muon_rate,
+  Result<Step> step(const at::Tensor& loss, const at::Tensor& watched, double latent_rate,
                     double scale_rate);
 
-  Muon muon;
-  AdamW adam;
+  TrainerState state() const;
+  void load_state(const TrainerState& state);
 
  private:
-  std::vector<at::Tensor> matrices_, scales_;
+  std::optional<Muon> muon_;
+  std::optional<AdamW> latent_adam_;
+  AdamW scale_adam_;
+  std::vector<at::Tensor> latents_, scales_;
   double clip_;
   int unusable_ = 0;
 };

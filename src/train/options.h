@@ -18,6 +18,8 @@ namespace rabit::train {
 
 /// How paths are trained; docs/training.md, "Methods".
 enum class Method { kRabit, kStandard, kDbllm, kMbok, kOnebit };
+/// What updates the latents.
+enum class Optimizer { kMuon, kAdamW };
 enum class Compute { kAuto, kBF16, kF32 };
 /// Columns as they stand, or those with the largest inputs first.
 enum class ColumnOrder { kNatural, kDiagonal };
@@ -59,14 +61,18 @@ struct QuantizeOptions {
 
   int64_t seq_len = 1024;
   int64_t seed = 1;
+  Optimizer optimizer = Optimizer::kMuon;
   int64_t warm_batch = 4;
-  double warm_muon_lr = 4e-3;
+  double warm_latent_lr = 4e-3;
   double warm_scale_lr = 1e-3;
   int64_t batch = 16;
-  double muon_lr = 5e-4;
+  double latent_lr = 5e-4;
   double scale_lr = 1e-4;
   double warmup = 0.03;
   double gamma = 0.0;
+  double reverse_kl = 0.0;
+  double temperature = 1.0;
+  double cross_entropy = 0.0;
   double clip = 1.0;
 
   EmbeddingType embedding = EmbeddingType::kQ8_0;

@@ -11,6 +11,7 @@
 #include "base/threads.h"
 #include "train/fake_quant.h"
 #include "train/network.h"
+#include "train/optimizer.h"
 #include "train/quantize.h"
 
 namespace rabit::train {
@@ -117,9 +118,7 @@ inline int64_t distill_steps(const QuantizeOptions& options, int64_t tokens) {
 
 struct DistillState {
   int64_t step = 0;
-  std::vector<at::Tensor> momentum;  // Muon's, empty at the start
-  at::Tensor mean, square;           // AdamW's
-  int64_t adam_steps = 0;
+  TrainerState trainer;
 };
 
 /// Phase 3: end-to-end distillation of the whole student, from `state` on, which holds the end's

@@ -57,7 +57,7 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
                              double budget) {
   const QuantizeOptions& options = session.options;
   const auto block = static_cast<size_t>(layer);
-  Trainer trainer(latents(session.student, block, block + 1),
+  Trainer trainer(options.optimizer, latents(session.student, block, block + 1),
                   scale_tensors(session.student, block, block + 1), options.clip);
 
   const int64_t windows = x.size(0);
@@ -89,9 +89,9 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
         target_batch, change, weight);
     const double factor = cosine_schedule(progress, options.warmup);
     const auto taken =
-        trainer.step(loss, loss, options.warm_muon_lr * factor, options.warm_scale_lr * factor);
+        trainer.step(loss, loss, options.warm_latent_lr * factor, options.warm_scale_lr * factor);
     if (!taken) {
-      return Error{fmt::format("block {}: {}; lower --warm-muon-lr and --warm-scale-lr", layer,
+      return Error{fmt::format("block {}: {}; lower --warm-latent-lr and --warm-scale-lr", layer,
                                taken.error().message)};
     }
     if (taken->taken) {
