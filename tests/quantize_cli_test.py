@@ -227,7 +227,7 @@ class QuantizeTest(unittest.TestCase):
             "--alpha-in": 0.5, "--alpha-out": 0.25, "--init-sweeps": 2, "--als-steps": 3,
             "--seq-len": 24, "--seed": 7, "--optimizer": "adamw", "--warm-batch": 2, "--warm-latent-lr": 0.003,
             "--warm-scale-lr": 0.002, "--batch": 1, "--latent-lr": 0.0004, "--scale-lr": 0.0003,
-            "--warmup": 0.1, "--gamma": 0.2, "--reverse-kl": 0.25, "--temperature": 2, "--cross-entropy": 0.1,
+            "--warmup": 0.1, "--ema": 0.5, "--gamma": 0.2, "--reverse-kl": 0.25, "--temperature": 2, "--cross-entropy": 0.1,
             "--clip": 0.9, "--embedding": "f16",
             "--eval": self.text, "--eval-ctx": 24,
         }
@@ -335,7 +335,7 @@ class QuantizeTest(unittest.TestCase):
         self.fails(*self.start("--json", "--dry-run"), code=USAGE, says="--dry-run makes none")
         self.fails(*self.start("--resume"), says="no checkpoint to resume from")
         checkpoint = self.file(f"{self.out.name}.ckpt", self.model.read_bytes()[:-9])
-        self.fails(*self.start("--resume"), says="cannot resume: .*ckpt.*start anew without --resume")
+        self.fails(*self.start("--resume"), says="cannot resume: .*ckpt.*to start anew, remove the checkpoint")
         self.fails(*self.start(), says="add --resume to go on from it, or remove it")
         Path(checkpoint).unlink()
         self.fails("quantize", self.model, "-o", self.folder / ("x" * 300) / "out.gguf", "--data",
@@ -398,7 +398,7 @@ class QuantizeTest(unittest.TestCase):
             "--minutes": (-1, "nan", "inf", "x"), "--warm-epochs": (-0.1,),
             "--checkpoint-minutes": (0,), "--ef-damp": (0, "nan"), "--alpha-in": (-1,),
             "--alpha-out": (5,), "--warm-latent-lr": (11,), "--warm-scale-lr": (-1,),
-            "--latent-lr": ("1,5",), "--scale-lr": ("nan",), "--warmup": (1,), "--gamma": (-1,),
+            "--latent-lr": ("1,5",), "--scale-lr": ("nan",), "--warmup": (1,), "--ema": (1,), "--gamma": (-1,),
             "--reverse-kl": (1.1,), "--temperature": (0,), "--cross-entropy": (-0.1,),
             "--clip": (0,),
         }.items():

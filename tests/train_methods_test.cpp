@@ -179,6 +179,7 @@ TEST_F(TrainMethods, EveryKindOfTrainingGoesOnAfterAnInterrupt) {
         std::pair{Method::kRabit, Optimizer::kAdamW}}) {
     options_.method = method;
     options_.optimizer = optimizer;
+    options_.ema = method == Method::kRabit ? 0.9 : 0.0;
     succeeds("whole.gguf", options_);
     interrupted_run("part.gguf", options_, interrupt_at("distil", 3 * 4 * kWindow), true);
     QuantizeOptions resume = options_;
@@ -188,6 +189,22 @@ TEST_F(TrainMethods, EveryKindOfTrainingGoesOnAfterAnInterrupt) {
     std::filesystem::remove(path("part.gguf"));
     std::filesystem::remove(path("part.gguf.json"));
   }
+}
+
+TEST_F(TrainMethods, TheAverageGivesTheSigns) {
+  options_.tokens = 30 * 4 * kWindow;
+  options_.latent_lr = 3e-2;  // so that the last steps still turn signs
+  succeeds("last.gguf", options_);
+  options_.ema = 0.9;
+  succeeds("average.gguf", options_);
+  const auto signs = [&](const char* name) {
+    const auto file = GgufFile::open(path(name));
+    const auto data = (*file)->find_tensor("blk.1.ffn_up.sign")->data;
+    return std::vector<std::byte>(data.begin(), data.end());
+  };
+  EXPECT_NE(signs("average.gguf"), signs("last.gguf"));
+  // Training itself is not touched by the average.
+  EXPECT_EQ(log("average.gguf")["distill"].back()["kl"], log("last.gguf")["distill"].back()["kl"]);
 }
 
 TEST_F(TrainMethods, BitsByRoleAndBlock) {
@@ -211,7 +228,7 @@ TEST_F(TrainMethods, BitsByRoleAndBlock) {
 
 TEST_F(TrainMethods, CombinationsThatAreNone) {
   options_.method = Method::kOnebit;
-  fails("no.gguf", options_, "--bits 1 only");
+  fails("no.gguf", options_, "give --bits 1");
   options_.method = Method::kDbllm;
   fails("no.gguf", options_, "--no-error-feedback");
 }

@@ -164,9 +164,15 @@ void add_setting(CLI::App* group, const train::Setting& setting, train::Quantize
   } else if (const auto* text = std::get_if<Setting::Text>(&setting.value)) {
     group->add_option(name, options.*text->member, help)
         ->capture_default_str()
-        ->check([text](const std::string& value) {
+        ->check([text, name](const std::string& value) {
           const Status status = text->check(value);
-          return status ? std::string() : status.error().message;
+          if (status) {
+            return std::string();
+          }
+          // CLI11 puts the option's name before the message itself.
+          const std::string& message = status.error().message;
+          const std::string prefix = std::string(name) + " ";
+          return message.rfind(prefix, 0) == 0 ? message.substr(prefix.size()) : message;
         });
   } else if (const auto* flag = std::get_if<Setting::Flag>(&setting.value)) {
     group->add_flag_callback(

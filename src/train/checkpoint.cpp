@@ -78,8 +78,12 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
       RABIT_CHECK(tensors.add(writer, name + ".g", linear.g));
       RABIT_CHECK(tensors.add(writer, name + ".h", linear.h));
       if (!state.momentum.empty()) {
-        RABIT_CHECK(tensors.add(writer, name + ".momentum", state.momentum[matrix++]));
+        RABIT_CHECK(tensors.add(writer, name + ".momentum", state.momentum[matrix]));
       }
+      if (distill != nullptr && !distill->average.empty()) {
+        RABIT_CHECK(tensors.add(writer, name + ".average", distill->average[matrix]));
+      }
+      ++matrix;
     }
   }
   if (distill != nullptr) {
@@ -216,6 +220,10 @@ Result<Resumed> read_checkpoint(TrainSession& session) {
         RABIT_ASSIGN(at::Tensor tensor, read(*file, name + ".momentum", latent_sizes));
         resumed.distill.trainer.momentum.push_back(std::move(tensor));
       }
+      if (resumed.distilling && session.options.ema > 0.0) {
+        RABIT_ASSIGN(const at::Tensor tensor, read(*file, name + ".average", latent_sizes));
+        resumed.distill.average.push_back(tensor.to(device));
+      }
     }
   }
   const auto adam = [&](const std::string& part, int64_t count) -> Result<AdamW::State> {
@@ -244,7 +252,7 @@ Result<Resumed> load_checkpoint(TrainSession& session) {
   auto resumed = read_checkpoint(session);
   if (!resumed && !resumed.error().interrupted) {
     return Error{"cannot resume: " + resumed.error().message +
-                 "; run with what it was made with, or start anew without --resume"};
+                 " (to start anew, remove the checkpoint and run without --resume)"};
   }
   return resumed;
 }

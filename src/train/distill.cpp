@@ -153,7 +153,14 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   const double time_budget = session.clock.limited() ? session.clock.left() : 0.0;
   const Clock clock(time_budget);
   Clock since_checkpoint;
-  const auto state_at = [&](int64_t step) { return DistillState{step, trainer.state()}; };
+  const std::vector<at::Tensor> matrices = latents(session.student, 0, blocks);
+  std::vector<at::Tensor> average = state.average;
+  if (options.ema > 0.0 && average.empty()) {
+    for (const auto& matrix : matrices) {
+      average.push_back(matrix.detach().clone());
+    }
+  }
+  const auto state_at = [&](int64_t step) { return DistillState{step, trainer.state(), average}; };
   const auto save = [&](int64_t step) {
     const DistillState now = state_at(step);
     return save_checkpoint(session, static_cast<int64_t>(blocks), &now);
@@ -185,6 +192,13 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
     if (!taken->taken) {
       continue;
     }
+    const at::NoGradGuard no_grad;
+    for (size_t i = 0; i < average.size(); ++i) {
+      // The first steps count in full, or the start would stay in the average.
+      const double decay = std::min(
+          options.ema, (1.0 + static_cast<double>(step)) / (10.0 + static_cast<double>(step)));
+      average[i].lerp_(matrices[i].detach(), 1.0 - decay);
+    }
     const double value = taken->loss;
     smoothed = std::isnan(smoothed) ? value : 0.9 * smoothed + 0.1 * value;
 
@@ -210,6 +224,13 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
       const DistillState now = state_at(step + 1);
       save_or_say(session, static_cast<int64_t>(blocks), &now);
       since_checkpoint = Clock();
+    }
+  }
+  {
+    const at::NoGradGuard no_grad;
+    for (size_t i = 0; i < average.size(); ++i) {
+      at::Tensor matrix = matrices[i];
+      matrix.copy_(average[i]);
     }
   }
   state = state_at(step);

@@ -59,7 +59,8 @@ std::vector<Setting> make_settings() {
   return {
       {"method", "--method", "",
        choice<&Q::method>({"rabit", "standard", "dbllm", "mbok", "onebit"}),
-       "How the paths are trained: rabit (coupled), or a baseline: standard, dbllm, mbok, onebit"},
+       "How the paths are trained: rabit (coupled), or a baseline: standard, mbok, dbllm (with "
+       "--no-error-feedback), onebit (with --bits 1)"},
       {"bits", "--bits", "", Text{&Q::bits, check_bits},
        "Binary paths, 1 to 4, one bit a weight each; also by role or block: 2,ffn_down=3,0-3=4"},
 
@@ -128,6 +129,8 @@ std::vector<Setting> make_settings() {
        "The latents' rate end to end"},
       {"scale_lr", "--scale-lr", "Training", Number{&Q::scale_lr, 0, 10},
        "The scales' rate end to end"},
+      {"ema", "--ema", "Training", Number{&Q::ema, 0, 0.99999},
+       "Decay of a moving average of the latents, which gives the signs at the end; 0: none"},
       {"warmup", "--warmup", "Training", Number{&Q::warmup, 0, 0.9},
        "Share of a phase with rising rates"},
       {"gamma", "--gamma", "Training", Number{&Q::gamma, 0, 1e6},
@@ -169,18 +172,18 @@ Status check_ranges(const QuantizeOptions& o) {
 
 Status check_combination(const QuantizeOptions& o) {
   if (o.method == Method::kOnebit && o.bits != "1") {
-    return Error{"--method onebit has one path: it goes with --bits 1 only"};
+    return Error{"--method onebit has one path everywhere: give --bits 1"};
   }
   if (o.method == Method::kDbllm && (o.bits != "2" || o.error_feedback)) {
     return Error{
-        "--method dbllm has two paths and a start of its own: it goes with --bits 2 and "
-        "--no-error-feedback only"};
+        "--method dbllm has two paths everywhere and a start of its own: give --bits 2 and "
+        "--no-error-feedback"};
   }
   if (o.tokens > 0 && o.tokens < o.batch * o.seq_len) {
     return Error{
-        fmt::format("--tokens {}: less than one step of {} windows of {}; give 0 or more "
-                    "tokens, or a smaller --batch or --seq-len",
-                    o.tokens, o.batch, o.seq_len)};
+        fmt::format("--tokens {}: less than one step of {} windows of {}; give 0, or at least "
+                    "{}, or a smaller --batch or --seq-len",
+                    o.tokens, o.batch, o.seq_len, o.batch * o.seq_len)};
   }
   if (o.minutes > 0.0 && o.minutes * 60.0 <= kFinishSeconds) {
     return Error{fmt::format("--minutes {}: too short; at least {} s are needed to pack and check",

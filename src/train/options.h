@@ -68,6 +68,7 @@ struct QuantizeOptions {
   int64_t batch = 16;
   double latent_lr = 5e-4;
   double scale_lr = 1e-4;
+  double ema = 0.0;
   double warmup = 0.03;
   double gamma = 0.0;
   double reverse_kl = 0.0;

@@ -119,6 +119,7 @@ inline int64_t distill_steps(const QuantizeOptions& options, int64_t tokens) {
 struct DistillState {
   int64_t step = 0;
   TrainerState trainer;
+  std::vector<at::Tensor> average;  // of the latents, with --ema
 };
 
 /// Phase 3: end-to-end distillation of the whole student, from `state` on, which holds the end's
