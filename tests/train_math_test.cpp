@@ -10,22 +10,12 @@
 
 #include "tiny_model.h"
 #include "train/fake_quant.h"
+#include "train/host_tensor.h"
 #include "train/kl_loss.h"
 #include "train/optimizer.h"
 
 namespace rabit::train {
 namespace {
-
-at::Tensor to_tensor(const std::vector<float>& values, at::IntArrayRef sizes) {
-  at::Tensor tensor = at::empty(sizes, at::kFloat);
-  std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<float>());
-  return tensor;
-}
-
-std::vector<float> to_floats(const at::Tensor& tensor) {
-  const at::Tensor host = tensor.detach().to(at::kCPU, at::kFloat).contiguous();
-  return {host.const_data_ptr<float>(), host.const_data_ptr<float>() + host.numel()};
-}
 
 double relative(const at::Tensor& got, const at::Tensor& want) {
   const at::Tensor a = got.detach().to(at::kDouble), b = want.detach().to(at::kDouble);
@@ -53,9 +43,9 @@ at::Tensor random_matrix(int64_t rows, int64_t columns, uint64_t seed) {
 /// A layer whose latent holds zeros of both signs, and values that leave a residual of exactly
 /// zero.
 StudentLinear planted_linear(int64_t d_out, int64_t d_in, int64_t paths, uint64_t seed) {
-  std::vector<float> w = to_floats(random_matrix(d_out, d_in, seed) * 0.1);
-  std::vector<float> g = to_floats(random_matrix(paths, d_out, seed + 1) * 0.02 + 0.1);
-  const std::vector<float> h = to_floats(random_matrix(paths, d_in, seed + 2) * 0.2 + 1.0);
+  std::vector<float> w = to_vector(random_matrix(d_out, d_in, seed) * 0.1);
+  std::vector<float> g = to_vector(random_matrix(paths, d_out, seed + 1) * 0.02 + 0.1);
+  const std::vector<float> h = to_vector(random_matrix(paths, d_in, seed + 2) * 0.2 + 1.0);
   for (int64_t i = 0; i < paths * d_out; ++i) {
     g[i] = std::ldexp(g[i], -static_cast<int>(i / d_out));
   }
@@ -80,7 +70,7 @@ struct Size {
 constexpr Size kSizes[] = {{1, 1}, {3, 17}, {37, 33}, {65, 31}, {270, 100}};
 
 at::Tensor quant_forward(const StudentLinear& linear) {
-  const std::vector<float> w = to_floats(linear.latent);
+  const std::vector<float> w = to_vector(linear.latent);
   const quant::Scales scales = host_scales(linear);
   std::vector<float> out(w.size());
   quant::coupled_forward(linear.shape, w.data(), scales.g.data(), scales.h.data(), 0,
@@ -153,8 +143,8 @@ TEST(FakeQuant, Gradients) {
 
       const quant::Scales scales = host_scales(linear);
       const auto signs =
-          quant::coupled_signs(linear.shape, to_floats(linear.latent).data(), scales);
-      const std::vector<float> weights = to_floats(upstream);
+          quant::coupled_signs(linear.shape, to_vector(linear.latent).data(), scales);
+      const std::vector<float> weights = to_vector(upstream);
       Doubles g(scales.g.begin(), scales.g.end()), h(scales.h.begin(), scales.h.end());
       const auto check = [&](Doubles& values, const at::Tensor& grad, const char* name) {
         Doubles want;
@@ -168,7 +158,7 @@ TEST(FakeQuant, Gradients) {
           value = kept;
           want.push_back((above - below) / (2 * step));
         }
-        EXPECT_LE(relative_error(to_floats(grad), want), 1e-6)
+        EXPECT_LE(relative_error(to_vector(grad), want), 1e-6)
             << name << ", " << paths << " paths, by operations: " << operations;
       };
       check(g, linear.g.grad(), "g");
@@ -318,7 +308,7 @@ void set_gradients(const std::vector<at::Tensor>& parameters, uint64_t seed) {
   for (size_t i = 0; i < parameters.size(); ++i) {
     at::Tensor p = parameters[i];
     p.mutable_grad() = to_tensor(
-        to_floats(random_matrix(p.size(0), p.numel() / p.size(0), seed + i * 31)), p.sizes());
+        to_vector(random_matrix(p.size(0), p.numel() / p.size(0), seed + i * 31)), p.sizes());
   }
 }
 
@@ -388,7 +378,7 @@ TEST(AdamWOptimizer, EqualsScalarsInDouble) {
   AdamW adam(parameters, options);
   Doubles want, mean(29), square(29);
   for (const auto& parameter : parameters) {
-    for (const float v : to_floats(parameter)) {
+    for (const float v : to_vector(parameter)) {
       want.push_back(v);
     }
   }
@@ -396,7 +386,7 @@ TEST(AdamWOptimizer, EqualsScalarsInDouble) {
     set_gradients(parameters, 60 + step);
     Doubles grad;
     for (const auto& parameter : parameters) {
-      for (const float v : to_floats(parameter.grad())) {
+      for (const float v : to_vector(parameter.grad())) {
         grad.push_back(v);
       }
     }
@@ -410,8 +400,8 @@ TEST(AdamWOptimizer, EqualsScalarsInDouble) {
       want[i] -= rate * m / (std::sqrt(s) + 1e-8);
     }
     adam.step(rate);
-    std::vector<float> got = to_floats(parameters[0]);
-    const std::vector<float> rest = to_floats(parameters[1]);
+    std::vector<float> got = to_vector(parameters[0]);
+    const std::vector<float> rest = to_vector(parameters[1]);
     got.insert(got.end(), rest.begin(), rest.end());
     EXPECT_LE(relative_error(got, want), 1e-6) << step;
     EXPECT_FALSE(parameters[1].grad().defined());

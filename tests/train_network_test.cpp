@@ -9,16 +9,12 @@
 
 #include "rabit/engine.h"
 #include "tiny_model.h"
+#include "train/host_tensor.h"
 #include "train/session.h"
 #include "train/torch_logits.h"
 
 namespace rabit::train {
 namespace {
-
-std::vector<float> to_floats(const at::Tensor& tensor) {
-  const at::Tensor host = tensor.detach().to(at::kCPU, at::kFloat).contiguous();
-  return {host.const_data_ptr<float>(), host.const_data_ptr<float>() + host.numel()};
-}
 
 class TrainNetwork : public testing::Test {
  protected:
@@ -77,7 +73,7 @@ TEST_F(TrainNetwork, EqualsForwardInDouble) {
       const std::vector<Doubles> want = forward_in_double(small, sequence == 0 ? a : b);
       for (size_t i = 0; i < want.size(); ++i) {
         const at::Tensor row = logits[sequence][static_cast<int64_t>(i)];
-        EXPECT_LE(relative_error(to_floats(row), want[i]), 1e-4)
+        EXPECT_LE(relative_error(to_vector(row), want[i]), 1e-4)
             << kv_heads << " kv heads, sequence " << sequence << ", position " << i;
       }
     }
@@ -227,7 +223,7 @@ TEST_F(TrainNetwork, ImportanceIsWhatItSays) {
   Doubles out(static_cast<size_t>(width));
   for (int64_t w = 0; w < windows; ++w) {
     for (int64_t t = 0; t + 1 < length; ++t) {
-      const std::vector<float> row = to_floats(stream[w][t]);
+      const std::vector<float> row = to_vector(stream[w][t]);
       Doubles x(row.begin(), row.end());
       const int32_t target = tokens[static_cast<size_t>(w * length + t + 1)];
       for (size_t c = 0; c < out.size(); ++c) {

@@ -119,6 +119,18 @@ class TrainRun : public testing::Test {
     EXPECT_EQ(std::filesystem::exists(path(name + ".ckpt")), checkpoint);
   }
 
+  /// Interrupted where it says and resumed, a run makes the very file `whole`.
+  void goes_on_to(const std::string& whole, const std::string& phase, int64_t done) const {
+    SCOPED_TRACE(phase + " " + std::to_string(done));
+    interrupted_run("part.gguf", options_, interrupt_at(phase, done), true);
+    QuantizeOptions resume = options_;
+    resume.resume = true;
+    succeeds("part.gguf", resume);
+    EXPECT_TRUE(bytes("part.gguf") == bytes(whole));
+    std::filesystem::remove(path("part.gguf"));
+    std::filesystem::remove(path("part.gguf.json"));
+  }
+
   std::filesystem::path folder_;
   std::shared_ptr<GgufFile> model_;
   TrainingText text_;

@@ -8,6 +8,7 @@
 
 #include "base/multiversion.h"
 #include "base/threads.h"
+#include "quant/peel.h"
 #include "quant/residual_binary.h"
 
 namespace rabit::quant {
@@ -23,11 +24,9 @@ Level level_of(float latent, const float* p, int64_t paths) {
   Level level;
   float residual = latent;
   for (int64_t i = 0; i < paths; ++i) {
-    const bool positive = !(residual < 0.0F);
-    const float signed_p = positive ? p[i] : -p[i];
+    level.signs |= residual < 0.0F ? 0U : 1U << i;
+    const float signed_p = peel(residual, p[i]);
     level.value = i == 0 ? signed_p : level.value + signed_p;
-    residual -= signed_p;
-    level.signs |= positive ? 1U << i : 0U;
   }
   return level;
 }

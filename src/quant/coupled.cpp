@@ -5,20 +5,13 @@
 #include <algorithm>
 
 #include "base/multiversion.h"
+#include "quant/peel.h"
 #include "quant/residual_binary.h"
 
 namespace rabit::quant {
 namespace {
 
 constexpr int64_t kLanes = 16;  // partial sums a row reduction keeps, fixed so that results are too
-
-// Takes path i's signed level off the residual and returns it: +p where residual >= 0 (both zeros
-// included), else -p.
-inline __attribute__((always_inline)) float peel(float& residual, float p) {
-  const float level = residual < 0.0F ? -p : p;
-  residual -= level;
-  return level;
-}
 
 template <int kPaths>
 RABIT_MULTIVERSION void forward_rows(const Shape& s, const float* w, const float* g, const float* h,

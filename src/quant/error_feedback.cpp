@@ -7,6 +7,7 @@
 
 #include "base/multiversion.h"
 #include "base/threads.h"
+#include "quant/peel.h"
 #include "quant/residual_binary.h"
 
 namespace rabit::quant {
@@ -58,10 +59,7 @@ void error_feedback(const Shape& shape, float* w, const Scales& scales, const fl
           float residual = row[j];
           float level = 0.0F;
           for (int64_t i = 0; i < shape.paths; ++i) {
-            const float p = scales.g[i * shape.d_out + r] * scales.h[i * n + j];
-            const float signed_p = residual < 0.0F ? -p : p;
-            level += signed_p;
-            residual -= signed_p;
+            level += peel(residual, scales.g[i * shape.d_out + r] * scales.h[i * n + j]);
           }
           const float error = (row[j] - level) / u[j * n + j];
           errors[j - block] = error;

@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "base/interrupt.h"
-#include "io/dequant.h"
+#include "train/host_tensor.h"
 #include "train/layer_fit.h"
 #include "train/session.h"
 
@@ -39,26 +39,16 @@ class Moment {
 
 StudentLinear make_linear(const TrainSession& session, const quant::Shape& shape,
                           const at::Tensor& latent, const quant::Scales& scales) {
-  const auto host = [](const std::vector<float>& values, int64_t rows, int64_t columns) {
-    at::Tensor tensor = at::empty({rows, columns}, at::kFloat);
-    std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<float>());
-    return tensor;
-  };
-  return make_student_linear(session.options.method, latent,
-                             host(scales.g, shape.paths, shape.d_out),
-                             host(scales.h, shape.paths, shape.d_in), session.teacher.device);
+  return make_student_linear(
+      session.options.method, latent, to_tensor(scales.g, {shape.paths, shape.d_out}),
+      to_tensor(scales.h, {shape.paths, shape.d_in}), session.teacher.device);
 }
 
 // The original weight (d_out, d_in) in float32 from the file: the teacher may hold it in bf16.
 Result<at::Tensor> original_weight(const TrainSession& session, int64_t layer, Role role) {
   const LinearShape shape = linear_shape(session.config(), role);
-  RABIT_ASSIGN(const TensorInfo* info,
-               session.model.get_tensor(linear_name(layer, role) + ".weight",
-                                        std::array{shape.d_in, shape.d_out}));
-  at::Tensor weight = at::empty({shape.d_out, shape.d_in}, at::kFloat);
-  RABIT_CHECK(dequantize(
-      *info, 0, std::span(weight.mutable_data_ptr<float>(), static_cast<size_t>(weight.numel()))));
-  return weight;
+  return read_tensor(session.model, linear_name(layer, role) + ".weight",
+                     {shape.d_out, shape.d_in});
 }
 
 quant::Shape shape_of(const TrainSession& session, int64_t layer, Role role) {

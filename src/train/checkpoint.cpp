@@ -5,7 +5,7 @@
 #include <fmt/format.h>
 
 #include "base/files.h"
-#include "io/dequant.h"
+#include "train/host_tensor.h"
 #include "train/session.h"
 
 namespace rabit::train {
@@ -31,15 +31,6 @@ class Tensors {
  private:
   std::vector<at::Tensor> kept_;
 };
-
-Result<at::Tensor> read(const GgufFile& file, const std::string& name, std::vector<int64_t> sizes) {
-  const std::vector<int64_t> ne(sizes.rbegin(), sizes.rend());
-  RABIT_ASSIGN(const TensorInfo* info, file.get_tensor(name, ne));
-  at::Tensor tensor = at::empty(sizes, at::kFloat);
-  RABIT_CHECK(dequantize(
-      *info, 0, std::span(tensor.mutable_data_ptr<float>(), static_cast<size_t>(tensor.numel()))));
-  return tensor;
-}
 
 }  // namespace
 
@@ -209,19 +200,19 @@ Result<Resumed> read_checkpoint(TrainSession& session) {
       if (has_independent_latents(method)) {
         latent_sizes.insert(latent_sizes.begin(), paths);
       }
-      RABIT_ASSIGN(const at::Tensor latent, read(*file, name + ".latent", latent_sizes));
-      RABIT_ASSIGN(const at::Tensor g, read(*file, name + ".g", {paths, sizes.d_out}));
-      RABIT_ASSIGN(const at::Tensor h, read(*file, name + ".h", {paths, sizes.d_in}));
+      RABIT_ASSIGN(const at::Tensor latent, read_tensor(*file, name + ".latent", latent_sizes));
+      RABIT_ASSIGN(const at::Tensor g, read_tensor(*file, name + ".g", {paths, sizes.d_out}));
+      RABIT_ASSIGN(const at::Tensor h, read_tensor(*file, name + ".h", {paths, sizes.d_in}));
       StudentLinear& linear = session.student.blocks[static_cast<size_t>(layer)][index_of(role)];
       linear = restore_student_linear(method, latent, g, h, device);
       scale_count += linear.g.numel() + (linear.h.requires_grad() ? linear.h.numel() : 0);
       latent_count += linear.latent.numel();
       if (momentum) {
-        RABIT_ASSIGN(at::Tensor tensor, read(*file, name + ".momentum", latent_sizes));
+        RABIT_ASSIGN(at::Tensor tensor, read_tensor(*file, name + ".momentum", latent_sizes));
         resumed.distill.trainer.momentum.push_back(std::move(tensor));
       }
       if (resumed.distilling && session.options.ema > 0.0) {
-        RABIT_ASSIGN(const at::Tensor tensor, read(*file, name + ".average", latent_sizes));
+        RABIT_ASSIGN(const at::Tensor tensor, read_tensor(*file, name + ".average", latent_sizes));
         resumed.distill.average.push_back(tensor.to(device));
       }
     }
@@ -229,8 +220,8 @@ Result<Resumed> read_checkpoint(TrainSession& session) {
   const auto adam = [&](const std::string& part, int64_t count) -> Result<AdamW::State> {
     AdamW::State state;
     RABIT_ASSIGN(state.steps, file->get_int(key(part.c_str())));
-    RABIT_ASSIGN(state.mean, read(*file, part + ".mean", {count}));
-    RABIT_ASSIGN(state.square, read(*file, part + ".square", {count}));
+    RABIT_ASSIGN(state.mean, read_tensor(*file, part + ".mean", {count}));
+    RABIT_ASSIGN(state.square, read_tensor(*file, part + ".square", {count}));
     return state;
   };
   if (optimized) {

@@ -142,8 +142,9 @@ Result<double> measure_distill(const TrainSession& session, int64_t tokens) {
 Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   const QuantizeOptions& options = session.options;
   const size_t blocks = session.student.blocks.size();
-  Trainer trainer(options.optimizer, latents(session.student, 0, blocks),
-                  scale_tensors(session.student, 0, blocks), options.clip);
+  const std::vector<at::Tensor> matrices = latents(session.student, 0, blocks);
+  Trainer trainer(options.optimizer, matrices, scale_tensors(session.student, 0, blocks),
+                  options.clip);
   trainer.load_state(state.trainer);
   const Rotary rotary = make_rotary(session.config(), options.seq_len, session.teacher.device);
   const int64_t step_tokens = options.batch * options.seq_len;
@@ -153,7 +154,6 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   const double time_budget = session.clock.limited() ? session.clock.left() : 0.0;
   const Clock clock(time_budget);
   Clock since_checkpoint;
-  const std::vector<at::Tensor> matrices = latents(session.student, 0, blocks);
   std::vector<at::Tensor> average = state.average;
   if (options.ema > 0.0 && average.empty()) {
     for (const auto& matrix : matrices) {

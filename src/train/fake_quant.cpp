@@ -4,6 +4,8 @@
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "train/host_tensor.h"
+
 namespace rabit::train {
 namespace {
 
@@ -212,12 +214,7 @@ std::vector<at::Tensor> scale_tensors(const Student& student, size_t begin_block
 }
 
 quant::Scales host_scales(const StudentLinear& linear) {
-  const auto copy = [](const at::Tensor& tensor) {
-    const at::Tensor host = tensor.detach().to(at::kCPU).contiguous();
-    const float* data = host.const_data_ptr<float>();
-    return std::vector<float>(data, data + host.numel());
-  };
-  return {copy(linear.g), copy(linear.h)};
+  return {to_vector(linear.g), to_vector(linear.h)};
 }
 
 }  // namespace rabit::train

@@ -7,24 +7,13 @@
 
 #include "base/interrupt.h"
 #include "base/threads.h"
+#include "train/host_tensor.h"
 
 namespace rabit::train {
 namespace {
 
 constexpr double kRidge = 1e-5;  // of the normal equations' mean diagonal
 constexpr int64_t kRefitSteps = 1;
-
-std::vector<float> to_vector(const at::Tensor& tensor) {
-  const at::Tensor host = tensor.to(at::kCPU, at::kFloat).contiguous();
-  const float* data = host.const_data_ptr<float>();
-  return {data, data + host.numel()};
-}
-
-at::Tensor to_tensor(const std::vector<float>& values, at::IntArrayRef sizes) {
-  at::Tensor tensor = at::empty(sizes, at::kFloat);
-  std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<float>());
-  return tensor;
-}
 
 // Upper Cholesky factor of the inverse of the damped H, (d, d) float64.
 Result<at::Tensor> inverse_factor(const at::Tensor& damped_moment, const std::string& name) {

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "base/interrupt.h"
-#include "io/dequant.h"
+#include "train/host_tensor.h"
 
 namespace rabit::train {
 namespace {
@@ -11,11 +11,8 @@ namespace {
 Result<at::Tensor> load_tensor(const GgufFile& file, const std::string& name,
                                std::vector<int64_t> ne, at::Device device, at::ScalarType type) {
   RABIT_CHECK(check_interrupt());
-  RABIT_ASSIGN(const TensorInfo* info, file.get_tensor(name, ne));
   const std::vector<int64_t> sizes(ne.rbegin(), ne.rend());
-  at::Tensor tensor = at::empty(sizes, at::kFloat);
-  RABIT_CHECK(dequantize(*info, 0,
-                         std::span(tensor.data_ptr<float>(), static_cast<size_t>(tensor.numel()))));
+  RABIT_ASSIGN(const at::Tensor tensor, read_tensor(file, name, sizes));
   return tensor.to(device, type);
 }
 

@@ -146,10 +146,9 @@ int64_t planned_tokens(const QuantizeOptions& options, at::Device device) {
 
 // Before hours of training rather than after them: the packed file must fit, checkpoints should.
 Status check_room(const QuantizeOptions& options, const GgufFile& model, const ModelConfig& config,
-                  int64_t distill_tokens, const std::filesystem::path& out,
+                  const PathPlan& bits, int64_t distill_tokens, const std::filesystem::path& out,
                   const TrainObserver& observer) {
   uint64_t packed = 0, linear = 0;
-  RABIT_ASSIGN(const PathPlan bits, PathPlan::parse(options.bits));
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     for (const Role role : kRoles) {
       const LinearShape shape = linear_shape(config, role);
@@ -325,7 +324,8 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
                              bits.last_layer(), config.layers - 1)};
   }
   RABIT_CHECK(check_held_out(held_out, config.vocab_size));
-  RABIT_CHECK(check_room(options, model, config, planned_tokens(options, device), out, observer));
+  RABIT_CHECK(
+      check_room(options, model, config, bits, planned_tokens(options, device), out, observer));
   RABIT_ASSIGN(const at::Tensor windows, cut_windows(text, options.seq_len, config.vocab_size));
   Network teacher;
   RABIT_CHECK(without_exceptions([&]() -> Status {
