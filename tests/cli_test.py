@@ -19,7 +19,7 @@ from pathlib import Path
 
 RABIT = os.environ.get("RABIT_BINARY", "build/release/bin/rabit")
 MODEL = os.environ.get("RABIT_MODEL", ".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
-COMMANDS = ("quantize", "eval", "run", "bench", "inspect")
+COMMANDS = ("quantize", "diagnose", "report", "eval", "run", "bench", "inspect")
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 TEXT = (
@@ -80,7 +80,7 @@ class WithoutModel(CliTest):
         self.fails(code=USAGE, says="say what to do")
         self.fails("frobnicate", code=USAGE, says="frobnicate")
         self.fails("--frobnicate", code=USAGE, says="see rabit --help")
-        for command in ("eval", "run", "bench", "inspect"):
+        for command in ("report", "eval", "run", "bench", "inspect"):
             says = f"see rabit {command} --help"
             self.fails(command, code=USAGE, says=says)
             self.fails(command, "--frobnicate", code=USAGE, says="frobnicate.*" + says)

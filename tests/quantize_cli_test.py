@@ -36,7 +36,7 @@ SMALL = {
     "--seq-len": "32", "--calib-tokens": "512", "--warm-epochs": "1", "--batch": "2",
     "--tokens": "128", "-t": "1",
 }
-LEFTOVERS = ("", ".json", ".partial", ".unverified", ".unverified.partial", ".probe",
+LEFTOVERS = ("", ".json", ".html", ".partial", ".unverified", ".unverified.partial", ".probe",
              ".probe.partial", ".ckpt.partial")
 
 
@@ -204,6 +204,62 @@ class QuantizeTest(unittest.TestCase):
         ))["rows"]
         self.assertEqual([row["test"] for row in rows], ["pp8", "tg2"])
 
+    def test_diagnose(self):
+        told = json.loads(self.succeeds(*self.start("--json", "--diagnose-tokens", 64)))
+        arguments = ("diagnose", self.out, "--teacher", self.model, "--data", self.text,
+                     "--tokens", 64, "--seq-len", 32, "-t", 1)
+        table = self.succeeds(*arguments)
+        self.assertRegex(table, r"(?m)^blk\.2\.ffn_down +2 +-?0\.\d{3} +-?0\.\d{3} ")
+        self.assertRegex(table, r"(?m)^median ")
+        found = json.loads(self.succeeds(*arguments, "--json"))
+        self.assertEqual(len(found["layers"]), 7 * LAYERS)
+        self.assertEqual((found["tokens"], found["seq_len"]), (64, 32))
+        self.assertEqual(set(found["layers"][0]), set(told["diagnostics"]["layers"][0]))
+        for path in (self.folder / "none", self.text):
+            for place in (1, 3, 5):
+                wrong = [*arguments]
+                wrong[place] = path
+                if (path, place) != (self.text, 5):
+                    self.fails(*wrong, says=path.name, out=self.folder / "no")
+        self.fails("diagnose", self.model, *arguments[2:], says="not packed", out=self.folder / "no")
+        self.fails(*arguments[:-4], "--seq-len", 4096, says="less than one window", out=self.folder / "no")
+        self.fails(*arguments, "--device", "tpu", says="not a device", out=self.folder / "no")
+        other = self.folder / "other.gguf"
+        other.write_bytes(self.model.read_bytes()[:-4] + b"abcd")
+        wrong = [*arguments]
+        wrong[3] = other
+        self.fails(*wrong, says="another model", out=self.folder / "no")
+
+    def test_report(self):
+        self.succeeds(*self.start("--sample-tokens", 4))
+        page = Path(f"{self.out}.html").read_text()
+        for part in ("out.gguf", "Corr(y1, y2)", "perplexity", "The capital of France is",
+                     "rabit quantize model.gguf -o out.gguf --data text.txt"):
+            self.assertIn(part, page)
+        self.assertNotIn(str(self.folder), page)
+        for part in ("http", "<script", " src="):
+            self.assertNotIn(part, page)
+        again = self.folder / "again.html"
+        self.succeeds("report", f"{self.out}.json", "-o", again)
+        self.assertEqual(again.read_text(), page)
+        self.succeeds("report", f"{self.out}.json")
+        self.assertEqual(Path(f"{self.out}.json.html").read_text(), page)
+        no = self.folder / "no"
+        self.fails("report", self.text, says="not JSON", out=no)
+        self.fails("report", self.file("list.json", "[1, 2]"), says="not the log", out=no)
+        self.fails("report", self.folder / "missing", says="missing", out=no)
+        kept = Path(f"{self.out}.json").read_bytes()
+        done = self.run_rabit("report", f"{self.out}.json", "-o", f"{self.out}.json")
+        self.assertEqual(done.returncode, FAILURE)
+        self.assertIn("would replace the log", self.one_line(done, "-o LOG"))
+        self.assertEqual(Path(f"{self.out}.json").read_bytes(), kept)
+
+    def test_a_report_that_cannot_be_written_loses_no_model(self):
+        for report in (self.folder / "none" / "page.html", self.model, self.text, self.out):
+            before = {path: path.read_bytes() for path in (self.model, self.text)}
+            self.fails(*self.start("--report", report), says="--report|no such folder")
+            self.assertEqual(before, {path: path.read_bytes() for path in before})
+
     def test_json_is_all_of_stdout(self):
         done = self.run_rabit(*self.start("--json"))
         self.assertEqual(done.returncode, SUCCESS, done.stderr)
@@ -227,11 +283,13 @@ class QuantizeTest(unittest.TestCase):
             "--alpha-in": 0.5, "--alpha-out": 0.25, "--init-sweeps": 2, "--als-steps": 3,
             "--seq-len": 24, "--seed": 7, "--optimizer": "adamw", "--warm-batch": 2, "--warm-latent-lr": 0.003,
             "--warm-scale-lr": 0.002, "--batch": 1, "--latent-lr": 0.0004, "--scale-lr": 0.0003,
+            "--target-bpw": 5.5, "--gamma-on": "layers", "--diagnose-tokens": 48,
+            "--report": self.folder / "page.html", "--sample-prompt": "The sea", "--sample-tokens": 3,
             "--warmup": 0.1, "--ema": 0.5, "--gamma": 0.2, "--reverse-kl": 0.25, "--temperature": 2, "--cross-entropy": 0.1,
             "--clip": 0.9, "--embedding": "f16",
             "--eval": self.text, "--eval-ctx": 24,
         }
-        flags = ["--json", "--no-error-feedback"]
+        flags = ["--json", "--no-error-feedback", "--train-norms", "--alpha-search"]
         help_text = self.succeeds("quantize", "--help")
         options = set(re.findall(r"^ +(?:-\w, ?)?(--[a-z-]+)", help_text, re.MULTILINE))
         self.assertGreater(len(options), 30)
@@ -241,9 +299,17 @@ class QuantizeTest(unittest.TestCase):
         )
         for option, value in values.items():
             key = option[2:].replace("-", "_")
-            if key not in ("data", "eval", "eval_ctx"):
+            if key not in ("data", "eval", "eval_ctx", "report", "sample_prompt", "sample_tokens"):
                 self.assertEqual(told["settings"][key], value, option)
         self.assertFalse(told["settings"]["error_feedback"])
+        self.assertTrue(told["settings"]["train_norms"])
+        self.assertLessEqual(told["bits_per_weight"], 5.5)
+        self.assertEqual(told["diagnostics"]["tokens"], 48)
+        self.assertEqual([sample["prompt"] for sample in told["samples"]], ["The sea"])
+        page = (self.folder / "page.html").read_text()
+        self.assertIn("The sea", page)
+        self.assertIn("--train-norms", page)
+        self.assertFalse(Path(f"{self.out}.html").exists())
         self.assertEqual(told["perplexity"]["student"]["ctx"], 24)
         self.assertEqual(told["compute"], "bf16")
 
@@ -399,7 +465,8 @@ class QuantizeTest(unittest.TestCase):
             "--checkpoint-minutes": (0,), "--ef-damp": (0, "nan"), "--alpha-in": (-1,),
             "--alpha-out": (5,), "--warm-latent-lr": (11,), "--warm-scale-lr": (-1,),
             "--latent-lr": ("1,5",), "--scale-lr": ("nan",), "--warmup": (1,), "--ema": (1,), "--gamma": (-1,),
-            "--reverse-kl": (1.1,), "--temperature": (0,), "--cross-entropy": (-0.1,),
+            "--target-bpw": (-1, "x"), "--gamma-on": ("heads",), "--diagnose-tokens": (-1,),
+            "--sample-tokens": (-1, "x"), "--reverse-kl": (1.1,), "--temperature": (0,), "--cross-entropy": (-0.1,),
             "--clip": (0,),
         }.items():
             for value in bad:

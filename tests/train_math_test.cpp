@@ -175,6 +175,9 @@ at::Tensor divergence_in_double(const at::Tensor& student, const at::Tensor& tea
   return (log_t.exp() * (log_t - log_s)).sum(-1).mean();
 }
 
+// No token whose successor is known.
+at::Tensor unknown(const at::Tensor& hidden) { return at::full({hidden.size(0)}, -1, at::kLong); }
+
 TEST(DistillationLoss, EqualsAutogradInDouble) {
   for (const auto& [tokens, vocab] : {Size{1, 2}, Size{7, 33}, Size{64, 500}, Size{3, 4099}}) {
     const int64_t width = 24;
@@ -183,7 +186,7 @@ TEST(DistillationLoss, EqualsAutogradInDouble) {
     const at::Tensor values = teacher + random_matrix(tokens, width, 3) * 0.5;
     const at::Tensor student = values.clone().set_requires_grad(true);
     const at::Tensor exact = values.to(at::kDouble).set_requires_grad(true);
-    const at::Tensor got = distillation_loss(student, teacher, head);
+    const at::Tensor got = distillation_loss(student, teacher, head, unknown(student)).loss;
     const at::Tensor want = divergence_in_double(exact, teacher, head);
     // Sums of probabilities that differ by rounding: absolute, a few epsilon of logits of size 5.
     EXPECT_NEAR(got.item<double>(), want.item<double>(), 3e-6 + 1e-5 * want.item<double>());
@@ -207,7 +210,7 @@ TEST(DistillationLoss, EveryShareEqualsAutogradInDouble) {
         LossShares{0.6, 0.5, 0.2}, LossShares{0.0, 1.0, 0.4}, LossShares{0.5, 3.0, 1.0}}) {
     const at::Tensor student = values.clone().set_requires_grad(true);
     const at::Tensor exact = values.to(at::kDouble).set_requires_grad(true);
-    const at::Tensor got = distillation_loss(student, teacher, head, next, shares);
+    const auto [got, nll] = distillation_loss(student, teacher, head, next, shares);
     const at::Tensor wide = head.to(at::kDouble).t();
     const double t = shares.temperature;
     const at::Tensor logits = at::matmul(exact, wide);
@@ -215,17 +218,25 @@ TEST(DistillationLoss, EveryShareEqualsAutogradInDouble) {
     const at::Tensor log_t = at::log_softmax(at::matmul(teacher.to(at::kDouble), wide) / t, -1);
     const at::Tensor forward = (log_t.exp() * (log_t - log_s)).sum(-1).mean();
     const at::Tensor reverse = (log_s.exp() * (log_s - log_t)).sum(-1).mean();
-    at::Tensor entropy = at::zeros({}, at::kDouble);
-    int64_t known = 0;
-    for (int64_t i = 0; i < tokens; ++i) {
-      if (const auto target = next[i].item<int64_t>(); target >= 0) {
-        entropy = entropy - at::log_softmax(logits[i], -1)[target];
-        ++known;
+    const auto entropy_of = [&](const at::Tensor& at_one) {
+      at::Tensor sum = at::zeros({}, at::kDouble);
+      int64_t known = 0;
+      for (int64_t i = 0; i < tokens; ++i) {
+        if (const auto target = next[i].item<int64_t>(); target >= 0) {
+          sum = sum - at::log_softmax(at_one[i], -1)[target];
+          ++known;
+        }
       }
-    }
+      return sum / static_cast<double>(known);
+    };
+    const at::Tensor entropy = entropy_of(logits);
     const at::Tensor want = (forward * (1 - shares.reverse) + reverse * shares.reverse) * (t * t) *
                                 (1 - shares.cross_entropy) +
-                            entropy / static_cast<double>(known) * shares.cross_entropy;
+                            entropy * shares.cross_entropy;
+    const double of_teacher = entropy_of(at::matmul(teacher.to(at::kDouble), wide)).item<double>();
+    EXPECT_NEAR(nll[0].item<double>(), entropy.item<double>(), 1e-5 * entropy.item<double>());
+    EXPECT_NEAR(nll[1].item<double>(), of_teacher, 1e-5 * of_teacher);
+    EXPECT_FALSE(nll.requires_grad());
     EXPECT_NEAR(got.item<double>(), want.item<double>(), 3e-6 + 1e-5 * want.item<double>());
     (got * 2.0).backward();
     (want * 2.0).backward();
@@ -237,14 +248,15 @@ TEST(DistillationLoss, EveryShareEqualsAutogradInDouble) {
 TEST(DistillationLoss, ZeroForEqualsAndNeverNegative) {
   const at::Tensor head = random_matrix(50, 16, 4), hidden = random_matrix(9, 16, 5);
   const at::Tensor same = hidden.clone().set_requires_grad(true);
-  const at::Tensor zero = distillation_loss(same, hidden, head);
+  const at::Tensor zero = distillation_loss(same, hidden, head, unknown(same)).loss;
   zero.backward();
   EXPECT_EQ(zero.item<double>(), 0.0);
   EXPECT_EQ(same.grad().abs().max().item<double>(), 0.0);
   for (uint64_t seed = 0; seed < 20; ++seed) {
     const double size = std::pow(10.0, static_cast<double>(seed % 5) - 3.0);
     const at::Tensor near = hidden + random_matrix(9, 16, 100 + seed) * size;
-    EXPECT_GE(distillation_loss(near, hidden, head).item<double>(), -1e-6) << size;
+    EXPECT_GE(distillation_loss(near, hidden, head, unknown(near)).loss.item<double>(), -1e-6)
+        << size;
   }
 }
 
@@ -262,7 +274,7 @@ TEST(DistillationLoss, ChunksAddUp) {
   values.select(1, 2).fill_(1.0);
   const at::Tensor student = values.clone().set_requires_grad(true);
   const at::Tensor exact = values.to(at::kDouble).set_requires_grad(true);
-  const at::Tensor got = distillation_loss(student, teacher, head);
+  const at::Tensor got = distillation_loss(student, teacher, head, unknown(student)).loss;
   const at::Tensor want = divergence_in_double(exact, teacher, small);
   EXPECT_NEAR(got.item<double>(), want.item<double>(), 1e-5 * want.item<double>());
   got.backward();

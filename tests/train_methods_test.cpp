@@ -4,8 +4,12 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <cstring>
+
 #include "io/dequant.h"
+#include "train/diagnose.h"
 #include "train/fake_quant.h"
+#include "train/host_tensor.h"
 #include "train_run.h"
 
 namespace rabit::train {
@@ -218,6 +222,259 @@ TEST_F(TrainMethods, BitsByRoleAndBlock) {
         return o;
       }(),
       "names block 3, the model's are 0 to 2");
+}
+
+std::vector<float> values_of(const GgufFile& file, const std::string& name) {
+  const auto values = dequantize(*file.find_tensor(name));
+  EXPECT_TRUE(values) << name;
+  return values ? *values : std::vector<float>();
+}
+
+TEST_F(TrainMethods, NormsAreTrainedAndPacked) {
+  options_.tokens = 20 * 4 * kWindow;
+  options_.scale_lr = 1e-2;
+  held_out_ = {random_tokens(4 * kWindow, 3, kSizes.vocab), kWindow};
+  succeeds("still.gguf", options_);
+  options_.train_norms = true;
+  succeeds("trained.gguf", options_);
+  const auto still = GgufFile::open(path("still.gguf")),
+             trained = GgufFile::open(path("trained.gguf"));
+  for (const char* name :
+       {"blk.0.attn_norm.weight", "blk.2.ffn_norm.weight", "output_norm.weight"}) {
+    EXPECT_EQ(values_of(**still, name), values_of(*model_, name));
+    EXPECT_NE(values_of(**trained, name), values_of(*model_, name));
+  }
+  goes_on_to("trained.gguf", "distil", 9 * 4 * kWindow);
+  // The same student again, from the file alone: its norms are those that were trained.
+  EXPECT_NE(log("trained.gguf")["perplexity"]["student"],
+            log("still.gguf")["perplexity"]["student"]);
+}
+
+TEST_F(TrainMethods, GammaBringsTheLayersOutputsCloser) {
+  options_.tokens = 60 * 4 * kWindow;
+  const auto error = [&](const char* name) {
+    succeeds(name, options_);
+    return log(name)["diagnostics"]["summary"]["output_error"]["median"].get<double>();
+  };
+  const double without = error("none.gguf");
+  options_.gamma = 30.0;
+  EXPECT_LT(error("blocks.gguf"), without);
+  options_.gamma_on = GammaOn::kLayers;
+  EXPECT_LT(error("layers.gguf"), without);
+}
+
+// Path moments of the first projection, whose inputs are the same for teacher and student, by the
+// definitions: y = W x, y_i = g_i * (B_i (h_i * x)) in double.
+TEST_F(TrainMethods, DiagnosisOfAPackedFileIsWhatItSays) {
+  options_.tokens = 10 * 4 * kWindow;
+  options_.bits = "2,ffn_down=1";
+  succeeds("out.gguf", options_);
+  const auto packed = GgufFile::open(path("out.gguf"));
+  const std::vector<int32_t> tokens = random_tokens(3 * kWindow + 5, 9, kSizes.vocab);
+  DiagnoseOptions diagnose;
+  diagnose.seq_len = kWindow;
+  diagnose.threads = 1;
+  diagnose.compute = Compute::kF32;
+  const auto found = diagnose_file(**packed, *model_, tokens, diagnose, [](int64_t, int64_t) {});
+  ASSERT_TRUE(found) << found.error().message;
+  EXPECT_EQ((*found)["tokens"], 3 * kWindow);
+  EXPECT_EQ((*found)["layers"].size(), 21U);
+
+  const int64_t width = kSizes.width;
+  const at::Tensor w = to_tensor(values_of(*model_, "blk.0.attn_q.weight"), {width, width});
+  const at::Tensor g = to_tensor(values_of(**packed, "blk.0.attn_q.row_scale"), {2, width});
+  const at::Tensor h = to_tensor(values_of(**packed, "blk.0.attn_q.col_scale"), {2, width});
+  const TensorInfo* sign = (*packed)->find_tensor("blk.0.attn_q.sign");
+  std::vector<uint32_t> signs(sign->data.size() / 4);
+  std::memcpy(signs.data(), sign->data.data(), sign->data.size());
+  const auto network = load_network(*model_, at::kCPU, at::kFloat);
+  at::Tensor ids = at::empty({3, kWindow}, at::kLong);
+  std::copy(tokens.begin(), tokens.begin() + 3 * kWindow, ids.mutable_data_ptr<int64_t>());
+  const at::Tensor x =
+      norm(network->config, embed(*network, ids), network->blocks[0].attn_norm, at::kFloat)
+          .flatten(0, 1)
+          .to(at::kDouble);
+  const at::Tensor y = at::matmul(x, w.to(at::kDouble).t());
+  std::vector<at::Tensor> paths;
+  at::Tensor what = at::zeros_like(w);
+  for (int64_t i = 0; i < 2; ++i) {
+    at::Tensor path = at::outer(g[i], h[i]);
+    for (int64_t r = 0; r < width; ++r) {
+      for (int64_t c = 0; c < width; ++c) {
+        const size_t word = static_cast<size_t>((i * width + r) * (width / 32) + c / 32);
+        if ((signs[word] >> (c % 32) & 1U) == 0U) {
+          path[r][c] *= -1;
+        }
+      }
+    }
+    what += path;
+    paths.push_back(at::matmul(x, path.to(at::kDouble).t()));
+  }
+  const auto correlation = [](const at::Tensor& a, const at::Tensor& b) {
+    const at::Tensor da = a - a.mean(), db = b - b.mean();
+    return ((da * db).sum() / (da.norm() * db.norm())).item<double>();
+  };
+  const auto share = [](const at::Tensor& a, const at::Tensor& b) {
+    return (a.square().sum() / b.square().sum()).item<double>();
+  };
+  const json& layer = (*found)["layers"][0];
+  EXPECT_EQ(layer["layer"], "blk.0.attn_q");
+  EXPECT_NEAR(layer["path_correlation"].get<double>(), correlation(paths[0], paths[1]), 1e-5);
+  EXPECT_NEAR(layer["residual_alignment"].get<double>(), correlation(y - paths[0], paths[1]), 1e-5);
+  EXPECT_NEAR(layer["output_error"].get<double>(), share(y - paths[0] - paths[1], y), 1e-5);
+  EXPECT_NEAR(layer["own_error"].get<double>(), layer["output_error"].get<double>(), 1e-9);
+  EXPECT_NEAR(layer["weight_error"].get<double>(), share(w - what, w), 1e-5);
+  EXPECT_EQ((*found)["layers"][6]["path_correlation"], nullptr) << "one path correlates with none";
+  // Deeper, the student's inputs are its own.
+  EXPECT_NE((*found)["layers"][20]["own_error"], (*found)["layers"][20]["output_error"]);
+
+  // What the run says of its own student are the same layers, up to the rounding of the scales.
+  const json own = log("out.gguf")["diagnostics"];
+  for (size_t i = 0; i < 21; ++i) {
+    EXPECT_EQ(own["layers"][i]["layer"], (*found)["layers"][i]["layer"]);
+    EXPECT_NEAR(own["layers"][i]["weight_error"].get<double>(),
+                (*found)["layers"][i]["weight_error"].get<double>(), 1e-3);
+    const auto turned = own["layers"][i]["turned_signs"],
+               noted = (*found)["layers"][i]["turned_signs"];
+    ASSERT_EQ(turned.size(), noted.size());
+    for (size_t p = 0; p < turned.size(); ++p) {
+      EXPECT_NEAR(turned[p].get<double>(), noted[p].get<double>(), 1e-6);
+    }
+  }
+}
+
+TEST_F(TrainMethods, DiagnosisOfACheckpointIsThatOfItsStudent) {
+  options_.tokens = 10 * 4 * kWindow;
+  options_.train_norms = true;
+  interrupted_run("out.gguf", options_, interrupt_at("distil", 5 * 4 * kWindow), true);
+  const auto checkpoint = GgufFile::open(path("out.gguf.ckpt"));
+  const std::vector<int32_t> tokens = random_tokens(3 * kWindow, 9, kSizes.vocab);
+  DiagnoseOptions diagnose;
+  diagnose.seq_len = kWindow;
+  diagnose.threads = 1;
+  diagnose.compute = Compute::kF32;
+  const auto of = [&](const GgufFile& file) {
+    auto found = diagnose_file(file, *model_, tokens, diagnose, [](int64_t, int64_t) {});
+    EXPECT_TRUE(found) << found.error().message;
+    return found ? *found : json();
+  };
+  const json saved = of(**checkpoint);
+  EXPECT_EQ(saved["blocks"], 3);
+  EXPECT_GT(saved["layers"][20]["turned_signs"][1].get<double>(), 0.0);
+  // The run ends where it was interrupted, so to say: no step is left, and its file is that
+  // student.
+  QuantizeOptions rest = options_;
+  rest.resume = true;
+  rest.tokens = 5 * 4 * kWindow;
+  succeeds("out.gguf", rest);
+  const json packed = of(**GgufFile::open(path("out.gguf")));
+  for (size_t i = 0; i < 21; ++i) {
+    for (const char* key : {"path_correlation", "residual_alignment", "output_error"}) {
+      EXPECT_NEAR(saved["layers"][i][key].get<double>(), packed["layers"][i][key].get<double>(),
+                  5e-3)
+          << i << key;
+    }
+  }
+  // Another teacher is refused.
+  write_model(SmallModel(2, true, 0, kSizes));
+  const auto other =
+      diagnose_file(**GgufFile::open(path("out.gguf")), *model_, tokens, diagnose, {});
+  ASSERT_FALSE(other);
+  EXPECT_NE(other.error().message.find("another model"), std::string::npos);
+  const auto plain = diagnose_file(*model_, *model_, tokens, diagnose, {});
+  ASSERT_FALSE(plain);
+  EXPECT_NE(plain.error().message.find("is not packed"), std::string::npos);
+}
+
+TEST_F(TrainMethods, NothingIsTurnedWithoutTraining) {
+  options_.tokens = 0;
+  succeeds("out.gguf", options_);
+  for (const json& layer : log("out.gguf")["diagnostics"]["layers"]) {
+    EXPECT_EQ(layer["turned_signs"], json::array({0.0, 0.0}));
+  }
+}
+
+TEST_F(TrainMethods, BitsGoWhereTheyHelp) {
+  options_.tokens = 0;
+  succeeds("base.gguf", options_);
+  const double base = log("base.gguf")["bits_per_weight"].get<double>();
+  options_.target_bpw = base * 1.25;
+  succeeds("mixed.gguf", options_);
+  const json mixed = log("mixed.gguf");
+  const auto bits = mixed["bits_per_weight"].get<double>();
+  EXPECT_LE(bits, options_.target_bpw);
+  EXPECT_GT(bits, base * 1.2) << "the target is nearly spent";
+  const auto file = GgufFile::open(path("mixed.gguf"));
+  int64_t more = 0;
+  for (const json& layer : mixed["searched"]["sensitivity"]) {
+    const auto divergences = layer["divergences"].get<std::vector<double>>();
+    ASSERT_EQ(divergences.size(), 3U);
+    EXPECT_GT(divergences[0], 0.0);
+    const TensorInfo* sign = (*file)->find_tensor(layer["layer"].get<std::string>() + ".sign");
+    more += sign->ne[2] - 2;
+  }
+  EXPECT_GT(more, 0);
+  EXPECT_EQ(PathPlan::parse(mixed["searched"]["bits"])->text(), mixed["searched"]["bits"]);
+  // A continuation keeps what was found.
+  options_.tokens = 6 * 4 * kWindow;
+  succeeds("whole.gguf", options_);
+  goes_on_to("whole.gguf", "distil", 3 * 4 * kWindow);
+  options_.target_bpw = 1.0;
+  fails("no.gguf", options_, "--target-bpw 1");
+}
+
+TEST_F(TrainMethods, ExponentsAreSearched) {
+  options_.error_feedback = false;
+  options_.alpha_search = true;
+  options_.tokens = 6 * 4 * kWindow;
+  succeeds("whole.gguf", options_);
+  const json found = log("whole.gguf")["searched"];
+  double least = 1e30;
+  for (const json& tried : found["alphas_tried"]) {
+    least = std::min(least, tried["divergence"].get<double>());
+  }
+  EXPECT_GE(found["alphas_tried"].size(), 8U);
+  for (const json& tried : found["alphas_tried"]) {
+    const bool taken =
+        tried["alpha_in"] == found["alpha_in"] && tried["alpha_out"] == found["alpha_out"];
+    EXPECT_EQ(taken, tried["divergence"].get<double>() == least);
+  }
+  goes_on_to("whole.gguf", "distil", 3 * 4 * kWindow);
+  // What is found is what the options say when given by hand.
+  QuantizeOptions by_hand = options_;
+  by_hand.alpha_search = false;
+  by_hand.alpha_in = found["alpha_in"];
+  by_hand.alpha_out = found["alpha_out"];
+  succeeds("by_hand.gguf", by_hand);
+  const auto signs = [&](const char* name) {
+    const auto file = GgufFile::open(path(name));
+    const auto data = (*file)->find_tensor("blk.1.ffn_up.sign")->data;
+    return std::vector<std::byte>(data.begin(), data.end());
+  };
+  EXPECT_EQ(signs("whole.gguf"), signs("by_hand.gguf"));
+}
+
+TEST(Settings, ComeBackFromTheirDescription) {
+  QuantizeOptions options;
+  options.method = Method::kMbok;
+  options.bits = "3,ffn=2";
+  options.ema = 0.5;
+  options.train_norms = true;
+  options.seed = 9;
+  const auto back = from_description(describe(options));
+  ASSERT_TRUE(back);
+  EXPECT_EQ(describe(*back), describe(options));
+  EXPECT_EQ(arguments_of(options),
+            " --method mbok --bits 3,ffn=2 --seed 9 --ema 0.5 --train-norms");
+  EXPECT_EQ(arguments_of({}), "");
+  for (const auto& [key, wrong] :
+       {std::pair{"method", json("x")}, std::pair{"method", json(1)}, std::pair{"bits", json(2)},
+        std::pair{"seed", json("1")}, std::pair{"seed", json(-1)}, std::pair{"ema", json("x")},
+        std::pair{"ema", json(2)}, std::pair{"train_norms", json(1)}}) {
+    json description = describe(options);
+    description[key] = wrong;
+    EXPECT_FALSE(from_description(description)) << key << wrong;
+  }
 }
 
 TEST_F(TrainMethods, CombinationsThatAreNone) {

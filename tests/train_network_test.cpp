@@ -144,9 +144,10 @@ TEST_F(TrainNetwork, ErrorFeedbackLowersTheErrorOfABlock) {
   const at::Tensor mix = at::randn({8, small.sizes.width});
   const at::Tensor x =
       at::matmul(at::randn({24, 32, 8}), mix) + 0.1 * at::randn({24, 32, small.sizes.width});
-  ASSERT_TRUE(initialise_block(session, 0, x, x, nullptr));
+  ASSERT_TRUE(start_block(session, 0, x, x));
   const double with = block_error(session, session.student.blocks[0], x);
-  ASSERT_TRUE(initialise_block(session, 0, std::array<Importance, kRoleCount>{}));
+  session.options.error_feedback = false;
+  ASSERT_TRUE(start_block(session, 0, x, x));
   const double without = block_error(session, session.student.blocks[0], x);
   EXPECT_LT(with, 0.8 * without);
   EXPECT_GT(with, 0.0);
@@ -194,8 +195,11 @@ TEST_F(TrainNetwork, ImportanceIsWhatItSays) {
   TrainSession session{
       **file,        options, observer, load(write(small)), {}, ids_of(tokens, windows),
       ThreadPool(1), Clock()};
-  const auto importance = measure_importance(session);
-  ASSERT_TRUE(importance) << importance.error().message;
+  const Status measured = measure_importance(session);
+  ASSERT_TRUE(measured) << measured.error().message;
+  const auto importance = [&](size_t layer, Role role) {
+    return importance_of(session.sums[layer], role, session.options);
+  };
 
   // Inputs of the first projections: the normed embedding.
   Doubles in(static_cast<size_t>(width));
@@ -208,7 +212,7 @@ TEST_F(TrainNetwork, ImportanceIsWhatItSays) {
     }
   }
   for (const Role role : {Role::kAttnQ, Role::kAttnK, Role::kAttnV}) {
-    EXPECT_LE(relative_error((*importance)[0][index_of(role)].in, normalised(in)), 1e-5);
+    EXPECT_LE(relative_error(importance(0, role).in, normalised(in)), 1e-5);
   }
 
   // Outputs of the last layer's last product: the loss of a position depends on that position's
@@ -240,8 +244,8 @@ TEST_F(TrainNetwork, ImportanceIsWhatItSays) {
   for (double& v : out) {
     v = std::sqrt(v);
   }
-  EXPECT_LE(relative_error((*importance)[1][index_of(Role::kFfnDown)].out, normalised(out)), 1e-4);
-  EXPECT_GT(relative_error((*importance)[0][index_of(Role::kFfnDown)].out, normalised(out)), 1e-2)
+  EXPECT_LE(relative_error(importance(1, Role::kFfnDown).out, normalised(out)), 1e-4);
+  EXPECT_GT(relative_error(importance(0, Role::kFfnDown).out, normalised(out)), 1e-2)
       << "the first block's must differ";
 }
 

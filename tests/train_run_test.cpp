@@ -415,8 +415,8 @@ TEST_F(TrainRun, BadInput) {
   with([](auto& o) { o.batch = 0; }, "--batch");
   with([&](auto&) { text_.tokens.resize(kWindow - 1); }, "less than one window of 32");
   with([&](auto&) { text_.tokens.clear(); }, "less than one window of 32");
-  with([&](auto&) { text_.tokens[70] = 80; }, "token 70 of the training text is 80");
-  with([&](auto&) { text_.tokens[0] = -1; }, "token 0 of the training text is -1");
+  with([&](auto&) { text_.tokens[70] = 80; }, "token 70 of the text is 80");
+  with([&](auto&) { text_.tokens[0] = -1; }, "token 0 of the text is -1");
   with([&](auto&) { held_out_.tokens.resize(kWindow - 1); }, "held-out text has 31 tokens");
   with([&](auto&) { held_out_.tokens[3] = 80; }, "held-out text has the token 80");
   std::filesystem::create_directories(path("folder"));
@@ -497,11 +497,12 @@ TEST_F(TrainRun, PackingRefusesWhatIsNotTheStudent) {
                  {"source", {{"sha256", ""}}},
                  {"data", {{"files", json::array()}}}};
   session.student.blocks.resize(3);
+  session.options.error_feedback = false;
   for (int64_t layer = 0; layer < 3; ++layer) {
-    ASSERT_TRUE(initialise_block(session, layer, std::array<Importance, kRoleCount>{}));
+    ASSERT_TRUE(start_block(session, layer, {}, {}));
   }
   ASSERT_TRUE(write_packed_model(session, *model_, path("good.gguf")));
-  StudentLinear& linear = session.student.blocks[1][index_of(Role::kFfnUp)];
+  StudentLinear& linear = session.student.at(1, Role::kFfnUp);
   const StudentLinear kept = linear;
   // In memory in another order than its sizes say: training reads other signs there than packing.
   linear.latent = kept.latent.detach().t().contiguous().t().set_requires_grad(true);

@@ -88,6 +88,17 @@ Status write_stdout(std::string_view text) {
   return {};
 }
 
+Command not_in_this_build(CLI::App& app, const std::string& name) {
+  CLI::App* command = app.add_subcommand(name, "(not in this build)");
+  command->allow_extras();
+  return {
+      command, [name] {
+        return Status(Error{name + ": this build has no training (it was configured with "
+                                   "-DRABIT_TRAIN=OFF); run scripts/setup.sh and build the release "
+                                   "preset"});
+      }};
+}
+
 std::string one_line(std::string_view text) {
   std::string out(text);
   while (!out.empty() && std::isspace(static_cast<unsigned char>(out.back()))) {

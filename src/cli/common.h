@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 #include <functional>
 #include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 
 #include "io/gguf.h"
@@ -19,10 +20,18 @@ struct Command {
 };
 
 Command add_bench(CLI::App& app);
+Command add_diagnose(CLI::App& app);
 Command add_eval(CLI::App& app);
 Command add_inspect(CLI::App& app);
 Command add_quantize(CLI::App& app);
+Command add_report(CLI::App& app);
 Command add_run(CLI::App& app);
+
+/// A subcommand that needs libtorch, in a build without it: says so.
+Command not_in_this_build(CLI::App& app, const std::string& name);
+
+/// Writes the page of a run from its log. Errors: no log of a run, a file that cannot be written.
+Status write_report(const nlohmann::json& log, const std::string& out);
 
 /// What the program exits with.
 enum ExitCode { kSuccess = 0, kFailure = 1, kUsageError = 2, kInterrupted = 130 };

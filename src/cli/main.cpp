@@ -76,8 +76,8 @@ int run_program(int argc, char** argv) {
       "  rabit run -m model.gguf -p \"The capital of France is\" -n 32 --temp 0\n"
       "  rabit eval --help\n\n"
       "Exit codes: 0 success, 1 error, 2 wrong usage, 130 interrupted.");
-  const std::array commands = {add_quantize(app), add_eval(app), add_run(app), add_bench(app),
-                               add_inspect(app)};
+  const std::array commands = {add_quantize(app), add_diagnose(app), add_report(app), add_eval(app),
+                               add_run(app),      add_bench(app),    add_inspect(app)};
   for (const Command& command : commands) {
     command.app->get_formatter()->column_width(34);
   }
@@ -114,7 +114,8 @@ int run_program(int argc, char** argv) {
       return usage_error(app, error.what());
     }
   }
-  return usage_error(app, "say what to do: quantize, eval, run, bench or inspect");
+  return usage_error(app,
+                     "say what to do: quantize, diagnose, report, eval, run, bench or inspect");
 }
 
 }  // namespace

@@ -10,6 +10,9 @@
 #include "base/files.h"
 #include "base/interrupt.h"
 #include "cli/common.h"
+#include "cli/samples.h"
+#include "cli/size_report.h"
+#include "model/config.h"
 #ifdef RABIT_TRAIN
 #include "train/quantize.h"
 #endif
@@ -18,25 +21,18 @@ namespace rabit::cli {
 
 #ifndef RABIT_TRAIN
 
-Command add_quantize(CLI::App& app) {
-  CLI::App* command = app.add_subcommand("quantize", "Quantize a model (not in this build)");
-  command->allow_extras();
-  return {command, [] {
-            return Status(
-                Error{"quantize: this build has no training (it was configured with "
-                      "-DRABIT_TRAIN=OFF); run scripts/setup.sh and build the release "
-                      "preset"});
-          }};
-}
+Command add_quantize(CLI::App& app) { return not_in_this_build(app, "quantize"); }
 
 #else
 
 namespace {
 
 struct Arguments {
-  std::string model, out, eval_text;
+  std::string model, out, eval_text, report;
   std::vector<std::string> data;
-  int64_t eval_ctx = 2048;
+  std::vector<std::string> prompts = {"The capital of France is", "Water boils when",
+                                      "The children went down to the river, and"};
+  int64_t eval_ctx = 2048, sample_tokens = 48;
   bool json = false;
   train::QuantizeOptions options;
 };
@@ -73,6 +69,69 @@ Status append_documents(const Tokenizer& tokenizer, std::string_view text,
   return {};
 }
 
+// What the packed file and the runtime add to the log of training.
+Status complete_log(const Arguments& arguments, nlohmann::json& log) {
+  const train::QuantizeOptions& options = arguments.options;
+  RABIT_ASSIGN(const auto packed, GgufFile::open(arguments.out));
+  RABIT_ASSIGN(const ModelConfig config, read_model_config(*packed));
+  RABIT_ASSIGN(const SizeReport size, size_report(*packed, config));
+  log["file"] = {{"bytes", size.file_bytes},
+                 {"bits_per_weight", size.file_bits_per_weight()},
+                 {"parameters", size.parameters}};
+  log["output"] = std::filesystem::path(arguments.out).filename().string();
+  log["version"] = RABIT_VERSION;
+  const auto name = [](const std::string& path) {
+    return std::filesystem::path(path).filename().string();
+  };
+  std::string command =
+      "rabit quantize " + name(arguments.model) + " -o " + name(arguments.out) + " --data";
+  for (const std::string& file : arguments.data) {
+    command += " " + name(file);
+  }
+  log["command"] = command + train::arguments_of(options);
+  if (arguments.sample_tokens == 0) {
+    return {};
+  }
+  Progress progress("samples");
+  const auto total = static_cast<int64_t>(2 * arguments.prompts.size());
+  int64_t done = 0;
+  const auto write = [&](const std::string& model) {
+    return write_samples(model, arguments.prompts, arguments.sample_tokens, options.threads,
+                         [&] { progress.update(++done, total, ""); });
+  };
+  RABIT_ASSIGN(const auto teacher, write(arguments.model));
+  RABIT_ASSIGN(const auto student, write(arguments.out));
+  log["samples"] = nlohmann::json::array();
+  for (size_t i = 0; i < teacher.size(); ++i) {
+    log["samples"].push_back(
+        {{"prompt", arguments.prompts[i]}, {"teacher", teacher[i]}, {"student", student[i]}});
+  }
+  log["samples_protocol"] =
+      fmt::format("{} tokens at most, temperature {}, top-k 40, top-p 0.95, min-p 0.05, seed {}",
+                  arguments.sample_tokens, kSampleTemperature, kSampleSeed);
+  return {};
+}
+
+Status report(const Arguments& arguments) {
+  const std::string path = arguments.out + ".json";
+  RABIT_ASSIGN(const std::string text, read_file(path));
+  auto log = nlohmann::json::parse(text, nullptr, false);
+  if (!log.is_object()) {
+    return Error{path + ": it was changed by another program"};
+  }
+  RABIT_CHECK(complete_log(arguments, log));
+  const std::string whole =
+      log.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+  RABIT_ASSIGN(AtomicFile file, AtomicFile::create(path));
+  RABIT_CHECK(file.write(whole));
+  RABIT_CHECK(file.commit());
+  const std::string page = arguments.report.empty() ? arguments.out + ".html" : arguments.report;
+  // As it was written: samples may end within a character, which the file holds repaired.
+  RABIT_CHECK(write_report(nlohmann::json::parse(whole), page));
+  write_stderr("report in " + one_line(page) + "\n");
+  return {};
+}
+
 Status run(const Arguments& arguments) {
   const train::QuantizeOptions& options = arguments.options;
   std::vector<std::filesystem::path> inputs = {arguments.model};
@@ -84,6 +143,16 @@ Status run(const Arguments& arguments) {
     throw CLI::ValidationError("--json prints the log of a run, and --dry-run makes none");
   }
   RABIT_CHECK(train::check_run(options, arguments.out, inputs));
+  if (!arguments.report.empty()) {
+    const std::string option = "--report " + arguments.report;
+    RABIT_CHECK(train::check_written(option, arguments.report, inputs));
+    const auto page = std::filesystem::absolute(arguments.report).lexically_normal();
+    for (const char* ending : {"", ".json", ".ckpt"}) {
+      if (page == std::filesystem::absolute(arguments.out + ending).lexically_normal()) {
+        return Error{option + ": is what -o writes; name another file"};
+      }
+    }
+  }
   RABIT_ASSIGN(const auto model, GgufFile::open(arguments.model));
   RABIT_ASSIGN(const auto tokenizer, load_tokenizer(*model));
   train::TrainingText text;
@@ -142,14 +211,21 @@ Status run(const Arguments& arguments) {
   if (options.dry_run) {
     return {};
   }
-  if (arguments.json) {
-    RABIT_ASSIGN(const std::string log, read_file(arguments.out + ".json"));
-    RABIT_CHECK(write_stdout(log));
-  }
   std::error_code unknown;
   const auto bytes = static_cast<double>(std::filesystem::file_size(arguments.out, unknown));
   write_stderr(fmt::format("wrote {} ({:.1f} MB), log in {}.json\n", one_line(arguments.out),
                            bytes / 1e6, one_line(arguments.out)));
+  const Status reported = report(arguments);
+  if (!reported) {  // the model is there, whatever became of its page
+    return Error{"no report: " + reported.error().message +
+                     "; the model is whole, and rabit "
+                     "report makes the page from its log",
+                 reported.error().interrupted};
+  }
+  if (arguments.json) {
+    RABIT_ASSIGN(const std::string log, read_file(arguments.out + ".json"));
+    RABIT_CHECK(write_stdout(log));
+  }
   return {};
 }
 
@@ -202,7 +278,8 @@ Command add_quantize(CLI::App& app) {
       "Turn a pretrained model into stacked +-1 matrices and train them to behave like it");
   command->add_option("MODEL", a.model, "GGUF file of the original model")->required();
   command
-      ->add_option("-o,--output", a.out, "Packed GGUF file to write; OUT.json gets the run's log")
+      ->add_option("-o,--output", a.out,
+                   "Packed GGUF file to write; OUT.json gets the run's log, OUT.html its report")
       ->required();
   command
       ->add_option("--data", a.data,
@@ -223,6 +300,13 @@ Command add_quantize(CLI::App& app) {
                      "Text to measure teacher and student on after training, with torch; its time "
                      "comes on top of --minutes");
   add_integer(output, "--eval-ctx", a.eval_ctx, 2, int64_t{1} << 20, "Window of --eval");
+  output->add_option("--report", a.report, "HTML page of the run (default: OUT.html)");
+  output
+      ->add_option("--sample-prompt", a.prompts,
+                   "Prompts that original and result continue in the report")
+      ->capture_default_str();
+  add_integer(output, "--sample-tokens", a.sample_tokens, 0, 4096,
+              "Tokens of each continuation; 0: none; their time comes on top of --minutes");
   output->add_flag("--json", a.json, "Print the run's log as one JSON object");
   command->footer(
       "Examples:\n"

@@ -4,7 +4,10 @@
 
 #include <array>
 #include <cstdint>
+#include <nlohmann/json_fwd.hpp>
 #include <span>
+#include <string>
+#include <vector>
 
 namespace rabit {
 
@@ -56,5 +59,32 @@ class PathMoments {
   std::array<double, kSignals> sums_{};
   std::array<std::array<double, kSignals>, kSignals> products_{};
 };
+
+/// Size and spread of the scales of one path.
+struct Spread {
+  double mean = 0.0;                  // of the magnitudes
+  double deviation = 0.0;             // standard deviation of the magnitudes
+  double least = 0.0, largest = 0.0;  // magnitudes
+  double negative = 0.0;              // share of values below zero
+};
+Spread spread(std::span<const float> values);
+
+/// What is known about one layer of a student.
+struct LayerDiagnosis {
+  explicit LayerDiagnosis(int64_t paths) : against_teacher(paths), on_own_inputs(paths) {}
+
+  std::string name;  // "blk.0.attn_q"
+  int64_t d_out = 0, d_in = 0;
+  int64_t bits = 0;             // scales counted
+  double weight_error = 0.0;    // |W - What|^2 / |W|^2
+  PathMoments against_teacher;  // y: the teacher's layer on the teacher's inputs
+  PathMoments on_own_inputs;    // y: the original weight on the inputs that the student has here
+  std::vector<double> turned_signs;  // share since training began, by path; empty: not known
+  std::vector<Spread> row_scales, column_scales;  // by path
+};
+
+/// {"layers": one object a layer, "summary": medians and extremes over the layers};
+/// docs/diagnose.md has the keys.
+nlohmann::json to_json(std::span<const LayerDiagnosis> layers);
 
 }  // namespace rabit

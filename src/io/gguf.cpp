@@ -143,6 +143,13 @@ MetaValue MetaValue::strings(std::vector<std::string> v) {
   return {.type = MetaType::kArray, .item_type = MetaType::kString, .value = std::move(v)};
 }
 
+MetaValue MetaValue::f32s(std::vector<double> v) {
+  for (double& item : v) {
+    item = static_cast<float>(item);
+  }
+  return {.type = MetaType::kArray, .item_type = MetaType::kFloat32, .value = std::move(v)};
+}
+
 const MetaValue* GgufFile::find_meta(std::string_view key) const {
   for (const auto& [name, value] : metadata_) {
     if (name == key) {

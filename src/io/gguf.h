@@ -95,6 +95,7 @@ struct MetaValue {
   static MetaValue boolean(bool v);
   static MetaValue string(std::string v);
   static MetaValue strings(std::vector<std::string> v);
+  static MetaValue f32s(std::vector<double> v);  // rounded to float
 };
 
 /// The value of `general.alignment`: a uint32 power of two, at least 8 (below, float data could lie

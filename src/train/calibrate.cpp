@@ -3,6 +3,7 @@
 // the already quantized layers before it produce, within the block too.
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <fmt/format.h>
 
 #include <cmath>
@@ -17,11 +18,33 @@ namespace {
 
 constexpr int64_t kChunk = 8;  // windows computed at once
 
+// Lets the CPU's products of float32 matrices go through bf16 while it lives. Exact where the
+// factors were bf16 to begin with: their products are summed in float32.
+class ThroughBF16 {
+ public:
+  explicit ThroughBF16(bool wanted) : wanted_(wanted) {
+    if (wanted_) {
+      at::globalContext().setFloat32MatmulPrecision("medium");
+    }
+  }
+  ~ThroughBF16() {
+    if (wanted_) {
+      at::globalContext().setFloat32MatmulPrecision("highest");
+    }
+  }
+  ThroughBF16(const ThroughBF16&) = delete;
+  ThroughBF16& operator=(const ThroughBF16&) = delete;
+
+ private:
+  bool wanted_;
+};
+
 // Mean of y x^T over tokens, in float32 on the device of x.
 class Moment {
  public:
   // y (tokens, m), x (tokens, d)
   void add(const at::Tensor& y, const at::Tensor& x) {
+    const ThroughBF16 products(x.is_cpu() && x.scalar_type() == at::kBFloat16);
     const at::Tensor left = y.reshape({-1, y.size(-1)}).to(at::kFloat);
     const at::Tensor right = x.reshape({-1, x.size(-1)}).to(at::kFloat);
     if (!sum_.defined()) {
@@ -158,16 +181,17 @@ Result<StageMoments> measure_stage(const TrainSession& session, size_t stage, in
 }
 
 Status fit_stage(TrainSession& session, int64_t layer, const Stage& stage,
-                 const StageMoments& moments, const std::array<Importance, kRoleCount>* importance,
-                 StudentBlock& block) {
+                 const StageMoments& moments, StudentBlock& block) {
   const FitTimer timer{session};
   for (const Role role : stage.roles) {
     RABIT_CHECK(check_interrupt());
     const std::string name = linear_name(layer, role);
     RABIT_ASSIGN(const at::Tensor weight, original_weight(session, layer, role));
     LayerProblem problem{name, weight.to(moments.inputs.device()), moments.inputs, {}};
-    if (importance != nullptr) {
-      problem.out = (*importance)[index_of(role)].out;
+    Importance importance;
+    if (session.options.alpha_out > 0.0 && !session.sums.empty()) {
+      importance = importance_of(session.sums[static_cast<size_t>(layer)], role, session.options);
+      problem.out = importance.out;
     }
     if (moments.cross.defined()) {
       at::Tensor cross = at::matmul(problem.target, moments.cross);
@@ -179,33 +203,78 @@ Status fit_stage(TrainSession& session, int64_t layer, const Stage& stage,
     }
     RABIT_ASSIGN(const LayerFit fit, fit_layer(problem, shape_of(session, layer, role).paths,
                                                session.options, session.pool));
-    block[index_of(role)] =
-        make_linear(session, shape_of(session, layer, role), fit.latent, fit.scales);
+    block[role] = make_linear(session, shape_of(session, layer, role), fit.latent, fit.scales);
     session.fit_errors.push_back(fit.error);
   }
   return {};
 }
 
-}  // namespace
-
-Status initialise_block(TrainSession& session, int64_t layer, const at::Tensor& x,
-                        const at::Tensor& teacher_x,
-                        const std::array<Importance, kRoleCount>* importance) {
+Status start_by_error_feedback(TrainSession& session, int64_t layer, const at::Tensor& x,
+                               const at::Tensor& teacher_x, StudentBlock& block) {
   const at::NoGradGuard no_grad;
   const BlockWeights& weights = session.teacher.blocks[static_cast<size_t>(layer)];
   const Rotary rotary = make_rotary(session.config(), x.size(1), session.teacher.device);
-  StudentBlock block;
-  session.fit_errors.clear();
   Side student(session, rotary, x), teacher(session, rotary, teacher_x);
   teacher.set_weights(weights);
   for (size_t stage = 0; stage < kStages.size(); ++stage) {
     student.set_weights(student_weights(block, weights, session.teacher.compute));
     RABIT_ASSIGN(const StageMoments moments,
                  measure_stage(session, stage, x.size(0), student, teacher));
-    RABIT_CHECK(fit_stage(session, layer, kStages[stage], moments, importance, block));
+    RABIT_CHECK(fit_stage(session, layer, kStages[stage], moments, block));
+  }
+  return {};
+}
+
+Status start_by_importance(TrainSession& session, int64_t layer, StudentBlock& block) {
+  const FitTimer timer{session};
+  for (const Role role : kRoles) {
+    RABIT_CHECK(check_interrupt());
+    const quant::Shape shape = shape_of(session, layer, role);
+    RABIT_ASSIGN(const at::Tensor w, original_weight(session, layer, role));
+    Importance importance;
+    if (!session.sums.empty()) {
+      importance = importance_of(session.sums[static_cast<size_t>(layer)], role, session.options);
+    }
+    const bool dual = session.options.method == Method::kDbllm;
+    const quant::Scales scales =
+        dual ? quant::two_bit_scales(shape.d_out, shape.d_in, w.const_data_ptr<float>())
+             : quant::fit_scales(shape, w.const_data_ptr<float>(), importance.out, importance.in,
+                                 {session.options.init_sweeps, session.options.als_steps},
+                                 session.pool);
+    block[role] = make_linear(session, shape, w, scales);
+  }
+  return {};
+}
+
+}  // namespace
+
+Status start_block(TrainSession& session, int64_t layer, const at::Tensor& x,
+                   const at::Tensor& teacher_x) {
+  StudentBlock block;
+  session.fit_errors.clear();
+  RABIT_CHECK(session.options.error_feedback
+                  ? start_by_error_feedback(session, layer, x, teacher_x, block)
+                  : start_by_importance(session, layer, block));
+  if (session.options.train_norms) {
+    add_norms(session.teacher, layer, block);
   }
   session.student.blocks[static_cast<size_t>(layer)] = std::move(block);
   return {};
+}
+
+Importance importance_of(const BlockSums& sums, Role role, const QuantizeOptions& options) {
+  return {importance_from(sums.in[index_of(role)], options.alpha_in),
+          importance_from(sums.out[index_of(role)], options.alpha_out)};
+}
+
+void add_norms(const Network& teacher, int64_t layer, StudentBlock& block) {
+  const BlockWeights& weights = teacher.blocks[static_cast<size_t>(layer)];
+  block.attn_norm = weights.attn_norm.clone().set_requires_grad(true);
+  block.ffn_norm = weights.ffn_norm.clone().set_requires_grad(true);
+}
+
+void add_output_norm(const Network& teacher, Student& student) {
+  student.output_norm = teacher.output_norm.clone().set_requires_grad(true);
 }
 
 namespace {
@@ -239,7 +308,7 @@ constexpr int64_t kImportanceWindows = 32;
 
 }  // namespace
 
-Result<std::vector<std::array<Importance, kRoleCount>>> measure_importance(TrainSession& session) {
+Status measure_importance(TrainSession& session) {
   const Network& teacher = session.teacher;
   const ModelConfig& config = session.config();
   const Rotary rotary = make_rotary(config, session.options.seq_len, teacher.device);
@@ -260,33 +329,13 @@ Result<std::vector<std::array<Importance, kRoleCount>>> measure_importance(Train
       session.observer.progress({"importance", i + 1, windows, NAN, 0.0});
     }
   }
-  std::vector<std::array<Importance, kRoleCount>> importance(taps.size());
-  for (size_t layer = 0; layer < taps.size(); ++layer) {
+  session.sums.clear();
+  for (const ImportanceTap& tap : taps) {
+    BlockSums& sums = session.sums.emplace_back();
     for (size_t role = 0; role < kRoleCount; ++role) {
-      const auto& sum = taps[layer].sums[role];
-      importance[layer][role] = {importance_from(sum.in, session.options.alpha_in),
-                                 importance_from(sum.out.sqrt(), session.options.alpha_out)};
+      sums.in[role] = tap.sums[role].in;
+      sums.out[role] = tap.sums[role].out.sqrt();
     }
-  }
-  return importance;
-}
-
-Status initialise_block(TrainSession& session, int64_t layer,
-                        const std::array<Importance, kRoleCount>& importance) {
-  const FitTimer timer{session};
-  for (const Role role : kRoles) {
-    RABIT_CHECK(check_interrupt());
-    const quant::Shape shape = shape_of(session, layer, role);
-    RABIT_ASSIGN(const at::Tensor w, original_weight(session, layer, role));
-    const Importance& weight = importance[index_of(role)];
-    const bool dual = session.options.method == Method::kDbllm;
-    const quant::Scales scales =
-        dual ? quant::two_bit_scales(shape.d_out, shape.d_in, w.const_data_ptr<float>())
-             : quant::fit_scales(shape, w.const_data_ptr<float>(), weight.out, weight.in,
-                                 {session.options.init_sweeps, session.options.als_steps},
-                                 session.pool);
-    session.student.blocks[static_cast<size_t>(layer)][index_of(role)] =
-        make_linear(session, shape, w, scales);
   }
   return {};
 }

@@ -4,7 +4,10 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <cstring>
+
 #include "base/files.h"
+#include "base/interrupt.h"
 #include "train/host_tensor.h"
 #include "train/session.h"
 
@@ -31,6 +34,28 @@ class Tensors {
  private:
   std::vector<at::Tensor> kept_;
 };
+
+std::vector<int64_t> sign_extents(const quant::Shape& shape) {
+  return {(shape.d_in + 31) / 32, shape.d_out, shape.paths};
+}
+
+template <typename Block>
+auto block_norms(Block& block, int64_t layer) {
+  const std::string prefix = "blk." + std::to_string(layer) + ".";
+  return std::array{std::pair{prefix + "attn_norm", &block.attn_norm},
+                    std::pair{prefix + "ffn_norm", &block.ffn_norm}};
+}
+
+Result<std::vector<uint32_t>> read_signs(const GgufFile& file, const std::string& name,
+                                         const quant::Shape& shape) {
+  RABIT_ASSIGN(const TensorInfo* tensor, file.get_tensor(name, sign_extents(shape)));
+  if (tensor->type != TensorType::kI32) {
+    return Error{file.path().string() + ": tensor " + name + " is not of type I32"};
+  }
+  std::vector<uint32_t> words(tensor->data.size() / sizeof(uint32_t));
+  std::memcpy(words.data(), tensor->data.data(), tensor->data.size());
+  return words;
+}
 
 }  // namespace
 
@@ -62,12 +87,14 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
   size_t matrix = 0;
   for (int64_t layer = 0; layer < blocks_done; ++layer) {
     for (const Role role : kRoles) {
-      const StudentLinear& linear =
-          session.student.blocks[static_cast<size_t>(layer)][index_of(role)];
+      const StudentLinear& linear = session.student.at(layer, role);
       const std::string name = linear_name(layer, role);
       RABIT_CHECK(tensors.add(writer, name + ".latent", linear.latent));
       RABIT_CHECK(tensors.add(writer, name + ".g", linear.g));
       RABIT_CHECK(tensors.add(writer, name + ".h", linear.h));
+      RABIT_CHECK(writer.add_tensor(name + ".start_sign", TensorType::kI32,
+                                    sign_extents(linear.shape),
+                                    std::as_bytes(std::span(linear.start_signs))));
       if (!state.momentum.empty()) {
         RABIT_CHECK(tensors.add(writer, name + ".momentum", state.momentum[matrix]));
       }
@@ -76,6 +103,15 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
       }
       ++matrix;
     }
+    const StudentBlock& block = session.student.blocks[static_cast<size_t>(layer)];
+    for (const auto& [name, norm] : block_norms(block, layer)) {
+      if (norm->defined()) {
+        RABIT_CHECK(tensors.add(writer, name, *norm));
+      }
+    }
+  }
+  if (session.student.output_norm.defined()) {
+    RABIT_CHECK(tensors.add(writer, "output_norm", session.student.output_norm));
   }
   if (distill != nullptr) {
     writer.set(key("distill_step"), MetaValue::u64(static_cast<uint64_t>(distill->step)));
@@ -144,25 +180,95 @@ std::string differences(const nlohmann::json& before, const nlohmann::json& now)
   return found;
 }
 
-Result<Resumed> read_checkpoint(TrainSession& session) {
-  const std::string where = session.checkpoint_path.string();
-  RABIT_ASSIGN(const auto file, GgufFile::open(session.checkpoint_path));
-  RABIT_ASSIGN(const int64_t version, file->get_int(key("version")));
+// The layers of blocks [0, blocks_done) and their norms; the blocks after them stay empty.
+Result<Student> read_student(const GgufFile& file, int64_t blocks_done, const ModelConfig& config,
+                             const QuantizeOptions& options, const PathPlan& bits,
+                             at::Device device) {
+  const auto read_norm = [&](const std::string& name) -> Result<at::Tensor> {
+    RABIT_ASSIGN(const at::Tensor norm, read_tensor(file, name, {config.d_model}));
+    return norm.to(device).clone().set_requires_grad(true);
+  };
+  Student student;
+  student.blocks.resize(static_cast<size_t>(config.layers));
+  for (int64_t layer = 0; layer < blocks_done; ++layer) {
+    StudentBlock& block = student.blocks[static_cast<size_t>(layer)];
+    for (const Role role : kRoles) {
+      RABIT_CHECK(check_interrupt());
+      const LinearShape sizes = linear_shape(config, role);
+      const quant::Shape shape = {sizes.d_out, sizes.d_in, bits.paths(layer, role)};
+      const std::string name = linear_name(layer, role);
+      std::vector<int64_t> latent_sizes = {shape.d_out, shape.d_in};
+      if (has_independent_latents(options.method)) {
+        latent_sizes.insert(latent_sizes.begin(), shape.paths);
+      }
+      RABIT_ASSIGN(const at::Tensor latent, read_tensor(file, name + ".latent", latent_sizes));
+      RABIT_ASSIGN(const at::Tensor g, read_tensor(file, name + ".g", {shape.paths, shape.d_out}));
+      RABIT_ASSIGN(const at::Tensor h, read_tensor(file, name + ".h", {shape.paths, shape.d_in}));
+      RABIT_ASSIGN(std::vector<uint32_t> signs, read_signs(file, name + ".start_sign", shape));
+      block[role] = restore_student_linear(options.method, latent, g, h, std::move(signs), device);
+    }
+    if (options.train_norms) {
+      for (const auto& [name, norm] : block_norms(block, layer)) {
+        RABIT_ASSIGN(*norm, read_norm(name));
+      }
+    }
+  }
+  if (options.train_norms) {
+    RABIT_ASSIGN(student.output_norm, read_norm("output_norm"));
+  }
+  return student;
+}
+
+// What was saved of the run that wrote a checkpoint.
+struct SavedRun {
+  nlohmann::json fingerprint, log;
+  int64_t blocks_done = 0;
+};
+
+Result<SavedRun> read_run(const GgufFile& file) {
+  const std::string where = file.path().string();
+  RABIT_ASSIGN(const int64_t version, file.get_int(key("version")));
   if (version != kCheckpointVersion) {
     return Error{where + ": checkpoint version " + std::to_string(version) + " is not known"};
   }
-  RABIT_ASSIGN(const std::string saved, file->get_string(key("fingerprint")));
-  RABIT_ASSIGN(const std::string saved_log, file->get_string(key("log")));
-  const auto before = nlohmann::json::parse(saved, nullptr, false);
-  const auto log = nlohmann::json::parse(saved_log, nullptr, false);
-  if (!before.is_object() || !before.value("settings", nlohmann::json()).is_object() ||
-      !log.is_object()) {
+  RABIT_ASSIGN(const std::string fingerprint, file.get_string(key("fingerprint")));
+  RABIT_ASSIGN(const std::string log, file.get_string(key("log")));
+  SavedRun run{nlohmann::json::parse(fingerprint, nullptr, false),
+               nlohmann::json::parse(log, nullptr, false)};
+  if (!run.fingerprint.is_object() || !run.log.is_object() ||
+      !run.fingerprint.value("settings", nlohmann::json()).is_object()) {
     return Error{where + ": damaged: its settings are no JSON object"};
   }
+  RABIT_ASSIGN(run.blocks_done, file.get_int(key("blocks_done")));
+  return run;
+}
+
+// What the run found by search, as search_settings() noted it.
+Status take_searched(const nlohmann::json& log, QuantizeOptions& options, PathPlan& bits) {
+  const auto found = log.value("searched", nlohmann::json());
+  if (!found.is_object()) {
+    return {};
+  }
+  const auto number = [&](const char* name, double otherwise) {
+    return found.contains(name) && found[name].is_number() ? found[name].get<double>() : otherwise;
+  };
+  options.alpha_in = number("alpha_in", options.alpha_in);
+  options.alpha_out = number("alpha_out", options.alpha_out);
+  if (found.contains("bits") && found["bits"].is_string()) {
+    RABIT_ASSIGN(bits, PathPlan::parse(found["bits"].get<std::string>()));
+  }
+  return {};
+}
+
+Result<Resumed> read_checkpoint(TrainSession& session) {
+  const std::string where = session.checkpoint_path.string();
+  RABIT_ASSIGN(const auto file, GgufFile::open(session.checkpoint_path));
+  RABIT_ASSIGN(const SavedRun run, read_run(*file));
   const auto now = nlohmann::json::parse(settings_fingerprint(session));
-  if (const std::string other = differences(before, now); !other.empty()) {
+  if (const std::string other = differences(run.fingerprint, now); !other.empty()) {
     return Error{where + ": made with " + other};
   }
+  const nlohmann::json& log = run.log;
   for (const char* phase : {"warm_start", "distill"}) {
     if (log.contains(phase) && log[phase].is_array()) {
       session.log[phase] = log[phase];
@@ -175,7 +281,7 @@ Result<Resumed> read_checkpoint(TrainSession& session) {
   }
 
   Resumed resumed;
-  RABIT_ASSIGN(resumed.blocks_done, file->get_int(key("blocks_done")));
+  resumed.blocks_done = run.blocks_done;
   if (resumed.blocks_done < 0 || resumed.blocks_done > session.config().layers) {
     return Error{where + ": damaged: " + std::to_string(resumed.blocks_done) + " blocks done"};
   }
@@ -188,34 +294,33 @@ Result<Resumed> read_checkpoint(TrainSession& session) {
   }
   const bool optimized = resumed.distilling && file->find_meta(key("adam.scales")) != nullptr;
   const bool momentum = optimized && session.options.optimizer == Optimizer::kMuon;
-  const at::Device device = session.teacher.device;
+  RABIT_CHECK(take_searched(run.log, session.options, session.bits));
+  session.log["searched"] = run.log.value("searched", nlohmann::json());
+  RABIT_ASSIGN(session.student,
+               read_student(*file, resumed.blocks_done, session.config(), session.options,
+                            session.bits, session.teacher.device));
   int64_t scale_count = 0, latent_count = 0;
-  for (int64_t layer = 0; layer < resumed.blocks_done; ++layer) {
+  for (const auto& tensor : scales_and_norms(session.student)) {
+    scale_count += tensor.numel();
+  }
+  const auto done =
+      std::span(session.student.blocks).first(static_cast<size_t>(resumed.blocks_done));
+  size_t layer = 0;
+  for (const StudentBlock& block : done) {
     for (const Role role : kRoles) {
-      const LinearShape sizes = linear_shape(session.config(), role);
-      const int64_t paths = session.bits.paths(layer, role);
-      const std::string name = linear_name(layer, role);
-      const Method method = session.options.method;
-      std::vector<int64_t> latent_sizes = {sizes.d_out, sizes.d_in};
-      if (has_independent_latents(method)) {
-        latent_sizes.insert(latent_sizes.begin(), paths);
-      }
-      RABIT_ASSIGN(const at::Tensor latent, read_tensor(*file, name + ".latent", latent_sizes));
-      RABIT_ASSIGN(const at::Tensor g, read_tensor(*file, name + ".g", {paths, sizes.d_out}));
-      RABIT_ASSIGN(const at::Tensor h, read_tensor(*file, name + ".h", {paths, sizes.d_in}));
-      StudentLinear& linear = session.student.blocks[static_cast<size_t>(layer)][index_of(role)];
-      linear = restore_student_linear(method, latent, g, h, device);
-      scale_count += linear.g.numel() + (linear.h.requires_grad() ? linear.h.numel() : 0);
-      latent_count += linear.latent.numel();
+      const std::string name = linear_name(static_cast<int64_t>(layer), role);
+      const auto sizes = block[role].latent.sizes();
+      latent_count += block[role].latent.numel();
       if (momentum) {
-        RABIT_ASSIGN(at::Tensor tensor, read_tensor(*file, name + ".momentum", latent_sizes));
+        RABIT_ASSIGN(at::Tensor tensor, read_tensor(*file, name + ".momentum", sizes));
         resumed.distill.trainer.momentum.push_back(std::move(tensor));
       }
       if (resumed.distilling && session.options.ema > 0.0) {
-        RABIT_ASSIGN(const at::Tensor tensor, read_tensor(*file, name + ".average", latent_sizes));
-        resumed.distill.average.push_back(tensor.to(device));
+        RABIT_ASSIGN(const at::Tensor tensor, read_tensor(*file, name + ".average", sizes));
+        resumed.distill.average.push_back(tensor.to(session.teacher.device));
       }
     }
+    ++layer;
   }
   const auto adam = [&](const std::string& part, int64_t count) -> Result<AdamW::State> {
     AdamW::State state;
@@ -247,5 +352,26 @@ Result<Resumed> load_checkpoint(TrainSession& session) {
   }
   return resumed;
 }
+
+Result<CheckpointStudent> student_of_checkpoint(const GgufFile& file, const ModelConfig& config,
+                                                const std::string& source_sha256) {
+  const std::string where = file.path().string();
+  RABIT_ASSIGN(const SavedRun run, read_run(file));
+  const auto digest = run.fingerprint.value("source", nlohmann::json::object()).value("sha256", "");
+  if (digest != source_sha256) {
+    return Error{where + ": made from another model than --teacher"};
+  }
+  if (run.blocks_done < 1 || run.blocks_done > config.layers) {
+    return Error{where + ": damaged: " + std::to_string(run.blocks_done) + " blocks done"};
+  }
+  RABIT_ASSIGN(QuantizeOptions options, from_description(run.fingerprint["settings"]));
+  RABIT_ASSIGN(PathPlan bits, PathPlan::parse(options.bits));
+  RABIT_CHECK(take_searched(run.log, options, bits));
+  RABIT_ASSIGN(Student student,
+               read_student(file, run.blocks_done, config, options, bits, at::kCPU));
+  return CheckpointStudent{std::move(student), run.blocks_done};
+}
+
+bool is_checkpoint(const GgufFile& file) { return file.find_meta(key("version")) != nullptr; }
 
 }  // namespace rabit::train

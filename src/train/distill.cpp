@@ -14,16 +14,50 @@ namespace rabit::train {
 namespace {
 
 struct Losses {
-  at::Tensor total, divergence;
+  at::Tensor total;
+  DistillationLoss head;  // its numbers, without a graph
+};
+
+// What --gamma compares in teacher and student: the stream after each block, or the output of each
+// linear layer.
+class Watch : public LinearTap {
+ public:
+  explicit Watch(const QuantizeOptions& options)
+      : blocks_(options.gamma > 0.0 && options.gamma_on == GammaOn::kBlocks),
+        layers_(options.gamma > 0.0 && options.gamma_on == GammaOn::kLayers) {}
+
+  LinearTap* tap() { return layers_ ? this : nullptr; }
+  void see(Role, const at::Tensor&, const at::Tensor& output) override { seen_.push_back(output); }
+  void see_stream(const at::Tensor& x) {
+    if (blocks_) {
+      seen_.push_back(x);
+    }
+  }
+
+  // Mean over all that was seen of the mean over tokens of |y_s - y_t|^2 / |y_t|^2.
+  static at::Tensor error(const Watch& student, const Watch& teacher) {
+    at::Tensor sum;
+    for (size_t i = 0; i < teacher.seen_.size(); ++i) {
+      const at::Tensor y = teacher.seen_[i].to(at::kFloat);
+      const at::Tensor one =
+          ((student.seen_[i] - y).square().sum(-1) / y.square().sum(-1).clamp_min(1e-6)).mean();
+      sum = sum.defined() ? sum + one : one;
+    }
+    return sum / static_cast<double>(teacher.seen_.size());
+  }
+
+ private:
+  bool blocks_, layers_;
+  std::vector<at::Tensor> seen_;
 };
 
 Losses distill_loss(const TrainSession& session, const Student& student, const Rotary& rotary,
                     const at::Tensor& ids) {
   const Network& teacher = session.teacher;
   const ModelConfig& config = session.config();
-  const double gamma = session.options.gamma;
-  at::Tensor x_teacher, blocks_error;
-  std::vector<at::Tensor> outputs;  // the teacher's, kept only if the blocks' error is asked for
+  const QuantizeOptions& options = session.options;
+  Watch of_teacher(options), of_student(options);
+  at::Tensor x_teacher;
   const at::Tensor x0 = [&] {
     const at::NoGradGuard no_grad;
     return embed(teacher, ids);
@@ -32,10 +66,9 @@ Losses distill_loss(const TrainSession& session, const Student& student, const R
     const at::NoGradGuard no_grad;
     x_teacher = x0;
     for (const auto& block : teacher.blocks) {
-      x_teacher = block_forward(config, block, rotary, x_teacher, teacher.compute);
-      if (gamma > 0.0) {
-        outputs.push_back(x_teacher);
-      }
+      x_teacher =
+          block_forward(config, block, rotary, x_teacher, teacher.compute, of_teacher.tap());
+      of_teacher.see_stream(x_teacher);
     }
     x_teacher = norm(config, x_teacher, teacher.output_norm, teacher.compute);
   }
@@ -43,29 +76,22 @@ Losses distill_loss(const TrainSession& session, const Student& student, const R
   for (size_t b = 0; b < teacher.blocks.size(); ++b) {
     const BlockWeights weights =
         student_weights(student.blocks[b], teacher.blocks[b], teacher.compute);
-    x = block_forward(config, weights, rotary, x, teacher.compute);
-    if (gamma > 0.0) {
-      const at::Tensor error =
-          (x - outputs[b]).square().sum(-1) / outputs[b].square().sum(-1).clamp_min(1e-6);
-      blocks_error = blocks_error.defined() ? blocks_error + error.mean() : error.mean();
-    }
+    x = block_forward(config, weights, rotary, x, teacher.compute, of_student.tap());
+    of_student.see_stream(x);
   }
-  x = norm(config, x, teacher.output_norm, teacher.compute);
-  const QuantizeOptions& options = session.options;
-  at::Tensor next;  // the token after each, none after a window's last
-  if (options.cross_entropy > 0.0) {
-    next = at::full_like(ids, -1);
-    next.narrow(1, 0, ids.size(1) - 1).copy_(ids.narrow(1, 1, ids.size(1) - 1));
-    next = next.flatten();
-  }
-  const at::Tensor divergence =
-      distillation_loss(x.flatten(0, 1), x_teacher.flatten(0, 1), teacher.head, next,
+  x = norm(config, x, student.output_norm.defined() ? student.output_norm : teacher.output_norm,
+           teacher.compute);
+  at::Tensor next = at::full_like(ids, -1);  // the token after each, none after a window's last
+  next.narrow(1, 0, ids.size(1) - 1).copy_(ids.narrow(1, 1, ids.size(1) - 1));
+  DistillationLoss head =
+      distillation_loss(x.flatten(0, 1), x_teacher.flatten(0, 1), teacher.head, next.flatten(),
                         {options.reverse_kl, options.temperature, options.cross_entropy});
-  at::Tensor total = divergence;
-  if (gamma > 0.0) {
-    total = total + blocks_error * (gamma / static_cast<double>(teacher.blocks.size()));
+  at::Tensor total = head.loss;
+  head.loss = head.loss.detach();
+  if (options.gamma > 0.0) {
+    total = total + Watch::error(of_student, of_teacher) * options.gamma;
   }
-  return {total, divergence.detach()};
+  return {total, head};
 }
 
 // The teacher's weights as latents: the same sizes, and finite losses.
@@ -80,11 +106,17 @@ Student stand_in(const TrainSession& session) {
       const auto scale = [&](int64_t extent, double value) {
         return at::full({paths, extent}, value, latent.options());
       };
-      block[index_of(role)] = make_student_linear(
-          session.options.method, latent, scale(latent.size(0), latent.abs().mean().item<double>()),
-          scale(latent.size(1), 1.0), latent.device());
+      block[role] = make_student_linear(session.options.method, latent,
+                                        scale(latent.size(0), latent.abs().mean().item<double>()),
+                                        scale(latent.size(1), 1.0), latent.device());
+    }
+    if (session.options.train_norms) {
+      add_norms(session.teacher, layer, block);
     }
     ++layer;
+  }
+  if (session.options.train_norms) {
+    add_output_norm(session.teacher, student);
   }
   return student;
 }
@@ -93,33 +125,19 @@ constexpr int64_t kMeasuredWindows = 4;  // of a step on a CPU
 
 }  // namespace
 
-at::Tensor WindowOrder::batch(int64_t step, int64_t batch) {
-  at::Tensor picks = at::empty({batch}, at::kLong);
-  for (int64_t i = 0; i < batch; ++i) {
-    const int64_t position = step * batch + i;
-    if (position / windows_ != epoch_) {
-      epoch_ = position / windows_;
-      order_ = shuffled(windows_, seed_ + static_cast<uint64_t>(epoch_));
-    }
-    picks[i] = order_[static_cast<size_t>(position % windows_)];
-  }
-  return picks;
-}
-
 Result<double> measure_distill(const TrainSession& session, int64_t tokens) {
   const QuantizeOptions& options = session.options;
   const Rotary rotary = make_rotary(session.config(), options.seq_len, session.teacher.device);
   const Student student = stand_in(session);
-  const std::vector<at::Tensor> matrices = latents(student, 0, student.blocks.size());
-  Trainer trainer(options.optimizer, matrices, scale_tensors(student, 0, student.blocks.size()),
-                  options.clip);
+  const std::vector<at::Tensor> matrices = latents(student.blocks);
+  Trainer trainer(options.optimizer, matrices, scales_and_norms(student), options.clip);
   const auto seconds_of = [&](int64_t windows) -> Result<double> {
     RABIT_CHECK(check_interrupt());
     const Clock clock;
     const at::Tensor picks = at::arange(windows) % session.windows.size(0);
     const at::Tensor ids = session.windows.index_select(0, picks).to(session.teacher.device);
     const Losses losses = distill_loss(session, student, rotary, ids);
-    RABIT_CHECK(trainer.step(losses.total, losses.divergence, 1e-6, 1e-6));
+    RABIT_CHECK(trainer.step(losses.total, losses.head.loss, 1e-6, 1e-6));
     (void)matrices.back().sum().item<float>();  // a GPU only queues: wait for it
     return clock.elapsed();
   };
@@ -142,9 +160,8 @@ Result<double> measure_distill(const TrainSession& session, int64_t tokens) {
 Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   const QuantizeOptions& options = session.options;
   const size_t blocks = session.student.blocks.size();
-  const std::vector<at::Tensor> matrices = latents(session.student, 0, blocks);
-  Trainer trainer(options.optimizer, matrices, scale_tensors(session.student, 0, blocks),
-                  options.clip);
+  const std::vector<at::Tensor> matrices = latents(session.student.blocks);
+  Trainer trainer(options.optimizer, matrices, scales_and_norms(session.student), options.clip);
   trainer.load_state(state.trainer);
   const Rotary rotary = make_rotary(session.config(), options.seq_len, session.teacher.device);
   const int64_t step_tokens = options.batch * options.seq_len;
@@ -166,6 +183,8 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
     return save_checkpoint(session, static_cast<int64_t>(blocks), &now);
   };
   double smoothed = NAN;
+  at::Tensor nll;  // sums of the text's (student, teacher) over `nll_steps` steps
+  int64_t nll_steps = 0;
   int64_t step = first_step;
   for (; step < steps; ++step) {
     if (interrupted()) {
@@ -183,7 +202,7 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
     const Losses losses =
         distill_loss(session, session.student, rotary, ids.to(session.teacher.device));
     const double factor = cosine_schedule(progress, options.warmup);
-    const auto taken = trainer.step(losses.total, losses.divergence, options.latent_lr * factor,
+    const auto taken = trainer.step(losses.total, losses.head.loss, options.latent_lr * factor,
                                     options.scale_lr * factor);
     if (!taken) {
       return Error{fmt::format("step {}: {}; lower --latent-lr and --scale-lr", step,
@@ -199,6 +218,8 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
           options.ema, (1.0 + static_cast<double>(step)) / (10.0 + static_cast<double>(step)));
       average[i].lerp_(matrices[i].detach(), 1.0 - decay);
     }
+    nll = nll.defined() ? nll + losses.head.nll : losses.head.nll;
+    ++nll_steps;
     const double value = taken->loss;
     smoothed = std::isnan(smoothed) ? value : 0.9 * smoothed + 0.1 * value;
 
@@ -213,9 +234,15 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
           {"distil", (step + 1) * step_tokens, total * step_tokens, smoothed, rate});
     }
     if (step % std::max<int64_t>(1, steps / 200) == 0 || step + 1 == steps) {
+      // Of the steps since the last entry, each before its own update.
+      const at::Tensor mean = nll.to(at::kCPU) / static_cast<double>(nll_steps);
+      nll = at::Tensor();
+      nll_steps = 0;
       session.log["distill"].push_back({{"step", step + 1},
                                         {"tokens", (step + 1) * step_tokens},
                                         {"kl", value},
+                                        {"text_nll", mean[0].item<double>()},
+                                        {"text_nll_teacher", mean[1].item<double>()},
                                         {"scale_grad_norm", taken->gradient_norm},
                                         {"learning_rate_factor", factor},
                                         {"tokens_per_second", rate}});

@@ -4,6 +4,8 @@
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <bit>
+
 #include "train/host_tensor.h"
 
 namespace rabit::train {
@@ -115,7 +117,8 @@ at::Tensor coupled_weight(const at::Tensor& latent, const at::Tensor& g, const a
 }  // namespace
 
 StudentLinear restore_student_linear(Method method, const at::Tensor& latent, const at::Tensor& g,
-                                     const at::Tensor& h, at::Device device) {
+                                     const at::Tensor& h, std::vector<uint32_t> start_signs,
+                                     at::Device device) {
   const auto leaf = [&](const at::Tensor& tensor, bool trained) {
     return tensor.detach().to(device).clone().set_requires_grad(trained);
   };
@@ -124,13 +127,26 @@ StudentLinear restore_student_linear(Method method, const at::Tensor& latent, co
           leaf(latent, true),
           leaf(g, true),
           leaf(h, method != Method::kDbllm),
-          method == Method::kMbok ? paths - 1 : 0};
+          method == Method::kMbok ? paths - 1 : 0,
+          std::move(start_signs)};
 }
+
+namespace {
+
+// As restore_student_linear, at the beginning.
+StudentLinear begin_student_linear(Method method, const at::Tensor& latent, const at::Tensor& g,
+                                   const at::Tensor& h, at::Device device) {
+  StudentLinear linear = restore_student_linear(method, latent, g, h, {}, device);
+  linear.start_signs = student_signs(linear);
+  return linear;
+}
+
+}  // namespace
 
 StudentLinear make_student_linear(Method method, const at::Tensor& latent, const at::Tensor& g,
                                   const at::Tensor& h, at::Device device) {
   if (!has_independent_latents(method)) {
-    return restore_student_linear(method, latent, g, h, device);
+    return begin_student_linear(method, latent, g, h, device);
   }
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> residuals = {latent};
@@ -139,7 +155,7 @@ StudentLinear make_student_linear(Method method, const at::Tensor& latent, const
     residuals.push_back(left -
                         coupled_weight(left, g.narrow(0, i, 1), h.narrow(0, i, 1), at::kFloat));
   }
-  return restore_student_linear(method, at::stack(residuals), g, h, device);
+  return begin_student_linear(method, at::stack(residuals), g, h, device);
 }
 
 at::Tensor fake_quant_weight(const StudentLinear& linear, at::ScalarType compute) {
@@ -175,40 +191,70 @@ std::vector<uint32_t> student_signs(const StudentLinear& linear) {
   return signs;
 }
 
+std::vector<double> turned_signs(const StudentLinear& linear, std::span<const uint32_t> now) {
+  const auto [d_out, d_in, paths] = linear.shape;
+  const size_t words = now.size() / static_cast<size_t>(paths);
+  std::vector<double> share;
+  for (size_t i = 0; i < static_cast<size_t>(paths); ++i) {
+    int64_t turned = 0;
+    for (size_t word = i * words; word < (i + 1) * words; ++word) {
+      turned += std::popcount(now[word] ^ linear.start_signs[word]);
+    }
+    share.push_back(static_cast<double>(turned) / static_cast<double>(d_out * d_in));
+  }
+  return share;
+}
+
 at::Tensor coupled_weight_by_operations(const StudentLinear& linear, at::ScalarType compute) {
   return CoupledBinarize<OperationArithmetic>::apply(linear.latent, linear.g, linear.h, compute);
 }
 
 BlockWeights student_weights(const StudentBlock& student, const BlockWeights& teacher,
                              at::ScalarType compute) {
-  BlockWeights weights{{}, teacher.attn_norm, teacher.ffn_norm};
+  const auto own = [](const at::Tensor& norm, const at::Tensor& otherwise) {
+    return norm.defined() ? norm : otherwise;
+  };
+  BlockWeights weights{
+      {}, own(student.attn_norm, teacher.attn_norm), own(student.ffn_norm, teacher.ffn_norm)};
   for (size_t i = 0; i < kRoleCount; ++i) {
-    weights.linear[i] =
-        student[i].defined() ? fake_quant_weight(student[i], compute) : teacher.linear[i];
+    weights.linear[i] = student.linear[i].defined() ? fake_quant_weight(student.linear[i], compute)
+                                                    : teacher.linear[i];
   }
   return weights;
 }
 
-std::vector<at::Tensor> latents(const Student& student, size_t begin_block, size_t end_block) {
+std::vector<at::Tensor> latents(std::span<const StudentBlock> blocks) {
   std::vector<at::Tensor> out;
-  for (size_t b = begin_block; b < end_block; ++b) {
-    for (const auto& linear : student.blocks[b]) {
+  for (const auto& block : blocks) {
+    for (const auto& linear : block.linear) {
       out.push_back(linear.latent);
     }
   }
   return out;
 }
 
-std::vector<at::Tensor> scale_tensors(const Student& student, size_t begin_block,
-                                      size_t end_block) {
+std::vector<at::Tensor> scales_and_norms(std::span<const StudentBlock> blocks) {
   std::vector<at::Tensor> out;
-  for (size_t b = begin_block; b < end_block; ++b) {
-    for (const auto& linear : student.blocks[b]) {
-      out.push_back(linear.g);
-      if (linear.h.requires_grad()) {
-        out.push_back(linear.h);
-      }
+  const auto add = [&](const at::Tensor& tensor) {
+    if (tensor.defined() && tensor.requires_grad()) {
+      out.push_back(tensor);
     }
+  };
+  for (const auto& block : blocks) {
+    for (const auto& linear : block.linear) {
+      add(linear.g);
+      add(linear.h);
+    }
+    add(block.attn_norm);
+    add(block.ffn_norm);
+  }
+  return out;
+}
+
+std::vector<at::Tensor> scales_and_norms(const Student& student) {
+  std::vector<at::Tensor> out = scales_and_norms(student.blocks);
+  if (student.output_norm.defined()) {
+    out.push_back(student.output_norm);
   }
   return out;
 }

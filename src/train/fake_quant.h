@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <span>
 #include <vector>
 
 #include "quant/residual_binary.h"
@@ -19,15 +20,24 @@ struct StudentLinear {
   /// Coupled: W (d_out, d_in), from which all paths follow in order. Independent: (k, d_out, d_in),
   /// each path the sign of its own.
   at::Tensor latent;
-  at::Tensor g;            // (k, d_out)
-  at::Tensor h;            // (k, d_in)
-  int64_t held_paths = 0;  // independent: latents of the first that are not trained
+  at::Tensor g;                       // (k, d_out)
+  at::Tensor h;                       // (k, d_in)
+  int64_t held_paths = 0;             // independent: latents of the first that are not trained
+  std::vector<uint32_t> start_signs;  // as student_signs() gave them before any training
 
   bool defined() const { return latent.defined(); }
   bool independent() const { return latent.dim() == 3; }
 };
 
-using StudentBlock = std::array<StudentLinear, kRoleCount>;
+/// One block of the student. Norms (d_model) float32 are leaves of the graph where they are
+/// trained, undefined where they stay the teacher's.
+struct StudentBlock {
+  std::array<StudentLinear, kRoleCount> linear;
+  at::Tensor attn_norm, ffn_norm;
+
+  StudentLinear& operator[](Role role) { return linear[index_of(role)]; }
+  const StudentLinear& operator[](Role role) const { return linear[index_of(role)]; }
+};
 
 /// Each path has a latent of its own.
 constexpr bool has_independent_latents(Method method) {
@@ -39,9 +49,11 @@ constexpr bool has_independent_latents(Method method) {
 StudentLinear make_student_linear(Method method, const at::Tensor& latent, const at::Tensor& g,
                                   const at::Tensor& h, at::Device device);
 
-/// The same from tensors that are its own latents already.
+/// The same from tensors that are its own latents already, in the middle of a training that began
+/// with `start_signs`.
 StudentLinear restore_student_linear(Method method, const at::Tensor& latent, const at::Tensor& g,
-                                     const at::Tensor& h, at::Device device);
+                                     const at::Tensor& h, std::vector<uint32_t> start_signs,
+                                     at::Device device);
 
 /// What (d_out, d_in) in `compute`, with gradients for latent (straight-through), g and h
 /// (docs/training.md). The CPU runs quant/'s own code, other devices the same
@@ -56,17 +68,29 @@ at::Tensor coupled_weight_by_operations(const StudentLinear& linear, at::ScalarT
 /// Signs as they are packed: (k, d_out, ceil(d_in/32)).
 std::vector<uint32_t> student_signs(const StudentLinear& linear);
 
-/// The weights of a block as its student computes them; norms are the teacher's.
+/// Share of each path's signs that training has turned, (k); `now` as student_signs() gives them.
+std::vector<double> turned_signs(const StudentLinear& linear, std::span<const uint32_t> now);
+
+/// The weights of a block as its student computes them; what it has none of is the teacher's.
 BlockWeights student_weights(const StudentBlock& student, const BlockWeights& teacher,
                              at::ScalarType compute);
 
 struct Student {
   std::vector<StudentBlock> blocks;
+  at::Tensor output_norm;  // (d_model), as a block's norms
+
+  StudentLinear& at(int64_t layer, Role role) { return blocks[static_cast<size_t>(layer)][role]; }
+  const StudentLinear& at(int64_t layer, Role role) const {
+    return blocks[static_cast<size_t>(layer)][role];
+  }
 };
 
-/// Leaves of the graph that are trained, in one fixed order: latents, then scales.
-std::vector<at::Tensor> latents(const Student& student, size_t begin_block, size_t end_block);
-std::vector<at::Tensor> scale_tensors(const Student& student, size_t begin_block, size_t end_block);
+/// Leaves of the graph that are trained, in one fixed order: the latents of some blocks; and their
+/// scales and norms, which share an optimizer.
+std::vector<at::Tensor> latents(std::span<const StudentBlock> blocks);
+std::vector<at::Tensor> scales_and_norms(std::span<const StudentBlock> blocks);
+/// Of the whole student, its last norm among them.
+std::vector<at::Tensor> scales_and_norms(const Student& student);
 
 /// The float scales, on the host.
 quant::Scales host_scales(const StudentLinear& linear);

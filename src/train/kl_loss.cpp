@@ -3,7 +3,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
-#include <optional>
 
 namespace rabit::train {
 namespace {
@@ -16,20 +15,16 @@ constexpr int64_t kChunkLogits = int64_t{1} << 26;
 
 class ChunkedLoss : public torch::autograd::Function<ChunkedLoss> {
  public:
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& student,
-                            const at::Tensor& teacher, const at::Tensor& head,
-                            const std::optional<at::Tensor>& following, const LossShares& shares) {
-    const at::Tensor next = following.value_or(at::Tensor());
+  static variable_list forward(AutogradContext* context, const at::Tensor& student,
+                               const at::Tensor& teacher, const at::Tensor& head,
+                               const at::Tensor& next, const LossShares& shares) {
     const int64_t tokens = student.size(0);
     const int64_t chunk = std::max<int64_t>(1, kChunkLogits / head.size(0));
     const double t = shares.temperature, r = shares.reverse, c = shares.cross_entropy;
     const double divergence_weight = (1.0 - c) / static_cast<double>(tokens);
-    at::Tensor known;  // tokens whose successor is known
-    double entropy_weight = 0.0;
-    if (c > 0.0) {
-      known = (next >= 0).to(at::kFloat);
-      entropy_weight = c / std::max(1.0, known.sum().item<double>());
-    }
+    const at::Tensor known = (next >= 0).to(at::kFloat);  // tokens whose successor is known
+    const at::Tensor share = known / known.sum().clamp_min(1.0);
+    at::Tensor nll = at::zeros({2}, student.options().dtype(at::kDouble));
     at::Tensor loss = at::zeros({}, student.options().dtype(at::kDouble));
     at::Tensor grad = at::empty_like(student);
     for (int64_t begin = 0; begin < tokens; begin += chunk) {
@@ -40,9 +35,16 @@ class ChunkedLoss : public torch::autograd::Function<ChunkedLoss> {
       const auto log_probabilities = [&](const at::Tensor& logits) {
         return at::log_softmax(t == 1.0 ? logits : logits / t, -1);
       };
-      const at::Tensor logits = logits_of(student);
-      const at::Tensor log_t = log_probabilities(logits_of(teacher));
+      const at::Tensor logits = logits_of(student), logits_t = logits_of(teacher);
+      const at::Tensor log_t = log_probabilities(logits_t);
       const at::Tensor log_s = log_probabilities(logits);
+      const at::Tensor target = next.narrow(0, begin, count).clamp_min(0).unsqueeze(-1);
+      const at::Tensor here = share.narrow(0, begin, count);
+      const auto cross_entropy = [&](const at::Tensor& x, const at::Tensor& log_p) {
+        const at::Tensor log_one = t == 1.0 ? log_p : at::log_softmax(x, -1);
+        return -(log_one.gather(-1, target).squeeze(-1) * here).sum(0, false, at::kDouble);
+      };
+      nll += at::stack({cross_entropy(logits, log_s), cross_entropy(logits_t, log_t)});
       const at::Tensor p_t = at::exp(log_t), p_s = at::exp(log_s);
       // d KL(p || q) / d logits = (q - p) / T;  d KL(q || p) / d logits = q (log q/p - KL(q || p))
       // / T
@@ -56,19 +58,16 @@ class ChunkedLoss : public torch::autograd::Function<ChunkedLoss> {
       }
       loss += divergence.to(at::kDouble).sum() * (t * t * divergence_weight);
       if (c > 0.0) {
-        const at::Tensor log_one = t == 1.0 ? log_s : at::log_softmax(logits, -1);
-        const at::Tensor here = known.narrow(0, begin, count);
-        const at::Tensor target = next.narrow(0, begin, count).clamp_min(0).unsqueeze(-1);
-        loss -=
-            (log_one.gather(-1, target).squeeze(-1) * here).to(at::kDouble).sum() * entropy_weight;
-        const at::Tensor weight = (here * entropy_weight).unsqueeze(-1);
-        d_logits.add_(at::exp(log_one) * weight);
+        const at::Tensor weight = (here * c).unsqueeze(-1);
+        d_logits.add_(at::softmax(logits, -1) * weight);
         d_logits.scatter_add_(-1, target, -weight);
       }
       grad.narrow(0, begin, count).copy_(at::matmul(d_logits.to(head.scalar_type()), head));
     }
+    loss += nll[0] * c;
     context->save_for_backward({grad});
-    return loss.to(at::kFloat);
+    context->mark_non_differentiable({nll});
+    return {loss.to(at::kFloat), nll};
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
@@ -80,12 +79,11 @@ class ChunkedLoss : public torch::autograd::Function<ChunkedLoss> {
 
 }  // namespace
 
-at::Tensor distillation_loss(const at::Tensor& student, const at::Tensor& teacher,
-                             const at::Tensor& head, const at::Tensor& next,
-                             const LossShares& shares) {
-  // autograd takes no undefined tensor.
-  return ChunkedLoss::apply(student, teacher, head,
-                            next.defined() ? std::optional(next) : std::nullopt, shares);
+DistillationLoss distillation_loss(const at::Tensor& student, const at::Tensor& teacher,
+                                   const at::Tensor& head, const at::Tensor& next,
+                                   const LossShares& shares) {
+  const variable_list out = ChunkedLoss::apply(student, teacher, head, next, shares);
+  return {out[0], out[1]};
 }
 
 }  // namespace rabit::train

@@ -19,12 +19,17 @@ struct LossShares {
   double cross_entropy = 0.0;
 };
 
+struct DistillationLoss {
+  at::Tensor loss;  // () float32, with a graph
+  at::Tensor nll;   // (2) float64: mean -log p(next token) of the student and of the teacher
+};
+
 /// Mean loss over tokens in nats, both distributions from the same frozen head. student, teacher:
 /// normalised hidden states (tokens, d_model) in the compute type; next (tokens) int64, the token
-/// that follows each, -1 where none is known (it has no share in the cross-entropy), or undefined
-/// where there is no cross-entropy. Gradients flow to `student` only.
-at::Tensor distillation_loss(const at::Tensor& student, const at::Tensor& teacher,
-                             const at::Tensor& head, const at::Tensor& next = {},
-                             const LossShares& shares = {});
+/// that follows each, -1 where none is known (it counts in no cross-entropy). Gradients flow to
+/// `student` only.
+DistillationLoss distillation_loss(const at::Tensor& student, const at::Tensor& teacher,
+                                   const at::Tensor& head, const at::Tensor& next,
+                                   const LossShares& shares = {});
 
 }  // namespace rabit::train

@@ -122,11 +122,12 @@ at::Tensor block_forward(const ModelConfig& config, const BlockWeights& block, c
     return output;
   };
   const at::Tensor a = norm(config, x, block.attn_norm, compute);
-  const at::Tensor attended = attend(config, rotary, linear(Role::kAttnQ, a),
-                                     linear(Role::kAttnK, a), linear(Role::kAttnV, a));
+  const at::Tensor q = linear(Role::kAttnQ, a), k = linear(Role::kAttnK, a);
+  const at::Tensor attended = attend(config, rotary, q, k, linear(Role::kAttnV, a));
   const at::Tensor middle = x + linear(Role::kAttnOutput, attended);
   const at::Tensor f = norm(config, middle, block.ffn_norm, compute);
-  const at::Tensor hidden = swiglu(linear(Role::kFfnGate, f), linear(Role::kFfnUp, f));
+  const at::Tensor gate = linear(Role::kFfnGate, f);
+  const at::Tensor hidden = swiglu(gate, linear(Role::kFfnUp, f));
   return middle + linear(Role::kFfnDown, hidden);
 }
 

@@ -63,6 +63,9 @@ std::vector<Setting> make_settings() {
        "--no-error-feedback), onebit (with --bits 1)"},
       {"bits", "--bits", "", Text{&Q::bits, check_bits},
        "Binary paths, 1 to 4, one bit a weight each; also by role or block: 2,ffn_down=3,0-3=4"},
+      {"target_bpw", "--target-bpw", "", Number{&Q::target_bpw, 0, 16},
+       "Bits a weight, scales counted, to spend on further paths where they help most by a "
+       "measurement; 0: none"},
 
       {"minutes", "--minutes", "How long", Number{&Q::minutes, 0, 1e6},
        "Bound on the whole run's time; 0: none", kMayChange},
@@ -107,6 +110,8 @@ std::vector<Setting> make_settings() {
        "Exponent of the columns' importance"},
       {"alpha_out", "--alpha-out", "Start", Number{&Q::alpha_out, 0, 4},
        "Exponent of the rows' importance"},
+      {"alpha_search", "--alpha-search", "Start", Flag{&Q::alpha_search, true},
+       "Look for both exponents on a small grid, by the divergence after a quick start"},
       {"init_sweeps", "--init-sweeps", "Start", Integer{&Q::init_sweeps, 1, 1000},
        "Gauss-Seidel sweeps of SVID"},
       {"als_steps", "--als-steps", "Start", Integer{&Q::als_steps, 0, 1000},
@@ -131,10 +136,14 @@ std::vector<Setting> make_settings() {
        "The scales' rate end to end"},
       {"ema", "--ema", "Training", Number{&Q::ema, 0, 0.99999},
        "Decay of a moving average of the latents, which gives the signs at the end; 0: none"},
+      {"train_norms", "--train-norms", "Training", Flag{&Q::train_norms, true},
+       "Train the norms too, at the scales' rates"},
       {"warmup", "--warmup", "Training", Number{&Q::warmup, 0, 0.9},
        "Share of a phase with rising rates"},
       {"gamma", "--gamma", "Training", Number{&Q::gamma, 0, 1e6},
-       "Weight of the blocks' normalised error end to end"},
+       "Weight of the normalised error of intermediate outputs end to end"},
+      {"gamma_on", "--gamma-on", "Training", choice<&Q::gamma_on>({"blocks", "layers"}),
+       "Those outputs: blocks (the stream after each) or layers (of every linear layer)"},
       {"reverse_kl", "--reverse-kl", "Training", Number{&Q::reverse_kl, 0, 1},
        "Share of KL(student || teacher) in the divergence; the rest is KL(teacher || student)"},
       {"temperature", "--temperature", "Training", Number{&Q::temperature, 0.1, 100},
@@ -146,6 +155,11 @@ std::vector<Setting> make_settings() {
 
       {"embedding", "--embedding", "Output", choice<&Q::embedding>({"q8_0", "f16"}),
        "Type of embedding and head: q8_0 or f16", kMayChange},
+      {"diagnose_tokens", "--diagnose-tokens", "Output",
+       Integer{&Q::diagnose_tokens, 0, int64_t{1} << 24},
+       "Tokens of the text to measure every layer's paths on at the end (rabit diagnose); 0: none; "
+       "their time comes on top of --minutes",
+       kMayChange},
   };
 }
 
@@ -179,6 +193,12 @@ Status check_combination(const QuantizeOptions& o) {
         "--method dbllm has two paths everywhere and a start of its own: give --bits 2 and "
         "--no-error-feedback"};
   }
+  if (o.target_bpw > 0.0 && (o.method == Method::kOnebit || o.method == Method::kDbllm)) {
+    return Error{"--target-bpw adds paths, and --method onebit and dbllm have a fixed number"};
+  }
+  if (o.alpha_search && o.method == Method::kDbllm) {
+    return Error{"--alpha-search: --method dbllm has a start without importances"};
+  }
   if (o.tokens > 0 && o.tokens < o.batch * o.seq_len) {
     return Error{
         fmt::format("--tokens {}: less than one step of {} windows of {}; give 0, or at least "
@@ -209,35 +229,15 @@ Status check_output(const std::filesystem::path& out, std::span<const std::files
   if (out.empty()) {
     return Error{"-o is empty; name the packed file to write"};
   }
-  const std::filesystem::path folder = out.has_parent_path() ? out.parent_path() : ".";
-  std::error_code failed;
-  if (!std::filesystem::is_directory(folder, failed)) {
-    return Error{"-o " + out.string() + ": no such folder: " + folder.string() +
-                 (failed ? " (" + failed.message() + ")" : "")};
-  }
-  for (const char* ending : {"", ".json", ".ckpt"}) {
+  for (const char* ending : {"", ".json", ".html", ".ckpt"}) {
     std::filesystem::path written = out;
     written += ending;
-    std::error_code ignored;
-    if (!std::filesystem::exists(written, ignored)) {
-      continue;
-    }
-    if (!std::filesystem::is_regular_file(written, ignored)) {
-      return Error{"-o " + out.string() + ": " + written.string() +
-                   (std::filesystem::is_directory(written, ignored) ? " is a folder"
-                                                                    : " is not a regular file") +
-                   "; name another file"};
-    }
-    for (const auto& input : inputs) {
-      if (std::filesystem::equivalent(written, input, ignored)) {
-        return Error{"-o " + out.string() + ": would overwrite the input " + input.string() +
-                     "; name another file"};
-      }
-    }
+    RABIT_CHECK(check_written("-o " + out.string(), written, inputs));
   }
   std::filesystem::path checkpoint = out;
   checkpoint += ".ckpt";
-  if (fresh && std::filesystem::exists(checkpoint, failed)) {
+  std::error_code ignored;
+  if (fresh && std::filesystem::exists(checkpoint, ignored)) {
     return Error{
         checkpoint.string() +
         " is there, what an earlier run left: add --resume to go on from it, or remove it"};
@@ -252,6 +252,7 @@ Status check_output(const std::filesystem::path& out, std::span<const std::files
 
 Result<PathPlan> PathPlan::parse(const std::string& text) {
   PathPlan plan;
+  plan.text_ = text;
   bool has_default = false;
   for (size_t begin = 0; begin <= text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
@@ -324,6 +325,11 @@ int64_t PathPlan::paths(int64_t layer, Role role) const {
   return paths;
 }
 
+void PathPlan::set(int64_t layer, Role role, int64_t paths) {
+  items_.push_back({layer, layer, role_name(role), paths});
+  text_ += fmt::format(",{}.{}={}", layer, role_name(role), paths);
+}
+
 int64_t PathPlan::last_layer() const {
   int64_t last = -1;
   for (const Item& item : items_) {
@@ -355,6 +361,64 @@ json describe(const QuantizeOptions& options) {
   return out;
 }
 
+std::string arguments_of(const Q& options) {
+  const json given = describe(options), defaults = describe(Q());
+  std::string out;
+  for (const Setting& setting : settings()) {
+    const std::string key(setting.key);
+    if (key.empty() || given[key] == defaults[key]) {
+      continue;
+    }
+    out += fmt::format(" {}", setting.option.substr(setting.option.rfind(',') + 1));
+    if (!std::holds_alternative<Setting::Flag>(setting.value)) {
+      out += " " + (given[key].is_string() ? given[key].get<std::string>() : given[key].dump());
+    }
+  }
+  return out;
+}
+
+Result<Q> from_description(const json& description) {
+  Q options;
+  for (const Setting& setting : settings()) {
+    const auto found = description.find(std::string(setting.key));
+    if (setting.key.empty() || found == description.end()) {
+      continue;
+    }
+    const Error wrong{fmt::format("the setting {} is {}", setting.key, found->dump())};
+    if (const auto* integer = std::get_if<Setting::Integer>(&setting.value)) {
+      if (!found->is_number_integer()) {
+        return wrong;
+      }
+      options.*integer->member = found->get<int64_t>();
+    } else if (const auto* number = std::get_if<Setting::Number>(&setting.value)) {
+      if (!found->is_number()) {
+        return wrong;
+      }
+      options.*number->member = found->get<double>();
+    } else if (const auto* flag = std::get_if<Setting::Flag>(&setting.value)) {
+      if (!found->is_boolean()) {
+        return wrong;
+      }
+      options.*flag->member = found->get<bool>();
+    } else if (const auto* text = std::get_if<Setting::Text>(&setting.value)) {
+      if (!found->is_string()) {
+        return wrong;
+      }
+      options.*text->member = found->get<std::string>();
+    } else {
+      const auto& choice = std::get<Setting::Choice>(setting.value);
+      const auto at = std::find(choice.names.begin(), choice.names.end(),
+                                found->is_string() ? found->get<std::string>() : std::string());
+      if (at == choice.names.end()) {
+        return wrong;
+      }
+      choice.set(options, static_cast<int>(at - choice.names.begin()));
+    }
+  }
+  RABIT_CHECK(check_ranges(options));
+  return options;
+}
+
 Result<at::Device> pick_device(const std::string& name) {
   RABIT_ASSIGN(const int index, device_index(name));
   if (index < 0) {
@@ -371,6 +435,42 @@ Result<at::Device> pick_device(const std::string& name) {
                              name, devices, devices == 1 ? "" : "s")};
   }
   return at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
+}
+
+at::ScalarType pick_compute(Compute compute, at::Device device) {
+  if (compute == Compute::kAuto) {
+#if defined(__x86_64__)
+    const bool fast_bf16 = device.is_cuda() || __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    const bool fast_bf16 = device.is_cuda();
+#endif
+    return fast_bf16 ? at::kBFloat16 : at::kFloat;
+  }
+  return compute == Compute::kBF16 ? at::kBFloat16 : at::kFloat;
+}
+
+Status check_written(const std::string& option, const std::filesystem::path& written,
+                     std::span<const std::filesystem::path> inputs) {
+  const std::filesystem::path folder = written.has_parent_path() ? written.parent_path() : ".";
+  std::error_code failed, ignored;
+  if (!std::filesystem::is_directory(folder, failed)) {
+    return Error{option + ": no such folder: " + folder.string() +
+                 (failed ? " (" + failed.message() + ")" : "")};
+  }
+  if (std::filesystem::exists(written, ignored) &&
+      !std::filesystem::is_regular_file(written, ignored)) {
+    return Error{option + ": " + written.string() +
+                 (std::filesystem::is_directory(written, ignored) ? " is a folder"
+                                                                  : " is not a regular file") +
+                 "; name another file"};
+  }
+  for (const auto& input : inputs) {
+    if (std::filesystem::equivalent(written, input, ignored)) {
+      return Error{option + ": would overwrite the input " + input.string() +
+                   "; name another file"};
+    }
+  }
+  return {};
 }
 
 Status check_run(const QuantizeOptions& options, const std::filesystem::path& out,

@@ -28,12 +28,15 @@ enum class EfInputs { kStudent, kTeacher };
 /// What a layer is fitted to on those inputs: its own weight's output; the output of the teacher's
 /// layer; and, where it adds to the stream, what the student's stream lacks as well.
 enum class EfTarget { kWeight, kOutput, kStream };
+/// What --gamma compares in teacher and student.
+enum class GammaOn { kBlocks, kLayers };
 enum class EmbeddingType { kQ8_0, kF16 };
 
 /// Every setting of a run; settings() says what each means and may be.
 struct QuantizeOptions {
   Method method = Method::kRabit;
   std::string bits = "2";
+  double target_bpw = 0.0;
 
   double minutes = 0.0;
   int64_t tokens = -1;
@@ -56,6 +59,7 @@ struct QuantizeOptions {
   int64_t ef_sweeps = 10;
   double alpha_in = 1.0;
   double alpha_out = 0.0;
+  bool alpha_search = false;
   int64_t init_sweeps = 8;
   int64_t als_steps = 12;
 
@@ -69,14 +73,17 @@ struct QuantizeOptions {
   double latent_lr = 5e-4;
   double scale_lr = 1e-4;
   double ema = 0.0;
+  bool train_norms = false;
   double warmup = 0.03;
   double gamma = 0.0;
+  GammaOn gamma_on = GammaOn::kBlocks;
   double reverse_kl = 0.0;
   double temperature = 1.0;
   double cross_entropy = 0.0;
   double clip = 1.0;
 
   EmbeddingType embedding = EmbeddingType::kQ8_0;
+  int64_t diagnose_tokens = 4096;
 };
 
 /// Paths of every linear layer: a default, and exceptions by block and role.
@@ -90,6 +97,10 @@ class PathPlan {
   int64_t paths(int64_t layer, Role role) const;
   /// The last block that an item names, or -1.
   int64_t last_layer() const;
+  /// What parse() takes.
+  const std::string& text() const { return text_; }
+  /// One layer's paths from now on.
+  void set(int64_t layer, Role role, int64_t paths);
 
  private:
   struct Item {
@@ -98,6 +109,7 @@ class PathPlan {
     int64_t paths = 0;
   };
   std::vector<Item> items_;
+  std::string text_;
 };
 
 /// One setting: where it lives, what the command line and the log call it, what it may be.
@@ -143,6 +155,16 @@ inline constexpr double kFinishSeconds = 15.0;
 
 /// All settings that have a key, with their values.
 nlohmann::json describe(const QuantizeOptions& options);
+/// The settings that differ from their defaults, as on a command line: " --bits 3 --seed 2".
+std::string arguments_of(const QuantizeOptions& options);
+/// The reverse of describe(); settings that are not there keep their defaults. Errors: a value that
+/// a setting cannot have.
+Result<QuantizeOptions> from_description(const nlohmann::json& description);
+
+/// What `option` names can be written: its folder is there, and it would replace nothing but a
+/// regular file that is none of `inputs`.
+Status check_written(const std::string& option, const std::filesystem::path& written,
+                     std::span<const std::filesystem::path> inputs);
 
 /// Everything that can be known to be wrong before anything is read: settings out of range or that
 /// contradict each other, a device that is not there, an output that cannot be written or that

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 
 #include "base/half.h"
 #include "base/interrupt.h"
@@ -99,8 +100,7 @@ Status verify(const TrainSession& session, const std::filesystem::path& path) {
   const at::NoGradGuard no_grad;
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     for (const Role role : kRoles) {
-      const StudentLinear& linear =
-          session.student.blocks[static_cast<size_t>(layer)][index_of(role)];
+      const StudentLinear& linear = session.student.at(layer, role);
       const auto& shape = linear.shape;
       const std::string name = linear_name(layer, role);
       const auto read = [&](const char* part, std::vector<int64_t> ne) {
@@ -139,12 +139,16 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
   const QuantizeOptions& options = session.options;
   std::vector<NamedLayer> layers;
   int64_t weights = 0, bits = 0;
+  std::vector<double> turned;
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     for (const Role role : kRoles) {
       RABIT_CHECK(check_interrupt());
-      const StudentLinear& linear =
-          session.student.blocks[static_cast<size_t>(layer)][index_of(role)];
-      auto packed = quant::pack(linear.shape, student_signs(linear), host_scales(linear));
+      const StudentLinear& linear = session.student.at(layer, role);
+      auto signs = student_signs(linear);
+      for (const double share : turned_signs(linear, signs)) {
+        turned.push_back(share);
+      }
+      auto packed = quant::pack(linear.shape, std::move(signs), host_scales(linear));
       if (!packed) {
         return Error{linear_name(layer, role) + ": " + packed.error().message};
       }
@@ -179,11 +183,25 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
   writer.set("rabit.train.seed", MetaValue::u64(static_cast<uint64_t>(options.seed)));
   writer.set("rabit.train.tokens",
              MetaValue::u64(session.log.value("distill_tokens", uint64_t{0})));
+  writer.set(kTurnedSignsKey, MetaValue::f32s(std::move(turned)));
   std::vector<std::string> digests;
   for (const auto& file : session.log["data"]["files"]) {
     digests.push_back(file["sha256"].get<std::string>());
   }
   writer.set("rabit.train.data_sha256", MetaValue::strings(digests));
+
+  std::map<std::string, at::Tensor> norms;  // those that were trained, float32 on the host
+  const auto keep_norm = [&](const std::string& name, const at::Tensor& norm) {
+    if (norm.defined()) {
+      norms[name] = norm.detach().to(at::kCPU).contiguous();
+    }
+  };
+  keep_norm("output_norm.weight", session.student.output_norm);
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    const StudentBlock& block = session.student.blocks[static_cast<size_t>(layer)];
+    keep_norm("blk." + std::to_string(layer) + ".attn_norm.weight", block.attn_norm);
+    keep_norm("blk." + std::to_string(layer) + ".ffn_norm.weight", block.ffn_norm);
+  }
 
   // Embedding, head and norms, in the source's order; packed layers in the place of their weights.
   std::vector<std::vector<std::byte>> q8_tensors;
@@ -209,6 +227,10 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
         RABIT_CHECK(writer.add_tensor(info.name, TensorType::kF16, info.ne,
                                       bytes_of(f16_tensors.emplace_back(to_f16(values)))));
       }
+    } else if (const auto norm = norms.find(info.name); norm != norms.end()) {
+      const auto values = std::span(norm->second.const_data_ptr<float>(),
+                                    static_cast<size_t>(norm->second.numel()));
+      RABIT_CHECK(writer.add_tensor(info.name, TensorType::kF32, info.ne, std::as_bytes(values)));
     } else {
       RABIT_CHECK(writer.add_tensor(info.name, info.type, info.ne, info.data));
     }

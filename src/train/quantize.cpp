@@ -4,14 +4,18 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <fmt/format.h>
+#include <sys/resource.h>
 
 #include <cmath>
-#include <new>
 
 #include "base/files.h"
 #include "base/interrupt.h"
+#include "eval/diagnostics.h"
 #include "eval/perplexity.h"
+#include "train/guard.h"
+#include "train/path_diagnosis.h"
 #include "train/session.h"
 #include "train/torch_logits.h"
 
@@ -24,41 +28,6 @@ using nlohmann::json;
 // where the block-by-block phase teaches more a second (docs/training.md).
 constexpr double kDistillShare = 0.7;
 constexpr int64_t kDefaultDistillTokens = 4'000'000;
-
-at::ScalarType pick_compute(Compute compute, at::Device device) {
-  if (compute == Compute::kAuto) {
-#if defined(__x86_64__)
-    const bool fast_bf16 = device.is_cuda() || __builtin_cpu_supports("avx512bf16") != 0;
-#else
-    const bool fast_bf16 = device.is_cuda();
-#endif
-    return fast_bf16 ? at::kBFloat16 : at::kFloat;
-  }
-  return compute == Compute::kBF16 ? at::kBFloat16 : at::kFloat;
-}
-
-// (count, seq_len) int64: the text in windows that do not overlap.
-Result<at::Tensor> cut_windows(const TrainingText& text, int64_t seq_len, int64_t vocab) {
-  const int64_t count = static_cast<int64_t>(text.tokens.size()) / seq_len;
-  if (count < 1) {
-    return Error{
-        fmt::format("the training text has {} tokens, less than one window of {}; give more "
-                    "text or a smaller --seq-len",
-                    text.tokens.size(), seq_len)};
-  }
-  at::Tensor windows = at::empty({count, seq_len}, at::kLong);
-  int64_t* ids = windows.mutable_data_ptr<int64_t>();
-  for (int64_t i = 0; i < count * seq_len; ++i) {
-    ids[i] = text.tokens[static_cast<size_t>(i)];
-    if (ids[i] < 0 || ids[i] >= vocab) {
-      return Error{
-          fmt::format("token {} of the training text is {}, outside the model's vocabulary "
-                      "of {}",
-                      i, ids[i], vocab)};
-    }
-  }
-  return windows;
-}
 
 // Before hours of training rather than after them.
 Status check_held_out(const HeldOut& held_out, int64_t vocab) {
@@ -80,14 +49,6 @@ Status check_held_out(const HeldOut& held_out, int64_t vocab) {
   return {};
 }
 
-// A random sample of windows stands first: calibration takes them from the front.
-at::Tensor shuffle_windows(const at::Tensor& windows, uint64_t seed) {
-  const std::vector<int64_t> order = shuffled(windows.size(0), seed);
-  at::Tensor picks = at::empty({windows.size(0)}, at::kLong);
-  std::copy(order.begin(), order.end(), picks.mutable_data_ptr<int64_t>());
-  return windows.index_select(0, picks);
-}
-
 Status write_log(const json& log, const std::filesystem::path& out) {
   std::filesystem::path path = out;
   path += ".json";
@@ -101,7 +62,7 @@ Status evaluate(TrainSession& session, const HeldOut& held_out) {
     return {};
   }
   for (const bool student : {false, true}) {
-    TorchLogits source(session.teacher, student ? &session.student.blocks : nullptr);
+    TorchLogits source(session.teacher, student ? &session.student : nullptr);
     const char* name = student ? "student" : "teacher";
     RABIT_ASSIGN(
         const PerplexityResult result,
@@ -123,17 +84,44 @@ Status evaluate(TrainSession& session, const HeldOut& held_out) {
   return {};
 }
 
-// torch reports what goes wrong, running out of memory above all, by exceptions.
-template <typename Body>
-Status without_exceptions(const Body& body) try {
-  return body();
-} catch (const c10::Error& error) {
-  const std::string what = error.what_without_backtrace();
-  return Error{"torch: " + what.substr(0, what.find('\n'))};
-} catch (const std::bad_alloc&) {
-  return Error{"out of memory"};
-} catch (const std::exception& error) {
-  return Error{error.what()};
+// Every layer's paths, on windows from the end of the shuffled text: where there is enough of it,
+// none that the start was fitted to.
+Status diagnose_student(TrainSession& session) {
+  const QuantizeOptions& options = session.options;
+  const int64_t windows =
+      std::min(session.windows.size(0), options.diagnose_tokens / options.seq_len);
+  if (windows < 1) {
+    return {};
+  }
+  const int64_t blocks = session.config().layers;
+  const auto reader = [&](int64_t layer) -> Result<BlockPaths> {
+    return block_paths(session.student.blocks[static_cast<size_t>(layer)]);
+  };
+  RABIT_ASSIGN(const auto layers,
+               diagnose(session.teacher, blocks, reader,
+                        session.windows.narrow(0, session.windows.size(0) - windows, windows),
+                        [&](int64_t done) {
+                          if (session.observer.progress) {
+                            session.observer.progress({"diagnosis", done, blocks, NAN, 0.0});
+                          }
+                        }));
+  session.log["diagnostics"] = to_json(layers);
+  session.log["diagnostics"]["tokens"] = windows * options.seq_len;
+  return {};
+}
+
+// The most memory that the run has held: of the process, and on the device if there is one.
+json peak_memory(at::Device device) {
+  json out;
+  rusage usage{};
+  if (getrusage(RUSAGE_SELF, &usage) == 0) {
+    out["host_bytes"] = static_cast<int64_t>(usage.ru_maxrss) * 1024;
+  }
+  if (device.is_cuda()) {
+    const auto stats = c10::getDeviceAllocator(device.type())->getDeviceStats(device.index());
+    out["device_bytes"] = stats.reserved_bytes.front().peak;
+  }
+  return out;
 }
 
 // Tokens of end-to-end distillation.
@@ -200,11 +188,25 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
                                          resumed.distill.step));
   }
 
+  const auto timed = [&](const char* phase, const auto& body) -> Status {
+    const Clock clock;
+    const Status status = without_exceptions(body);
+    session.log["phase_seconds"][phase] = clock.elapsed();
+    return status;
+  };
   const int64_t layers = session.config().layers;
   const int64_t distill_tokens = planned_tokens(options, session.teacher.device);
   const bool bounded = options.minutes > 0.0;
   const bool distilled = session.log.value("distill_planned", int64_t{0}) >= distill_tokens;
   const bool blocks_left = !resumed.distilling && resumed.blocks_done < layers;
+  if (blocks_left) {
+    if (!options.error_feedback || options.alpha_out > 0.0 || options.alpha_search) {
+      RABIT_CHECK(measure_importance(session));
+    }
+    if (resumed.blocks_done == 0) {
+      RABIT_CHECK(timed("search", [&] { return search_settings(session); }));
+    }
+  }
   // What distillation will take, unless a student is in memory already: a second would not fit.
   double distill_seconds = 0.0;
   if (!distilled && resumed.blocks_done == 0) {
@@ -251,7 +253,7 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     return {};
   }
   if (blocks_left) {
-    RABIT_CHECK(warm_start(session, resumed.blocks_done));
+    RABIT_CHECK(timed("blocks", [&] { return warm_start(session, resumed.blocks_done); }));
     if (options.dry_run) {
       return {};
     }
@@ -262,7 +264,8 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
   // Distillation that time ended is as complete as one that ran out of steps.
   if (!distilled) {
     session.clock = Clock(bounded ? std::max(1.0, phases.left()) : 0.0);
-    RABIT_CHECK(distill(session, distill_tokens, resumed.distill));
+    RABIT_CHECK(
+        timed("distillation", [&] { return distill(session, distill_tokens, resumed.distill); }));
     resumed.distilling = true;
     session.log["distill_planned"] = distill_tokens;
   }
@@ -270,8 +273,10 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     session.log["distill_tokens"] = resumed.distill.step * options.batch * options.seq_len;
   }
   const auto finish = [&]() -> Status {
-    RABIT_CHECK(without_exceptions([&] { return evaluate(session, held_out); }));
-    RABIT_CHECK(without_exceptions([&] { return write_packed_model(session, model, out); }));
+    RABIT_CHECK(timed("evaluation", [&] { return evaluate(session, held_out); }));
+    RABIT_CHECK(timed("diagnosis", [&] { return diagnose_student(session); }));
+    RABIT_CHECK(timed("packing", [&] { return write_packed_model(session, model, out); }));
+    session.log["memory"] = peak_memory(session.teacher.device);
     session.log["seconds"] = phases.elapsed() + spent;
     return write_log(session.log, out);
   };
@@ -323,10 +328,18 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
     return Error{fmt::format("--bits {}: names block {}, the model's are 0 to {}", options.bits,
                              bits.last_layer(), config.layers - 1)};
   }
+  if (const double base = plan_bits_per_weight(config, bits);
+      options.target_bpw > 0.0 && options.target_bpw < base) {
+    return Error{
+        fmt::format("--target-bpw {}: --bits {} alone takes {:.4f} bits a weight, scales "
+                    "counted; give more",
+                    options.target_bpw, options.bits, base)};
+  }
   RABIT_CHECK(check_held_out(held_out, config.vocab_size));
   RABIT_CHECK(
       check_room(options, model, config, bits, planned_tokens(options, device), out, observer));
-  RABIT_ASSIGN(const at::Tensor windows, cut_windows(text, options.seq_len, config.vocab_size));
+  RABIT_ASSIGN(const at::Tensor windows,
+               cut_windows(text.tokens, options.seq_len, config.vocab_size));
   Network teacher;
   RABIT_CHECK(without_exceptions([&]() -> Status {
     RABIT_ASSIGN(teacher, load_network(model, device, compute));
@@ -346,6 +359,9 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
                        json(),
                        checkpoint};
   session.student.blocks.resize(static_cast<size_t>(config.layers));
+  if (options.train_norms) {
+    add_output_norm(session.teacher, session.student);
+  }
   session.log["settings"] = describe(options);
   json files = json::array();
   for (size_t i = 0; i < text.files.size(); ++i) {

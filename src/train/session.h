@@ -5,7 +5,6 @@
 
 #include <chrono>
 #include <nlohmann/json.hpp>
-#include <random>
 #include <vector>
 
 #include "base/threads.h"
@@ -13,6 +12,7 @@
 #include "train/network.h"
 #include "train/optimizer.h"
 #include "train/quantize.h"
+#include "train/windows.h"
 
 namespace rabit::train {
 
@@ -31,9 +31,15 @@ class Clock {
   double limit_;
 };
 
+/// What the importances of a block's rows and columns come from: docs/training.md.
+struct BlockSums {
+  std::array<at::Tensor, kRoleCount> in;   // sum of |input| by column (d_in), float64
+  std::array<at::Tensor, kRoleCount> out;  // root of the sum of squared output gradients (d_out)
+};
+
 struct TrainSession {
   const GgufFile& model;
-  const QuantizeOptions& options;
+  QuantizeOptions options;
   const TrainObserver& observer;
   Network teacher;
   Student student;
@@ -47,46 +53,21 @@ struct TrainSession {
   double fit_seconds = 0.0;  // spent so far in fitting scales and error feedback
   PathPlan bits = PathPlan::parse(options.bits).value();  // checked by check_run
   std::vector<double> fit_errors;  // of the last block's layers, relative; error feedback only
+  std::vector<BlockSums> sums;     // by block, where they are needed
 
   const ModelConfig& config() const { return teacher.config; }
 };
 
-/// Fisher-Yates on our own generator: the same order on every machine.
-inline std::vector<int64_t> shuffled(int64_t count, uint64_t seed) {
-  std::vector<int64_t> order(static_cast<size_t>(count));
-  for (int64_t i = 0; i < count; ++i) {
-    order[static_cast<size_t>(i)] = i;
-  }
-  std::mt19937_64 random(seed);
-  for (int64_t i = count - 1; i > 0; --i) {
-    std::swap(order[static_cast<size_t>(i)],
-              order[static_cast<size_t>(random() % static_cast<uint64_t>(i + 1))]);
-  }
-  return order;
-}
-
-/// Windows in endless epochs, each a shuffle of its own, addressed by step: a run that is continued
-/// sees what it would have seen.
-class WindowOrder {
- public:
-  WindowOrder(int64_t windows, uint64_t seed) : windows_(windows), seed_(seed) {}
-  /// Indices of the windows of `step`, (batch) int64 on the host.
-  at::Tensor batch(int64_t step, int64_t batch);
-
- private:
-  int64_t windows_;
-  uint64_t seed_;
-  int64_t epoch_ = -1;
-  std::vector<int64_t> order_;  // of epoch_
-};
-
 /// The device of a --device. Errors: not a device's name; not there.
 Result<at::Device> pick_device(const std::string& name);
+/// The type of the products: bf16 where the device is fast with it and nothing else is asked for.
+at::ScalarType pick_compute(Compute compute, at::Device device);
 
-/// Importances by layer and role: docs/training.md.
+/// Importance of one layer's columns and rows, with mean 1; empty: all ones.
 struct Importance {
   std::vector<float> in, out;
 };
+Importance importance_of(const BlockSums& sums, Role role, const QuantizeOptions& options);
 
 /// Error feedback needs the teacher's stream beside the student's.
 inline bool needs_teacher_stream(const QuantizeOptions& options) {
@@ -94,18 +75,25 @@ inline bool needs_teacher_stream(const QuantizeOptions& options) {
          (options.ef_inputs == EfInputs::kTeacher || options.ef_target != EfTarget::kWeight);
 }
 
-/// Phase 1 of block `layer` by error feedback from the residual stream x (S, T, d_model) that the
-/// quantized prefix produces, and the teacher's stream where needs_teacher_stream(). `importance`
-/// of the rows, if not null. Fills student.blocks[layer].
-Status initialise_block(TrainSession& session, int64_t layer, const at::Tensor& x,
-                        const at::Tensor& teacher_x,
-                        const std::array<Importance, kRoleCount>* importance);
+/// Fills session.sums, from the language loss of the teacher on some windows.
+Status measure_importance(TrainSession& session);
 
-Result<std::vector<std::array<Importance, kRoleCount>>> measure_importance(TrainSession& session);
+/// Phase 1 of block `layer`: fills student.blocks[layer]. With error feedback from the residual
+/// stream x (S, T, d_model) that the quantized prefix produces, and the teacher's stream where
+/// needs_teacher_stream(); without, by the importances alone.
+Status start_block(TrainSession& session, int64_t layer, const at::Tensor& x,
+                   const at::Tensor& teacher_x);
 
-/// Fits the scales of a block to given importances, without error feedback.
-Status initialise_block(TrainSession& session, int64_t layer,
-                        const std::array<Importance, kRoleCount>& importance);
+/// Gives a student norms of its own to train, from the teacher's.
+void add_norms(const Network& teacher, int64_t layer, StudentBlock& block);
+void add_output_norm(const Network& teacher, Student& student);
+
+/// Finds what --alpha-search and --target-bpw ask for, and takes it into session.options,
+/// session.bits and the log.
+Status search_settings(TrainSession& session);
+
+/// Over all linear layers, scales counted.
+double plan_bits_per_weight(const ModelConfig& config, const PathPlan& plan);
 
 /// Phases 1 and 2 for all blocks from `first_block` on: initialise, then train each alone to give
 /// the teacher block's output from the quantized prefix.
@@ -147,6 +135,20 @@ struct Resumed {
 /// Reads what save_checkpoint wrote into session.student. Errors: missing or damaged, another
 /// model, other data or settings (says which).
 Result<Resumed> load_checkpoint(TrainSession& session);
+
+/// A checkpoint, by its metadata.
+bool is_checkpoint(const GgufFile& file);
+struct CheckpointStudent {
+  Student student;  // on the host
+  int64_t blocks_done = 0;
+};
+/// The student that a checkpoint holds. Errors: damaged; of another model.
+Result<CheckpointStudent> student_of_checkpoint(const GgufFile& file, const ModelConfig& config,
+                                                const std::string& source_sha256);
+
+/// Key of a packed file: the share of signs that training has turned, layer by layer (blocks and
+/// roles in order) and path by path.
+inline constexpr char kTurnedSignsKey[] = "rabit.train.turned_signs";
 
 /// Packs the student and writes the model, reads it back and compares it with the student, then
 /// gives it its name.

@@ -9,12 +9,15 @@ constexpr int64_t kChunk = 512;  // positions whose logits exist at once
 
 }  // namespace
 
-TorchLogits::TorchLogits(const Network& network, const std::vector<StudentBlock>* student)
-    : network_(network) {
+TorchLogits::TorchLogits(const Network& network, const Student* student)
+    : network_(network),
+      output_norm_(student != nullptr && student->output_norm.defined()
+                       ? student->output_norm.detach()
+                       : network.output_norm) {
   const at::NoGradGuard no_grad;
   for (size_t i = 0; i < network.blocks.size(); ++i) {
     blocks_.push_back(student != nullptr
-                          ? student_weights((*student)[i], network.blocks[i], network.compute)
+                          ? student_weights(student->blocks[i], network.blocks[i], network.compute)
                           : network.blocks[i]);
   }
 }
@@ -32,8 +35,7 @@ Status TorchLogits::score(std::span<const int32_t> tokens, std::span<double> nll
   for (const auto& block : blocks_) {
     x = block_forward(network_.config, block, rotary_, x, network_.compute);
   }
-  const at::Tensor hidden =
-      norm(network_.config, x, network_.output_norm, network_.compute).squeeze(0);
+  const at::Tensor hidden = norm(network_.config, x, output_norm_, network_.compute).squeeze(0);
   for (int64_t begin = 0; begin + 1 < count; begin += kChunk) {
     const int64_t size = std::min(kChunk, count - 1 - begin);
     const at::Tensor logits =

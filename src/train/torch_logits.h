@@ -13,7 +13,7 @@ namespace rabit::train {
 class TorchLogits : public LogitSource {
  public:
   /// With `student` null: the teacher itself. Both must outlive this.
-  TorchLogits(const Network& network, const std::vector<StudentBlock>* student);
+  TorchLogits(const Network& network, const Student* student);
 
   int64_t vocab_size() const override { return network_.config.vocab_size; }
   Status score(std::span<const int32_t> tokens, std::span<double> nll) override;
@@ -21,6 +21,7 @@ class TorchLogits : public LogitSource {
  private:
   const Network& network_;
   std::vector<BlockWeights> blocks_;
+  at::Tensor output_norm_;
   Rotary rotary_;
 };
 

@@ -57,8 +57,8 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
                              double budget) {
   const QuantizeOptions& options = session.options;
   const auto block = static_cast<size_t>(layer);
-  Trainer trainer(options.optimizer, latents(session.student, block, block + 1),
-                  scale_tensors(session.student, block, block + 1), options.clip);
+  const std::span trained(&session.student.blocks[block], 1);
+  Trainer trainer(options.optimizer, latents(trained), scales_and_norms(trained), options.clip);
 
   const int64_t windows = x.size(0);
   const int64_t batch = std::min(options.warm_batch, windows);
@@ -133,12 +133,7 @@ Result<BlockCost> measure_cost(TrainSession& session, const Rotary& rotary, cons
   const StudentBlock kept = session.student.blocks[0];
   const double fit_before = session.fit_seconds;
   const Clock init_clock;
-  if (session.options.error_feedback) {
-    RABIT_CHECK(initialise_block(session, 0, sample, sample, nullptr));
-  } else {
-    std::array<Importance, kRoleCount> none;
-    RABIT_CHECK(initialise_block(session, 0, none));
-  }
+  RABIT_CHECK(start_block(session, 0, sample, sample));
   cost.fit = session.fit_seconds - fit_before;
   cost.pass_per_window = (init_clock.elapsed() - cost.fit) / count;
   // The second of two passes, as of two runs below: the first pays for what torch sets up once.
@@ -225,10 +220,6 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   const bool train = options.warm_epochs > 0.0;
   double epochs = options.warm_epochs;
 
-  std::vector<std::array<Importance, kRoleCount>> importance;
-  if (!options.error_feedback || options.alpha_out > 0.0) {
-    RABIT_ASSIGN(importance, measure_importance(session));
-  }
   RABIT_CHECK(plan(session, rotary, first_block, windows, epochs));
   if (options.dry_run) {
     return {};
@@ -281,16 +272,11 @@ Status warm_start(TrainSession& session, int64_t first_block) {
     const double fit_before = session.fit_seconds;
     at::Tensor weight;  // of the stream's features; what goes into it last knows it
     if (options.alpha_out > 0.0) {
-      const auto& out = importance[block][index_of(Role::kFfnDown)].out;
+      const auto out = importance_of(session.sums[block], Role::kFfnDown, options).out;
       weight = at::tensor(out, at::kFloat).to(teacher.device);
     }
     const auto body = [&]() -> Status {
-      if (options.error_feedback) {
-        RABIT_CHECK(initialise_block(session, layer, x_student, x_teacher,
-                                     importance.empty() ? nullptr : &importance[block]));
-      } else {
-        RABIT_CHECK(initialise_block(session, layer, importance[block]));
-      }
+      RABIT_CHECK(start_block(session, layer, x_student, x_teacher));
       BlockRun run;
       const double init_seconds = block_clock.elapsed();
       double train_seconds = 0.0;

@@ -1,0 +1,522 @@
+#!/usr/bin/env python3
+"""Measures what each part of the method is worth: runs a grid of `rabit quantize`, several at once,
+goes on where it stopped, and writes docs/results/ablation.md with its charts.
+
+    scripts/ablation.py --model MODEL.gguf --train train.txt --test wiki.test.raw --device cuda --gpus 2
+    scripts/ablation.py --list
+    scripts/ablation.py --write-only
+
+Every run leaves its log in the folder of --out (NAME.json, all that the tables are made from); a run whose
+log is there is not repeated. Ctrl-C, or --stop-after, interrupts the runs; those that left a checkpoint go on
+with the next call. Of Python's standard library alone.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+GREEDY = "--no-error-feedback --init-sweeps 1 --als-steps 0 --alpha-in 0 --alpha-out 0"
+ITERATIVE = "--no-error-feedback --init-sweeps 8 --als-steps 12 --alpha-in 0 --alpha-out 0"
+WEIGHTED = "--no-error-feedback --init-sweeps 1 --als-steps 0 --alpha-in 0.5 --alpha-out 0.5"
+FULL = "--no-error-feedback --init-sweeps 8 --als-steps 12 --alpha-in 0.5 --alpha-out 0.5"
+COLD = "--warm-epochs 0 --latent-lr 2e-3 --scale-lr 1e-3"  # rates for a start far from the end
+WARM = "--calib-tokens 1048576 --warm-epochs 1"
+PLAINEST = "--ef-target weight --ef-order natural --ef-rounds 0 --ef-sweeps 0"
+NO_TRAINING = "--warm-epochs 0 --tokens 0"
+
+
+@dataclass
+class Run:
+    """One command of the grid; `label` and `column` place it in its group's table."""
+    group: str
+    name: str
+    label: str
+    column: str
+    options: str
+    seed: int = 1
+
+    @property
+    def key(self):
+        return f"{self.name}-s{self.seed}"
+
+
+@dataclass
+class Group:
+    name: str
+    title: str
+    text: str
+    column_head: str = ""
+    runs: list = field(default_factory=list)
+
+    def add(self, name, label, options, column="perplexity", seeds=(1,)):
+        for seed in seeds:
+            self.runs.append(Run(self.name, name, label, column, options, seed))
+
+
+def grid(tokens, seeds):
+    """All groups. `tokens`: of a full distillation."""
+    groups = []
+
+    def group(*args, **kwargs):
+        groups.append(Group(*args, **kwargs))
+        return groups[-1]
+
+    g = group("method", "Method and start",
+              f"Distillation alone, {tokens:,} tokens, two paths, no error feedback and no warm start: "
+              "independent latents (`standard`) and the coupled form (`rabit`) from four starts, and the other "
+              f"baselines. Greedy SVID is `{GREEDY}`, iterative `{ITERATIVE}`, weighted `{WEIGHTED}`, and both "
+              f"`{FULL}`; with each `{COLD}`.")
+    for method in ("standard", "rabit"):
+        for label, options in (("greedy SVID", GREEDY), ("iterative SVID", ITERATIVE),
+                               ("greedy, weighted by importance", WEIGHTED), ("iterative, weighted", FULL)):
+            start = {GREEDY: "greedy", ITERATIVE: "iterative", WEIGHTED: "weighted", FULL: "full"}[options]
+            g.add(f"{method}-{start}", label, f"--method {method} {options} {COLD} --tokens {tokens}", method, seeds)
+    for method, options in (("mbok", FULL), ("dbllm", "--no-error-feedback")):
+        label = "iterative, weighted" if method == "mbok" else "greedy SVID"
+        if method == "dbllm":
+            label = "its own"
+        g.add(method, label, f"--method {method} {options} {COLD} --tokens {tokens}", method, seeds)
+
+    g = group("warm", "Error feedback, warm start, distillation",
+              "The coupled form with two paths from error feedback, with and without the warm start "
+              f"(`{WARM}`), then distillation from more and more text.", "tokens end to end")
+    for share, label in ((0, "0"), (1 / 8, f"{tokens // 8:,}"), (1 / 2, f"{tokens // 2:,}"), (1, f"{tokens:,}")):
+        count = int(tokens * share)
+        g.add(f"ef-{label.replace(',', '')}", label, f"--calib-tokens 262144 --warm-epochs 0 --tokens {count}",
+              "error feedback", seeds)
+        g.add(f"ef-warm-{label.replace(',', '')}", label, f"{WARM} --tokens {count}",
+              "and warm start", seeds)
+        g.add(f"no-ef-warm-{label.replace(',', '')}", label, f"{FULL} {WARM} --tokens {count}",
+              "warm start, no error feedback", seeds[:1])
+
+    g = group("paths", "Paths",
+              f"Error feedback, warm start (`{WARM}`) and {tokens:,} tokens of distillation.", "paths")
+    for k in (1, 2, 3, 4):
+        name = f"ef-warm-{tokens}" if k == 2 else f"paths-{k}"
+        options = f"{WARM} --tokens {tokens}" + ("" if k == 2 else f" --bits {k}")
+        g.add(name, str(k), options, seeds=seeds if k == 2 else seeds[:1])
+        g.add("ef-0" if k == 2 else f"paths-{k}-ef", str(k),
+              "--calib-tokens 262144 --warm-epochs 0 --tokens 0" + ("" if k == 2 else f" --bits {k}"),
+              "error feedback alone", seeds if k == 2 else seeds[:1])
+
+    g = group("training", "Loss, optimizer and what is trained",
+              f"Error feedback, warm start (`{WARM}`) and {tokens // 2:,} tokens of distillation, and one thing "
+              "changed. Rates are those found for the first line.", "")
+    base = f"{WARM} --tokens {tokens // 2}"
+    g.add(f"ef-warm-{tokens // 2}", "as it is", base, seeds=seeds)
+    for name, options in (
+            ("reverse", "--reverse-kl 0.5"), ("reverse-only", "--reverse-kl 1"),
+            ("temperature", "--temperature 2"), ("cross-entropy", "--cross-entropy 0.2"),
+            ("gamma-blocks", "--gamma 0.3"), ("gamma-layers", "--gamma 0.3 --gamma-on layers"),
+            ("adamw", "--optimizer adamw --latent-lr 2e-5 --warm-latent-lr 2e-4"), ("ema", "--ema 0.99"),
+            ("norms", "--train-norms"), ("coupled-to-standard", "--method standard")):
+        g.add(f"training-{name}", f"`{options}`", f"{base} {options}", seeds=seeds[:1])
+
+    g = group("start", "Parts of the start",
+              "No training by gradients; 131,072 tokens unless an option says more.", "")
+    g.add("start-greedy", "greedy SVID", f"{GREEDY} {NO_TRAINING}")
+    g.add("start-full", "iterative SVID, weighted", f"{FULL} {NO_TRAINING}")
+    g.add("start-alpha-search", "the same, `--alpha-search`", f"{FULL} {NO_TRAINING} --alpha-search")
+    for bits in (2, 3):
+        for name, options in (("plain", PLAINEST), ("stream", "--ef-order natural --ef-rounds 0 --ef-sweeps 0"),
+                              ("all", ""), ("rounds", "--ef-rounds 8"), ("damp", "--ef-damp 0.03"),
+                              ("text", "--calib-tokens 1048576")):
+            label = {"plain": "error feedback, plainest", "stream": "target: the stream",
+                     "all": "and order, rounds, sweeps (the default)"}.get(name, f"`{options}`")
+            calib = "" if "--calib-tokens" in options else "--calib-tokens 131072 "
+            g.add(f"start-{bits}-{name}", label, f"--bits {bits} {calib}{options} {NO_TRAINING}".replace("  ", " "),
+                  f"{bits} bits")
+
+    g = group("mixed", "Paths where they help most",
+              "`--target-bpw` against the same bits spent evenly; error feedback alone on 262,144 tokens.", "")
+    for bpw in (2.25, 2.5, 3.0):
+        g.add(f"mixed-{bpw}", f"`--target-bpw {bpw}`", f"--target-bpw {bpw} --warm-epochs 0 --tokens 0")
+    for name, bits in (("down", "2,ffn_down=3"), ("attn", "2,attn=3"), ("half", "2,0-14=3"),
+                       ("other-half", "2,15-29=3")):
+        g.add(f"mixed-{name}", f"`--bits {bits}`", f"--bits {bits} --warm-epochs 0 --tokens 0")
+
+    g = group("block", "The warm start alone",
+              "No end-to-end step.", "")
+    for bits in (2, 3):
+        for rate, scale_rate in (("4e-3", "1e-3"), ("2e-3", "5e-4"), ("1e-3", "3e-4")):
+            for calib in (1048576, 2500000) if rate == "4e-3" else (1048576,):
+                g.add(f"block-{bits}-{rate}-{calib}", f"{calib:,} tokens, `--warm-latent-lr {rate} --warm-scale-lr {scale_rate}`",
+                      f"--bits {bits} --calib-tokens {calib} --warm-epochs 1 --warm-latent-lr {rate} "
+                      f"--warm-scale-lr {scale_rate} --tokens 0", f"{bits} bits")
+    return groups
+
+
+class Runner:
+    """Runs commands on slots (a GPU each, several slots a GPU), until done or told to stop."""
+
+    def __init__(self, arguments):
+        self.arguments = arguments
+        self.stopping = threading.Event()
+        self.children = {}
+        self.tries = defaultdict(int)
+        self.lock = threading.Lock()
+
+    def command(self, run, device):
+        a = self.arguments
+        model = Path(a.out) / f"{run.key}.gguf"
+        command = [a.rabit, "quantize", a.model, "-o", str(model), "--data", a.train, "--eval", a.test,
+                   "--eval-ctx", str(a.eval_ctx), "--sample-tokens", "0", "--checkpoint-minutes", "1000",
+                   "--device", device, "--seed", str(run.seed), *shlex.split(run.options), *shlex.split(a.extra)]
+        if a.threads:
+            command += ["--threads", str(a.threads)]
+        if Path(f"{model}.ckpt").exists():
+            command.append("--resume")
+        return command
+
+    def one(self, run, device):
+        out = Path(self.arguments.out)
+        model = out / f"{run.key}.gguf"
+        with open(out / f"{run.key}.err", "a") as err:
+            child = subprocess.Popen(self.command(run, device), stdout=subprocess.DEVNULL, stderr=err,
+                                     stdin=subprocess.DEVNULL, start_new_session=True)
+            with self.lock:
+                self.children[run.key] = child
+                if self.stopping.is_set():
+                    child.send_signal(signal.SIGINT)
+            code = child.wait()
+            with self.lock:
+                del self.children[run.key]
+        for ending in (".gguf", ".gguf.html"):
+            if not self.arguments.keep_models:
+                (out / f"{run.key}{ending}").unlink(missing_ok=True)
+        log = Path(f"{model}.json")
+        if code == 0 and log.exists():
+            log.rename(out / f"{run.key}.json")
+            result = json.loads((out / f"{run.key}.json").read_text())
+            say(f"{run.key}: {perplexity(result):.2f} in {result['seconds']:.0f} s")
+        elif code == 130:
+            say(f"{run.key}: interrupted")
+        else:
+            say(f"{run.key}: failed with {code}: {self.last_line(run)}")
+        return code
+
+    def last_line(self, run):
+        lines = (Path(self.arguments.out) / f"{run.key}.err").read_text().strip().splitlines()
+        return lines[-1] if lines else ""
+
+    def work(self, queue, device, failures):
+        while not self.stopping.is_set():
+            with self.lock:
+                if not queue:
+                    return
+                run = queue.pop(0)
+            if self.one(run, device) in (0, 130):
+                continue
+            # Others on the same GPU may have had its memory: again when they are done.
+            if "out of memory" in self.last_line(run) and self.tries[run.key] < 3:
+                self.tries[run.key] += 1
+                with self.lock:
+                    queue.append(run)
+                self.stopping.wait(20)
+            else:
+                failures.append(run.key)
+
+    def stop(self):
+        self.stopping.set()
+        with self.lock:
+            for child in self.children.values():
+                child.send_signal(signal.SIGINT)
+
+    def all(self, runs):
+        a = self.arguments
+        queue, failures, threads = list(runs), [], []
+        for slot in range(a.jobs):
+            device = f"cuda:{slot % a.gpus}" if a.device == "cuda" else a.device
+            threads.append(threading.Thread(target=self.work, args=(queue, device, failures)))
+        started = time.monotonic()
+        for thread in threads:
+            thread.start()
+        try:
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(0.2)
+                if a.stop_after and time.monotonic() - started > a.stop_after and not self.stopping.is_set():
+                    say("time is up: interrupting")
+                    self.stop()
+        except KeyboardInterrupt:
+            self.stop()
+        for thread in threads:
+            thread.join()
+        return failures
+
+
+def say(line):
+    print(f"ablation: {line}", file=sys.stderr, flush=True)
+
+
+def perplexity(log):
+    return log.get("perplexity", {}).get("student", {}).get("perplexity", math.nan)
+
+
+def settings_of(log):
+    return log["settings"]
+
+
+def load(out, key):
+    path = Path(out) / f"{key}.json"
+    if not path.exists():
+        return None
+    return json.loads(path.read_text())
+
+
+def spread(values):
+    """Mean and, from two values on, half their range: 31.2 ± 0.3."""
+    if not values:
+        return "-"
+    mean = statistics.fmean(values)
+    text = f"{mean:.2f}" if mean < 1000 else f"{mean:.3g}"
+    return text if len(values) < 2 else f"{text} ± {(max(values) - min(values)) / 2:.2f}"
+
+
+def svg_bars(title, rows):
+    """A bar chart: rows of (label, value, half range). Colours suit light and dark pages."""
+    rows = [row for row in rows if row[1] == row[1]]
+    left, right, height, gap = 250, 70, 18, 8
+    width = 720
+    top = 30
+    most = max(value for _, value, _ in rows)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top + len(rows) * (height + gap) + 6}" '
+             'font-family="system-ui, sans-serif" font-size="13">',
+             f'<text x="0" y="16" font-weight="600" fill="#808890">{escape(title)}</text>']
+    scale = (width - left - right) / most
+    for i, (label, value, half) in enumerate(rows):
+        y = top + i * (height + gap)
+        parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end" fill="#808890">{escape(label)}</text>')
+        parts.append(f'<rect x="{left}" y="{y}" width="{value * scale:.1f}" height="{height}" rx="2" fill="#3b82c4"/>')
+        if half:
+            a, b = left + (value - half) * scale, left + (value + half) * scale
+            parts.append(f'<path d="M{a:.1f} {y + height / 2} H{b:.1f}" stroke="#d6604d" stroke-width="2"/>')
+        parts.append(f'<text x="{left + value * scale + 6:.1f}" y="{y + 13}" fill="#808890">{value:.2f}</text>')
+    return "\n".join(parts) + "\n</svg>\n"
+
+
+def svg_lines(title, x_label, series):
+    """Lines over x; series: {name: [(x, y)]}. y is logarithmic."""
+    colours = ["#3b82c4", "#d6604d", "#2e9a4b", "#9970ab"]
+    points = [p for line in series.values() for p in line]
+    left, right, top, bottom, width, height = 60, 20, 34, 60, 720, 340
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    x0, x1 = min(xs), max(max(xs), min(xs) + 1e-9)
+    y0, y1 = math.log(min(ys) * 0.95), math.log(max(ys) * 1.05)
+
+    def place(x, y):
+        return (left + (x - x0) / (x1 - x0) * (width - left - right),
+                height - bottom - (math.log(y) - y0) / (y1 - y0) * (height - top - bottom))
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+             'font-family="system-ui, sans-serif" font-size="13">',
+             f'<text x="0" y="16" font-weight="600" fill="#808890">{escape(title)}</text>']
+    ticks = [t * 10 ** p for p in range(0, 5) for t in (1, 1.5, 2, 3, 4, 5, 7)]
+    for tick in ticks:
+        if y0 <= math.log(tick) <= y1:
+            _, y = place(x0, tick)
+            parts.append(f'<path d="M{left} {y:.1f} H{width - right}" stroke="#808890" stroke-opacity="0.3"/>')
+            parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#808890">{tick:g}</text>')
+    for x in sorted(set(xs)):
+        at, _ = place(x, math.exp(y0))
+        parts.append(f'<text x="{at:.1f}" y="{height - bottom + 18}" text-anchor="middle" fill="#808890">{x:g}</text>')
+    parts.append(f'<text x="{(left + width) / 2}" y="{height - bottom + 36}" text-anchor="middle" '
+                 f'fill="#808890">{escape(x_label)}</text>')
+    for i, (name, line) in enumerate(series.items()):
+        colour = colours[i % len(colours)]
+        where = [place(x, y) for x, y in sorted(line)]
+        path = " L".join(f"{x:.1f} {y:.1f}" for x, y in where)
+        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in where]
+        at = left + i * (width - left) / max(1, len(series))
+        parts.append(f'<rect x="{at:.0f}" y="{height - 14}" width="14" height="4" fill="{colour}"/>')
+        parts.append(f'<text x="{at + 20:.0f}" y="{height - 8}" fill="#808890">{escape(name)}</text>')
+    return "\n".join(parts) + "\n</svg>\n"
+
+
+def escape(text):
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def table(group, out):
+    """The group's markdown table, and its rows as (label, column, values, logs)."""
+    columns, labels, cells = [], [], defaultdict(list)
+    for run in group.runs:
+        if run.column not in columns:
+            columns.append(run.column)
+        if run.label not in labels:
+            labels.append(run.label)
+        log = load(out, run.key)
+        if log is not None and perplexity(log) == perplexity(log):
+            cells[run.label, run.column].append((perplexity(log), log))
+    if not cells:
+        return "", []
+    labels = [label for label in labels if any(cells[label, column] for column in columns)]
+    columns = [column for column in columns if any(cells[label, column] for label in labels)]
+    bits = group.name in ("paths", "mixed")
+    head = [group.column_head or "", *(["bits a weight"] if bits else []), *columns]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
+    for label in labels:
+        line = [label]
+        if bits:
+            line.append(next(f"{log['bits_per_weight']:.4f}" for column in columns
+                             for _, log in cells[label, column]))
+        for column in columns:
+            values = [value for value, _ in cells[label, column]]
+            line.append(spread(values))
+            if values:
+                rows.append((label, column, values, [log for _, log in cells[label, column]]))
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines), rows
+
+
+def diagnostics_table(out, keys):
+    lines = ["| run | Corr(y1, y2): median | least to largest | Corr(R1, y2): median | least to largest | "
+             "error of the outputs, median |", "|---|---|---|---|---|---|"]
+    for key in keys:
+        log = load(out, key)
+        summary = (log or {}).get("diagnostics", {}).get("summary", {})
+        if "path_correlation" not in summary:
+            continue
+        c, r, e = summary["path_correlation"], summary["residual_alignment"], summary["output_error"]
+        lines.append(f"| `{key}` | {c['median']:.3f} | {c['least']:.3f} to {c['largest']:.3f} | {r['median']:.3f} | "
+                     f"{r['least']:.3f} to {r['largest']:.3f} | {e['median']:.3f} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def write_docs(arguments, groups):
+    out, docs = arguments.out, Path(arguments.docs)
+    logs = [log for group in groups for run in group.runs if (log := load(out, run.key))]
+    if not logs:
+        raise SystemExit(f"ablation: {out} holds no results")
+    teacher = logs[0]["perplexity"]["teacher"]
+    sources = {log["source"]["sha256"] for log in logs}
+    texts = {f["sha256"] for log in logs for f in log["data"]["files"]}
+    page = ["# What each part is worth", "",
+            f"`{logs[0]['source']['name']}` (SHA-256 {', '.join(s[:12] for s in sorted(sources))}), trained on "
+            f"`{logs[0]['data']['files'][0]['name']}` (SHA-256 {', '.join(s[:12] for s in sorted(texts))}); perplexity "
+            f"by torch, {teacher['protocol']}; the original has {teacher['perplexity']:.2f}. {arguments.machine} "
+            "± is half the range over seeds; where there is none, one run was made. Repeated with one seed, runs on "
+            "a GPU differ by about 0.3, for its sums are not ordered.", "",
+            "    scripts/ablation.py --model MODEL.gguf --train TRAIN.txt --test TEST.txt --device cuda", "",
+            "makes all of it; `--list` prints the command of every run.", ""]
+    for group in groups:
+        text, rows = table(group, out)
+        if not text:
+            continue
+        page += [f"## {group.title}", "", group.text, "", text, ""]
+        stem = docs.with_suffix("").name
+        if group.name == "method":
+            bars = [(f"{column}, {label}", statistics.fmean(values), (max(values) - min(values)) / 2)
+                    for label, column, values, _ in rows]
+            bars.sort(key=lambda row: -row[1])
+            chart = docs.parent / f"{stem}-{group.name}.svg"
+            chart.write_text(svg_bars("perplexity", bars))
+            page += [f"![{group.title}]({chart.name})", ""]
+            keys = [f"{name}-s1" for name in ("standard-greedy", "standard-full", "rabit-greedy", "rabit-full", "mbok",
+                                              "dbllm")]
+            found = diagnostics_table(out, keys)
+            if found:
+                page += ["How the paths work together after training, over all layers (`rabit diagnose` says what "
+                         "is measured):", "", found, ""]
+        if group.name == "warm":
+            series = defaultdict(list)
+            for label, column, values, _ in rows:
+                series[column].append((int(label.replace(",", "")) / 1e6, statistics.fmean(values)))
+            chart = docs.parent / f"{stem}-{group.name}.svg"
+            chart.write_text(svg_lines("perplexity", "million tokens end to end", dict(series)))
+            page += [f"![{group.title}]({chart.name})", ""]
+    docs.write_text("\n".join(page).rstrip() + "\n")
+    say(f"wrote {docs}")
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", help="GGUF file of the original")
+    parser.add_argument("--train", help="training text")
+    parser.add_argument("--test", help="text to measure perplexity on")
+    parser.add_argument("--rabit", default=str(ROOT / "build/release/bin/rabit"), help="the program")
+    parser.add_argument("--out", default=str(ROOT / "out/ablation"), help="folder of the results")
+    parser.add_argument("--docs", default=str(ROOT / "docs/results/ablation.md"), help="page to write")
+    parser.add_argument("--machine", default="", help="a sentence about the machine, for the page")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to train")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs to spread the runs over")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--threads", type=int, default=0, help="threads of each run; 0: all")
+    parser.add_argument("--tokens", type=int, default=8_000_000, help="of a full distillation")
+    parser.add_argument("--seeds", default="1,2", help="seeds of the main tables")
+    parser.add_argument("--eval-ctx", type=int, default=2048, help="window of the perplexity")
+    parser.add_argument("--groups", default="", help="of these groups only, comma-separated")
+    parser.add_argument("--only", default="", help="runs whose names contain one of these, comma-separated")
+    parser.add_argument("--extra", default="", help="options added to every run")
+    parser.add_argument("--stop-after", type=float, default=0, help="seconds after which runs are interrupted")
+    parser.add_argument("--keep-models", action="store_true", help="keep the packed files")
+    parser.add_argument("--list", action="store_true", help="print the runs and stop")
+    parser.add_argument("--write-only", action="store_true", help="write the page from what is there")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    arguments = parse(argv)
+    try:
+        seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
+    except ValueError:
+        raise SystemExit(f"ablation: --seeds {arguments.seeds}: not numbers with commas between")
+    groups = grid(arguments.tokens, seeds)
+    chosen = [name for name in arguments.groups.split(",") if name]
+    unknown = set(chosen) - {group.name for group in groups}
+    if unknown:
+        raise SystemExit(f"ablation: no group {', '.join(sorted(unknown))}; there are "
+                         f"{', '.join(group.name for group in groups)}")
+    if arguments.write_only:
+        write_docs(arguments, groups)
+        return 0
+    parts = [part for part in arguments.only.split(",") if part]
+    runs = {}
+    for group in groups:
+        for run in group.runs:
+            if (not chosen or group.name in chosen) and (not parts or any(part in run.key for part in parts)):
+                runs.setdefault(run.key, run)
+    runner = Runner(arguments)
+    if arguments.list:
+        for run in runs.values():
+            print(f"{run.group:9} {run.key:32} rabit quantize MODEL -o OUT --data TRAIN --eval TEST "
+                  f"--seed {run.seed} {run.options}")
+        return 0
+    for name in ("model", "train", "test"):
+        value = getattr(arguments, name)
+        if not value or not os.path.isfile(value):
+            raise SystemExit(f"ablation: --{name} {value or ''}: no such file")
+    os.makedirs(arguments.out, exist_ok=True)
+    left = [run for run in runs.values() if load(arguments.out, run.key) is None]
+    # Those that distil longest first, so that the last do not wait for a late start.
+    left.sort(key=lambda run: -int((run.options.split("--tokens ")[1:] or ["0"])[-1].split()[0]))
+    say(f"{len(runs) - len(left)} of {len(runs)} runs are there already")
+    failures = runner.all(left)
+    missing = [run.key for run in runs.values() if load(arguments.out, run.key) is None]
+    if not missing:
+        write_docs(arguments, groups)
+    if failures:
+        raise SystemExit(f"ablation: failed: {', '.join(failures)} (see {arguments.out}/NAME.err)")
+    if missing:
+        say(f"{len(missing)} runs are left; the same command goes on")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,34 @@
+// `rabit diagnose`: how the paths of a quantized model work together, layer by layer, beside its
+// teacher. Free of torch, so that the command line compiles without it.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <nlohmann/json_fwd.hpp>
+#include <span>
+#include <string>
+
+#include "io/gguf.h"
+#include "rabit/result.h"
+#include "train/options.h"
+
+namespace rabit::train {
+
+struct DiagnoseOptions {
+  int64_t tokens = 4096;  // at most; whole windows are taken, from the start of the text
+  int64_t seq_len = 512;
+  std::string device = "cpu";
+  int64_t threads = 0;  // 0: as many as the process may use
+  Compute compute = Compute::kAuto;
+};
+
+/// Measures every layer of `student`, a packed file or a run's checkpoint (its finished blocks), on
+/// the text's tokens. Returns the object of to_json (eval/diagnostics.h) with the protocol beside
+/// it; docs/diagnose.md has the keys. Errors: a student of another model, a text shorter than one
+/// window, a missing device, a damaged file, an interrupt.
+Result<nlohmann::json> diagnose_file(const GgufFile& student, const GgufFile& teacher,
+                                     std::span<const int32_t> tokens,
+                                     const DiagnoseOptions& options,
+                                     const std::function<void(int64_t, int64_t)>& progress);
+
+}  // namespace rabit::train

@@ -1,0 +1,155 @@
+#include "train/path_diagnosis.h"
+
+#include <ATen/ATen.h>
+
+#include "base/interrupt.h"
+#include "train/host_tensor.h"
+
+namespace rabit::train {
+namespace {
+
+// Keeps what the teacher's layers give.
+class OutputTap : public LinearTap {
+ public:
+  std::array<at::Tensor, kRoleCount> outputs;
+  void see(Role role, const at::Tensor&, const at::Tensor& output) override {
+    outputs[index_of(role)] = output;
+  }
+};
+
+// One block's student: paths as dense weights, and the sums that its layers' outputs add to.
+class BlockDiagnosis : public LinearTap {
+ public:
+  BlockDiagnosis(const Network& teacher, int64_t layer, const BlockPaths& student)
+      : teacher_(teacher.blocks[static_cast<size_t>(layer)]) {
+    weights_.attn_norm = student.attn_norm.defined() ? student.attn_norm : teacher_.attn_norm;
+    weights_.ffn_norm = student.ffn_norm.defined() ? student.ffn_norm : teacher_.ffn_norm;
+    for (const Role role : kRoles) {
+      const LayerPaths& linear = student.linear[index_of(role)];
+      paths_[index_of(role)] = dense_paths(linear).to(teacher.device);
+      weights_.linear[index_of(role)] = paths_[index_of(role)].sum(0).to(teacher.compute);
+      LayerDiagnosis& layer_diagnosis = diagnoses_.emplace_back(linear.shape.paths);
+      layer_diagnosis.name = linear_name(layer, role);
+      layer_diagnosis.d_out = linear.shape.d_out;
+      layer_diagnosis.d_in = linear.shape.d_in;
+      layer_diagnosis.bits = quant::packed_bits(linear.shape);
+      layer_diagnosis.turned_signs = linear.turned_signs;
+      layer_diagnosis.row_scales = spreads(linear.scales.g, linear.shape.paths);
+      layer_diagnosis.column_scales = spreads(linear.scales.h, linear.shape.paths);
+      const at::Tensor original = teacher_.linear[index_of(role)].to(at::kFloat);
+      const at::Tensor error = paths_[index_of(role)].sum(0) - original;
+      layer_diagnosis.weight_error =
+          (error.square().sum() / original.square().sum().clamp_min(1e-30)).item<double>();
+    }
+  }
+
+  const BlockWeights& weights() const { return weights_; }
+  const std::vector<LayerDiagnosis>& diagnoses() const { return diagnoses_; }
+
+  void set_teacher_outputs(std::array<at::Tensor, kRoleCount> outputs) {
+    teacher_outputs_ = std::move(outputs);
+  }
+
+  void see(Role role, const at::Tensor& input, const at::Tensor&) override {
+    const at::Tensor x = input.flatten(0, -2).to(at::kFloat);  // (tokens, d_in)
+    const at::Tensor original = teacher_.linear[index_of(role)].to(at::kFloat);
+    const at::Tensor& paths = paths_[index_of(role)];
+    std::vector<at::Tensor> signals = {teacher_outputs_[index_of(role)].flatten().to(at::kDouble),
+                                       at::matmul(x, original.t()).flatten().to(at::kDouble)};
+    for (int64_t i = 0; i < paths.size(0); ++i) {
+      signals.push_back(at::matmul(x, paths[i].t()).flatten().to(at::kDouble));
+    }
+    const at::Tensor all = at::stack(signals);  // (2 + k, tokens d_out)
+    const int64_t k = paths.size(0);
+    const auto add = [&](PathMoments& moments, int64_t reference) {
+      at::Tensor picks = at::arange(1, k + 2, at::TensorOptions().dtype(at::kLong));
+      picks[0] = reference;
+      const at::Tensor used = all.index_select(0, picks.to(all.device()));
+      const at::Tensor sums = used.sum(1).cpu();
+      const at::Tensor products = at::matmul(used, used.t()).cpu().contiguous();
+      moments.add(
+          all.size(1), {sums.const_data_ptr<double>(), static_cast<size_t>(k + 1)},
+          std::span(products.const_data_ptr<double>(), static_cast<size_t>((k + 1) * (k + 1))));
+    };
+    add(diagnoses_[index_of(role)].against_teacher, 0);
+    add(diagnoses_[index_of(role)].on_own_inputs, 1);
+  }
+
+ private:
+  // (k, d_out, d_in) float32
+  static at::Tensor dense_paths(const LayerPaths& linear) {
+    const auto [d_out, d_in, paths] = linear.shape;
+    const auto words = static_cast<size_t>(d_out * ((d_in + 31) / 32));
+    const auto part = [](const auto& values, size_t i, size_t size) {
+      return std::span(values).subspan(i * size, size);
+    };
+    std::vector<at::Tensor> out;
+    for (size_t i = 0; i < static_cast<size_t>(paths); ++i) {
+      out.push_back(
+          to_tensor(quant::reconstruct({d_out, d_in, 1}, part(linear.signs, i, words),
+                                       part(linear.scales.g, i, static_cast<size_t>(d_out)),
+                                       part(linear.scales.h, i, static_cast<size_t>(d_in))),
+                    {d_out, d_in}));
+    }
+    return at::stack(out);
+  }
+
+  static std::vector<Spread> spreads(const std::vector<float>& scales, int64_t paths) {
+    std::vector<Spread> out;
+    const size_t size = scales.size() / static_cast<size_t>(paths);
+    for (size_t i = 0; i < static_cast<size_t>(paths); ++i) {
+      out.push_back(spread(std::span(scales).subspan(i * size, size)));
+    }
+    return out;
+  }
+
+  const BlockWeights& teacher_;
+  BlockWeights weights_;
+  std::array<at::Tensor, kRoleCount> paths_;  // (k, d_out, d_in)
+  std::array<at::Tensor, kRoleCount> teacher_outputs_;
+  std::vector<LayerDiagnosis> diagnoses_;
+};
+
+}  // namespace
+
+BlockPaths block_paths(const StudentBlock& block) {
+  BlockPaths out{{}, block.attn_norm, block.ffn_norm};
+  for (size_t i = 0; i < kRoleCount; ++i) {
+    const StudentLinear& linear = block.linear[i];
+    auto signs = student_signs(linear);
+    auto turned = turned_signs(linear, signs);
+    out.linear[i] = {linear.shape, std::move(signs), host_scales(linear), std::move(turned)};
+  }
+  return out;
+}
+
+Result<std::vector<LayerDiagnosis>> diagnose(const Network& teacher, int64_t blocks,
+                                             const BlockReader& student, const at::Tensor& windows,
+                                             const std::function<void(int64_t)>& progress) {
+  const at::NoGradGuard no_grad;
+  const ModelConfig& config = teacher.config;
+  const Rotary rotary = make_rotary(config, windows.size(1), teacher.device);
+  at::Tensor x_teacher = embed(teacher, windows.to(teacher.device));
+  at::Tensor x_student = x_teacher.clone();
+  std::vector<LayerDiagnosis> out;
+  for (int64_t layer = 0; layer < blocks; ++layer) {
+    RABIT_ASSIGN(const BlockPaths paths, student(layer));
+    BlockDiagnosis diagnosis(teacher, layer, paths);
+    for (int64_t i = 0; i < windows.size(0); ++i) {
+      RABIT_CHECK(check_interrupt());
+      const auto forward = [&](const at::Tensor& x, const BlockWeights& weights, LinearTap& tap) {
+        at::Tensor window = x.narrow(0, i, 1);
+        window.copy_(block_forward(config, weights, rotary, window, teacher.compute, &tap));
+      };
+      OutputTap outputs;
+      forward(x_teacher, teacher.blocks[static_cast<size_t>(layer)], outputs);
+      diagnosis.set_teacher_outputs(std::move(outputs.outputs));
+      forward(x_student, diagnosis.weights(), diagnosis);
+    }
+    out.insert(out.end(), diagnosis.diagnoses().begin(), diagnosis.diagnoses().end());
+    progress(layer + 1);
+  }
+  return out;
+}
+
+}  // namespace rabit::train

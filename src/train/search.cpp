@@ -1,0 +1,287 @@
+// What a run may look for before it starts, by the divergence from the teacher that it measures:
+// the exponents of the importances (--alpha-search), and the layers that get more paths
+// (--target-bpw).
+
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/interrupt.h"
+#include "train/host_tensor.h"
+#include "train/kl_loss.h"
+#include "train/layer_fit.h"
+#include "train/session.h"
+
+namespace rabit::train {
+namespace {
+
+constexpr int64_t kFitTokens = 8192;    // that layers are fitted to in a search
+constexpr int64_t kScoreTokens = 2048;  // that the divergence is measured on, others than those
+
+// Fits good enough to compare settings.
+QuantizeOptions quick(QuantizeOptions options) {
+  options.init_sweeps = std::min<int64_t>(options.init_sweeps, 2);
+  options.als_steps = std::min<int64_t>(options.als_steps, 4);
+  options.ef_rounds = 0;
+  options.ef_sweeps = 0;
+  return options;
+}
+
+// Windows of the text to fit to and to score on; a text too short for both is used twice.
+struct Sample {
+  at::Tensor fit, score;  // (count, seq_len) int64 on the device
+
+  explicit Sample(const TrainSession& session) {
+    const at::Tensor& windows = session.windows;
+    const auto count = [&](int64_t tokens) {
+      return std::clamp<int64_t>(tokens / session.options.seq_len, 1, windows.size(0));
+    };
+    fit = windows.narrow(0, 0, count(kFitTokens)).to(session.teacher.device);
+    const int64_t scored = count(kScoreTokens);
+    score = windows.narrow(0, windows.size(0) - scored, scored).to(session.teacher.device);
+  }
+};
+
+// Teacher and student at the end of their last blocks: the divergence of what they say.
+double divergence(const Network& teacher, const at::Tensor& x_student,
+                  const at::Tensor& x_teacher) {
+  const auto hidden = [&](const at::Tensor& x) {
+    return norm(teacher.config, x, teacher.output_norm, teacher.compute).flatten(0, 1);
+  };
+  const at::Tensor student = hidden(x_student);
+  const at::Tensor next =
+      at::full({student.size(0)}, -1, at::TensorOptions().dtype(at::kLong).device(teacher.device));
+  return distillation_loss(student, hidden(x_teacher), teacher.head, next).loss.item<double>();
+}
+
+// The divergence right after phase 1, fitted quickly.
+Result<double> start_divergence(TrainSession& session, const Sample& sample) {
+  const at::NoGradGuard no_grad;
+  const Network& teacher = session.teacher;
+  const ModelConfig& config = session.config();
+  const Rotary rotary = make_rotary(config, session.options.seq_len, teacher.device);
+  at::Tensor fit_student = embed(teacher, sample.fit), fit_teacher = fit_student.clone();
+  at::Tensor student = embed(teacher, sample.score), reference = student.clone();
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    RABIT_CHECK(start_block(session, layer, fit_student, fit_teacher));
+    const auto block = static_cast<size_t>(layer);
+    const BlockWeights weights =
+        student_weights(session.student.blocks[block], teacher.blocks[block], teacher.compute);
+    for (auto* stream : {&fit_student, &student}) {
+      *stream = block_forward(config, weights, rotary, *stream, teacher.compute);
+    }
+    for (auto* stream : {&fit_teacher, &reference}) {
+      *stream = block_forward(config, teacher.blocks[block], rotary, *stream, teacher.compute);
+    }
+    session.student.blocks[block] = {};
+  }
+  return divergence(teacher, student, reference);
+}
+
+// One exponent after the other, each over its grid, from the values given.
+Status search_alphas(TrainSession& session) {
+  const Sample sample(session);
+  const QuantizeOptions given = session.options;
+  QuantizeOptions best = given;
+  double least = INFINITY;
+  nlohmann::json tried = nlohmann::json::array();
+  const auto search = [&](double QuantizeOptions::*exponent,
+                          std::initializer_list<double> grid) -> Status {
+    const QuantizeOptions from = best;
+    for (const double value : grid) {
+      RABIT_CHECK(check_interrupt());
+      QuantizeOptions candidate = from;
+      candidate.*exponent = value;
+      if (std::isfinite(least) && candidate.alpha_in == best.alpha_in &&
+          candidate.alpha_out == best.alpha_out) {
+        continue;  // measured already
+      }
+      session.options = quick(candidate);
+      const auto found = start_divergence(session, sample);
+      session.options = given;
+      RABIT_CHECK(found);
+      tried.push_back({{"alpha_in", candidate.alpha_in},
+                       {"alpha_out", candidate.alpha_out},
+                       {"divergence", *found}});
+      if (*found < least) {
+        least = *found;
+        best = candidate;
+      }
+      if (session.observer.progress) {
+        session.observer.progress(
+            {"search of the exponents", static_cast<int64_t>(tried.size()), 8, *found, 0.0});
+      }
+    }
+    return {};
+  };
+  RABIT_CHECK(search(&QuantizeOptions::alpha_in, {0.0, 0.25, 0.5, 0.75, 1.0}));
+  RABIT_CHECK(search(&QuantizeOptions::alpha_out, {0.0, 0.25, 0.5, 1.0}));
+  session.options.alpha_in = best.alpha_in;
+  session.options.alpha_out = best.alpha_out;
+  session.log["searched"]["alpha_in"] = best.alpha_in;
+  session.log["searched"]["alpha_out"] = best.alpha_out;
+  session.log["searched"]["alphas_tried"] = tried;
+  session.observer.message(fmt::format("found: --alpha-in {} --alpha-out {} (divergence {:.4f})",
+                                       best.alpha_in, best.alpha_out, least));
+  return {};
+}
+
+// Sums mean x x^T of what layers read, for the first role of each stage that shares an input.
+class InputTap : public LinearTap {
+ public:
+  std::array<at::Tensor, kRoleCount> sums;
+  int64_t tokens = 0;
+  void see(Role role, const at::Tensor& input, const at::Tensor&) override {
+    const at::Tensor x = input.flatten(0, -2).to(at::kFloat);
+    at::Tensor& sum = sums[index_of(role)];
+    if (role == Role::kAttnK || role == Role::kAttnV || role == Role::kFfnUp) {
+      sum = sums[index_of(role == Role::kFfnUp ? Role::kFfnGate : Role::kAttnQ)];
+      return;
+    }
+    sum = at::matmul(x.t(), x);
+    tokens = x.size(0);
+  }
+};
+
+struct Candidate {
+  int64_t layer = 0;
+  Role role = Role::kAttnQ;
+  int64_t paths = 0;                // now
+  int64_t first_paths = 0;          // divergences[i] is of first_paths + i paths
+  std::vector<double> divergences;  // with only this layer quantized
+  quant::Shape shape;
+
+  double gain() const {
+    const auto at = static_cast<size_t>(paths - first_paths);
+    return at + 1 < divergences.size() ? divergences[at] - divergences[at + 1] : 0.0;
+  }
+  int64_t cost() const {  // of one path more, bits
+    return quant::packed_bits({shape.d_out, shape.d_in, paths + 1}) -
+           quant::packed_bits({shape.d_out, shape.d_in, paths});
+  }
+};
+
+constexpr int64_t kMostExtraPaths = 2;
+
+// The divergence that each layer causes alone, by its number of paths.
+Result<std::vector<Candidate>> measure_sensitivity(TrainSession& session) {
+  const at::NoGradGuard no_grad;
+  const Network& teacher = session.teacher;
+  const ModelConfig& config = session.config();
+  const Sample sample(session);
+  const Rotary rotary = make_rotary(config, session.options.seq_len, teacher.device);
+  const QuantizeOptions options = quick(session.options);
+  std::vector<at::Tensor> streams = {embed(teacher, sample.score)};
+  for (const BlockWeights& block : teacher.blocks) {
+    streams.push_back(block_forward(config, block, rotary, streams.back(), teacher.compute));
+  }
+  at::Tensor x_fit = embed(teacher, sample.fit);
+  std::vector<Candidate> candidates;
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    const auto block = static_cast<size_t>(layer);
+    InputTap tap;
+    x_fit = block_forward(config, teacher.blocks[block], rotary, x_fit, teacher.compute, &tap);
+    for (const Role role : kRoles) {
+      const LinearShape sizes = linear_shape(config, role);
+      const int64_t first = session.bits.paths(layer, role);
+      Candidate candidate{layer, role, first, first, {}, {sizes.d_out, sizes.d_in, first}};
+      const std::string name = linear_name(layer, role);
+      RABIT_ASSIGN(const at::Tensor weight,
+                   read_tensor(session.model, name + ".weight", {sizes.d_out, sizes.d_in}));
+      const LayerProblem problem{name,
+                                 weight.to(teacher.device),
+                                 tap.sums[index_of(role)] / static_cast<double>(tap.tokens),
+                                 {}};
+      for (int64_t paths = first; paths <= std::min(quant::kMaxPaths, first + kMostExtraPaths);
+           ++paths) {
+        RABIT_CHECK(check_interrupt());
+        RABIT_ASSIGN(const LayerFit fit, fit_layer(problem, paths, options, session.pool));
+        const StudentLinear linear = make_student_linear(
+            Method::kRabit, fit.latent, to_tensor(fit.scales.g, {paths, sizes.d_out}),
+            to_tensor(fit.scales.h, {paths, sizes.d_in}), teacher.device);
+        BlockWeights weights = teacher.blocks[block];
+        weights.linear[index_of(role)] = fake_quant_weight(linear, teacher.compute);
+        at::Tensor x = block_forward(config, weights, rotary, streams[block], teacher.compute);
+        for (size_t next = block + 1; next < teacher.blocks.size(); ++next) {
+          x = block_forward(config, teacher.blocks[next], rotary, x, teacher.compute);
+        }
+        candidate.divergences.push_back(divergence(teacher, x, streams.back()));
+      }
+      candidates.push_back(std::move(candidate));
+    }
+    if (session.observer.progress) {
+      session.observer.progress({"sensitivity", layer + 1, config.layers, NAN, 0.0});
+    }
+  }
+  return candidates;
+}
+
+// Path after path to the layer where it lowers the divergence most for its bits, while they last.
+Status spend_bits(TrainSession& session) {
+  const double target = session.options.target_bpw;
+  RABIT_ASSIGN(std::vector<Candidate> candidates, measure_sensitivity(session));
+  int64_t weights = 0, bits = 0;
+  nlohmann::json measured = nlohmann::json::array();
+  for (const Candidate& candidate : candidates) {
+    weights += candidate.shape.d_out * candidate.shape.d_in;
+    bits += quant::packed_bits(candidate.shape);
+    measured.push_back({{"layer", linear_name(candidate.layer, candidate.role)},
+                        {"paths", candidate.first_paths},
+                        {"divergences", candidate.divergences}});
+  }
+  const double budget = target * static_cast<double>(weights);
+  while (true) {
+    Candidate* best = nullptr;
+    const auto worth = [](const Candidate& c) { return c.gain() / static_cast<double>(c.cost()); };
+    for (Candidate& candidate : candidates) {
+      if (candidate.gain() > 0.0 && static_cast<double>(bits + candidate.cost()) <= budget &&
+          (best == nullptr || worth(candidate) > worth(*best))) {
+        best = &candidate;
+      }
+    }
+    if (best == nullptr) {
+      break;
+    }
+    bits += best->cost();
+    ++best->paths;
+  }
+  for (const Candidate& candidate : candidates) {
+    if (candidate.paths != candidate.first_paths) {
+      session.bits.set(candidate.layer, candidate.role, candidate.paths);
+    }
+  }
+  session.log["searched"]["bits"] = session.bits.text();
+  session.log["searched"]["sensitivity"] = measured;
+  session.observer.message(fmt::format("found: --bits {} ({:.4f} bits a weight)",
+                                       session.bits.text(),
+                                       plan_bits_per_weight(session.config(), session.bits)));
+  return {};
+}
+
+}  // namespace
+
+double plan_bits_per_weight(const ModelConfig& config, const PathPlan& plan) {
+  int64_t weights = 0, bits = 0;
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    for (const Role role : kRoles) {
+      const LinearShape shape = linear_shape(config, role);
+      weights += shape.d_out * shape.d_in;
+      bits += quant::packed_bits({shape.d_out, shape.d_in, plan.paths(layer, role)});
+    }
+  }
+  return static_cast<double>(bits) / static_cast<double>(weights);
+}
+
+Status search_settings(TrainSession& session) {
+  if (session.options.alpha_search) {
+    RABIT_CHECK(search_alphas(session));
+  }
+  if (session.options.target_bpw > 0.0) {
+    RABIT_CHECK(spend_bits(session));
+  }
+  return {};
+}
+
+}  // namespace rabit::train
