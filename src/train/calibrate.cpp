@@ -3,7 +3,6 @@
 // the already quantized layers before it produce, within the block too.
 
 #include <ATen/ATen.h>
-#include <ATen/Context.h>
 #include <fmt/format.h>
 
 #include <cmath>
@@ -18,33 +17,11 @@ namespace {
 
 constexpr int64_t kChunk = 8;  // windows computed at once
 
-// Lets the CPU's products of float32 matrices go through bf16 while it lives. Exact where the
-// factors were bf16 to begin with: their products are summed in float32.
-class ThroughBF16 {
- public:
-  explicit ThroughBF16(bool wanted) : wanted_(wanted) {
-    if (wanted_) {
-      at::globalContext().setFloat32MatmulPrecision("medium");
-    }
-  }
-  ~ThroughBF16() {
-    if (wanted_) {
-      at::globalContext().setFloat32MatmulPrecision("highest");
-    }
-  }
-  ThroughBF16(const ThroughBF16&) = delete;
-  ThroughBF16& operator=(const ThroughBF16&) = delete;
-
- private:
-  bool wanted_;
-};
-
 // Mean of y x^T over tokens, in float32 on the device of x.
 class Moment {
  public:
   // y (tokens, m), x (tokens, d)
   void add(const at::Tensor& y, const at::Tensor& x) {
-    const ThroughBF16 products(x.is_cpu() && x.scalar_type() == at::kBFloat16);
     const at::Tensor left = y.reshape({-1, y.size(-1)}).to(at::kFloat);
     const at::Tensor right = x.reshape({-1, x.size(-1)}).to(at::kFloat);
     if (!sum_.defined()) {
