@@ -145,6 +145,25 @@ TEST_F(Files, AtomicFileReportsAFullDisk) {
   EXPECT_EQ(files_in_folder(), 0U);
 }
 
+TEST_F(Files, OneHolderALock) {
+  const auto place = folder_ / "out.gguf", lock = folder_ / "out.gguf.lock";
+  {
+    auto first = FileLock::take(place);
+    ASSERT_TRUE(first);
+    EXPECT_TRUE(std::filesystem::exists(lock));
+    const auto second = FileLock::take(place);
+    ASSERT_FALSE(second);
+    EXPECT_NE(second.error().message.find("another process is writing it"), std::string::npos);
+    EXPECT_TRUE(FileLock::take(folder_ / "other.gguf"));
+    const FileLock moved = std::move(first).value();
+    EXPECT_FALSE(FileLock::take(place));
+  }
+  EXPECT_FALSE(std::filesystem::exists(lock));
+  put("out.gguf.lock", "");  // of a process that was killed
+  EXPECT_TRUE(FileLock::take(place));
+  EXPECT_FALSE(FileLock::take(folder_ / "none" / "out.gguf"));
+}
+
 TEST_F(Files, Sha256OfKnownStrings) {
   // FIPS 180-2, appendix B.1, and the empty message.
   EXPECT_EQ(sha256_hex("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");

@@ -36,7 +36,7 @@ SMALL = {
     "--seq-len": "32", "--calib-tokens": "512", "--warm-epochs": "1", "--batch": "2",
     "--tokens": "128", "-t": "1",
 }
-LEFTOVERS = ("", ".json", ".html", ".partial", ".unverified", ".unverified.partial", ".probe",
+LEFTOVERS = ("", ".json", ".html", ".lock", ".partial", ".unverified", ".unverified.partial", ".probe",
              ".probe.partial", ".ckpt.partial")
 
 
@@ -406,8 +406,10 @@ class QuantizeTest(unittest.TestCase):
         Path(checkpoint).unlink()
         self.fails("quantize", self.model, "-o", self.folder / ("x" * 300) / "out.gguf", "--data",
                    self.text, says="no such folder: .*too long")
-        self.fails(*self.start("--calib-tokens", 31), says="less than one window of 32")
-        self.fails(*self.start("--minutes", 0.1), says="too short")
+        self.fails(*self.start("--calib-tokens", 31), code=USAGE, says="less than one window of 32")
+        self.fails(*self.start("--minutes", 0.1), code=USAGE, says="too short")
+        self.fails(*self.start("--method", "onebit"), code=USAGE, says="give --bits 1")
+        self.fails(*self.start("--target-bpw", 1), says=r"takes 2\.9667")
 
     def test_packed_models_are_refused(self):
         self.succeeds(*self.start("--tokens", 0, "--warm-epochs", 0))
@@ -518,6 +520,18 @@ class QuantizeTest(unittest.TestCase):
         _, error = process.communicate(timeout=60)
         self.assertEqual(process.returncode, SUCCESS, error)
         self.assertTrue(self.out.read_bytes() == resumed, "not the file of a run in one piece")
+
+    def test_two_runs_on_one_output(self):
+        process = self.begin()
+        process.stderr.readline()
+        until = time.monotonic() + 60
+        while not Path(f"{self.out}.lock").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        done = self.run_rabit(*self.start())
+        self.assertEqual(done.returncode, FAILURE)
+        self.assertIn("another process is writing it", self.one_line(done, "twice"))
+        self.stopped(process, "interrupted")
+        self.assertFalse(Path(f"{self.out}.lock").exists())
 
     def test_interrupt_at_the_start(self):
         process = self.begin()

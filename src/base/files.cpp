@@ -2,12 +2,14 @@
 
 #include <fcntl.h>
 #include <openssl/evp.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 namespace rabit {
 namespace {
@@ -151,6 +153,42 @@ Status AtomicFile::commit() {
     ::close(dir);
   }
   return {};
+}
+
+Result<FileLock> FileLock::take(const std::filesystem::path& path) {
+  FileLock lock;
+  lock.lock_ = path;
+  lock.lock_ += ".lock";
+  while (true) {
+    lock.fd_ = ::open(lock.lock_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+    if (lock.fd_ < 0) {
+      return Error{"cannot create " + lock.lock_.string() + ": " + std::strerror(errno)};
+    }
+    if (::flock(lock.fd_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+      ::close(std::exchange(lock.fd_, -1));
+      return Error{path.string() +
+                   ": another process is writing it; wait for it, or name another "
+                   "file"};
+    }
+    // Its former holder may have removed the file between the two calls: then it locks nothing.
+    struct stat held {
+    }, named{};
+    if (::fstat(lock.fd_, &held) == 0 && ::stat(lock.lock_.c_str(), &named) == 0 &&
+        held.st_ino == named.st_ino && held.st_dev == named.st_dev) {
+      return lock;
+    }
+    ::close(std::exchange(lock.fd_, -1));
+  }
+}
+
+FileLock::FileLock(FileLock&& other) noexcept
+    : lock_(std::move(other.lock_)), fd_(std::exchange(other.fd_, -1)) {}
+
+FileLock::~FileLock() {
+  if (fd_ >= 0) {
+    ::unlink(lock_.c_str());
+    ::close(fd_);
+  }
 }
 
 Result<std::string> read_file(const std::filesystem::path& path) {

@@ -52,6 +52,22 @@ class AtomicFile {
   uint64_t position_ = 0;
 };
 
+/// Holds `<path>.lock` until it goes, so that no two processes write one output. The file vanishes
+/// with it; left by a killed process, it locks nothing.
+class FileLock {
+ public:
+  /// Errors: another process holds it; a folder that takes no files.
+  static Result<FileLock> take(const std::filesystem::path& path);
+  FileLock(FileLock&& other) noexcept;
+  FileLock& operator=(FileLock&&) = delete;
+  ~FileLock();
+
+ private:
+  FileLock() = default;
+  std::filesystem::path lock_;
+  int fd_ = -1;
+};
+
 /// Whole file as bytes. Errors: missing, a directory, unreadable.
 Result<std::string> read_file(const std::filesystem::path& path);
 

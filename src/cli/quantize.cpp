@@ -142,6 +142,9 @@ Status run(const Arguments& arguments) {
   if (arguments.json && options.dry_run) {
     throw CLI::ValidationError("--json prints the log of a run, and --dry-run makes none");
   }
+  if (const Status consistent = train::check_options(options); !consistent) {
+    throw CLI::ValidationError(consistent.error().message);
+  }
   RABIT_CHECK(train::check_run(options, arguments.out, inputs));
   if (!arguments.report.empty()) {
     const std::string option = "--report " + arguments.report;

@@ -78,8 +78,10 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
   writer.set("general.architecture", MetaValue::string("rabit-checkpoint"));
   writer.set(key("version"), MetaValue::u32(kCheckpointVersion));
   writer.set(key("fingerprint"), MetaValue::string(settings_fingerprint(session)));
-  writer.set(key("log"), MetaValue::string(session.log.dump(
-                             -1, ' ', false, nlohmann::json::error_handler_t::replace)));
+  nlohmann::json log = session.log;
+  log["seconds"] = session.seconds();
+  writer.set(key("log"),
+             MetaValue::string(log.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)));
   writer.set(key("blocks_done"), MetaValue::u32(static_cast<uint32_t>(blocks_done)));
   // Steps may have been taken none of which was usable: then there is no state to keep.
   const TrainerState none;
@@ -278,6 +280,10 @@ Result<Resumed> read_checkpoint(TrainSession& session) {
     if (log.contains(count) && log[count].is_number_integer()) {
       session.log[count] = log[count];
     }
+  }
+
+  if (log.contains("seconds") && log["seconds"].is_number()) {
+    session.earlier_seconds = log["seconds"].get<double>();
   }
 
   Resumed resumed;

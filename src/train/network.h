@@ -63,7 +63,8 @@ at::Tensor attend(const ModelConfig& config, const Rotary& rotary, const at::Ten
 /// silu(gate) * up. Shazeer, arXiv 2002.05202.
 at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up);
 
-/// Sees input and output of every linear layer of a block as it is computed, in the order of kRoles.
+/// Sees input and output of every linear layer of a block as it is computed, in the order of
+/// kRoles.
 class LinearTap {
  public:
   virtual ~LinearTap() = default;

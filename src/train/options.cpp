@@ -473,10 +473,14 @@ Status check_written(const std::string& option, const std::filesystem::path& wri
   return {};
 }
 
+Status check_options(const Q& options) {
+  RABIT_CHECK(check_ranges(options));
+  return check_combination(options);
+}
+
 Status check_run(const QuantizeOptions& options, const std::filesystem::path& out,
                  std::span<const std::filesystem::path> inputs) {
-  RABIT_CHECK(check_ranges(options));
-  RABIT_CHECK(check_combination(options));
+  RABIT_CHECK(check_options(options));
   RABIT_CHECK(pick_device(options.device));
   return check_output(out, inputs, !options.resume && !options.dry_run);
 }

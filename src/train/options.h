@@ -166,6 +166,9 @@ Result<QuantizeOptions> from_description(const nlohmann::json& description);
 Status check_written(const std::string& option, const std::filesystem::path& written,
                      std::span<const std::filesystem::path> inputs);
 
+/// Settings out of range, or that contradict each other.
+Status check_options(const QuantizeOptions& options);
+
 /// Everything that can be known to be wrong before anything is read: settings out of range or that
 /// contradict each other, a device that is not there, an output that cannot be written or that
 /// would replace one of `inputs`, a checkpoint that the run would overwrite.

@@ -44,7 +44,27 @@ class BlockDiagnosis : public LinearTap {
   }
 
   const BlockWeights& weights() const { return weights_; }
-  const std::vector<LayerDiagnosis>& diagnoses() const { return diagnoses_; }
+
+  // With the moments of all that was seen: the device is waited for here, once a layer.
+  const std::vector<LayerDiagnosis>& diagnoses() {
+    for (const Role role : kRoles) {
+      LayerDiagnosis& diagnosis = diagnoses_[index_of(role)];
+      const at::Tensor sums = sums_[index_of(role)].cpu();
+      const at::Tensor products = products_[index_of(role)].cpu();
+      const int64_t paths = diagnosis.against_teacher.paths();
+      for (int64_t reference : {0, 1}) {
+        at::Tensor picks = at::arange(1, paths + 2, at::TensorOptions().dtype(at::kLong));
+        picks[0] = reference;
+        const at::Tensor s = sums.index_select(0, picks);
+        const at::Tensor p = products.index_select(0, picks).index_select(1, picks).contiguous();
+        (reference == 0 ? diagnosis.against_teacher : diagnosis.on_own_inputs)
+            .add(counts_[index_of(role)],
+                 {s.const_data_ptr<double>(), static_cast<size_t>(s.numel())},
+                 std::span(p.const_data_ptr<double>(), static_cast<size_t>(p.numel())));
+      }
+    }
+    return diagnoses_;
+  }
 
   void set_teacher_outputs(std::array<at::Tensor, kRoleCount> outputs) {
     teacher_outputs_ = std::move(outputs);
@@ -60,19 +80,11 @@ class BlockDiagnosis : public LinearTap {
       signals.push_back(at::matmul(x, paths[i].t()).flatten().to(at::kDouble));
     }
     const at::Tensor all = at::stack(signals);  // (2 + k, tokens d_out)
-    const int64_t k = paths.size(0);
-    const auto add = [&](PathMoments& moments, int64_t reference) {
-      at::Tensor picks = at::arange(1, k + 2, at::TensorOptions().dtype(at::kLong));
-      picks[0] = reference;
-      const at::Tensor used = all.index_select(0, picks.to(all.device()));
-      const at::Tensor sums = used.sum(1).cpu();
-      const at::Tensor products = at::matmul(used, used.t()).cpu().contiguous();
-      moments.add(
-          all.size(1), {sums.const_data_ptr<double>(), static_cast<size_t>(k + 1)},
-          std::span(products.const_data_ptr<double>(), static_cast<size_t>((k + 1) * (k + 1))));
-    };
-    add(diagnoses_[index_of(role)].against_teacher, 0);
-    add(diagnoses_[index_of(role)].on_own_inputs, 1);
+    const at::Tensor sums = all.sum(1), products = at::matmul(all, all.t());
+    const size_t i = index_of(role);
+    sums_[i] = sums_[i].defined() ? sums_[i] + sums : sums;
+    products_[i] = products_[i].defined() ? products_[i] + products : products;
+    counts_[i] += all.size(1);
   }
 
  private:
@@ -107,6 +119,11 @@ class BlockDiagnosis : public LinearTap {
   BlockWeights weights_;
   std::array<at::Tensor, kRoleCount> paths_;  // (k, d_out, d_in)
   std::array<at::Tensor, kRoleCount> teacher_outputs_;
+  // Sums and products of the signals: the teacher's output, the original weight's on the student's
+  // inputs, then the paths'.
+  std::array<at::Tensor, kRoleCount> sums_;      // (2 + k) float64
+  std::array<at::Tensor, kRoleCount> products_;  // (2 + k, 2 + k) float64
+  std::array<int64_t, kRoleCount> counts_{};
   std::vector<LayerDiagnosis> diagnoses_;
 };
 
@@ -146,7 +163,8 @@ Result<std::vector<LayerDiagnosis>> diagnose(const Network& teacher, int64_t blo
       diagnosis.set_teacher_outputs(std::move(outputs.outputs));
       forward(x_student, diagnosis.weights(), diagnosis);
     }
-    out.insert(out.end(), diagnosis.diagnoses().begin(), diagnosis.diagnoses().end());
+    const auto& layers = diagnosis.diagnoses();
+    out.insert(out.end(), layers.begin(), layers.end());
     progress(layer + 1);
   }
   return out;

@@ -257,6 +257,9 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     if (options.dry_run) {
       return {};
     }
+    if (session.teacher.device.is_cuda()) {  // what the streams took, others may use
+      c10::getDeviceAllocator(session.teacher.device.type())->emptyCache();
+    }
     if (!distilled) {
       save_or_say(session, layers, nullptr);  // whatever distillation may meet, this is kept
     }
@@ -277,7 +280,7 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     RABIT_CHECK(timed("diagnosis", [&] { return diagnose_student(session); }));
     RABIT_CHECK(timed("packing", [&] { return write_packed_model(session, model, out); }));
     session.log["memory"] = peak_memory(session.teacher.device);
-    session.log["seconds"] = phases.elapsed() + spent;
+    session.log["seconds"] = session.seconds();
     return write_log(session.log, out);
   };
   if (const Status status = finish(); !status) {
@@ -313,6 +316,7 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
     observer.message = [](const std::string&) {};
   }
   RABIT_CHECK(check_run(options, out, std::array{model.path()}));
+  RABIT_ASSIGN(const FileLock lock, FileLock::take(out));
   RABIT_ASSIGN(const at::Device device, pick_device(options.device));
   const at::ScalarType compute = pick_compute(options.compute, device);
   const int threads = options.threads > 0 ? static_cast<int>(options.threads) : usable_threads();

@@ -48,14 +48,17 @@ struct TrainSession {
   Clock clock;         // the whole run's
   nlohmann::json log;  // settings, phases, losses
   std::filesystem::path checkpoint_path;
-  double spent = 0.0;        // seconds before the phases
-  double warm_share = 1.0;   // of a bounded run's time, for phases 1 and 2
-  double fit_seconds = 0.0;  // spent so far in fitting scales and error feedback
+  Clock whole = clock;           // since the run began, whatever bounds `clock` gets
+  double earlier_seconds = 0.0;  // of the runs that this one continues
+  double spent = 0.0;            // seconds before the phases
+  double warm_share = 1.0;       // of a bounded run's time, for phases 1 and 2
+  double fit_seconds = 0.0;      // spent so far in fitting scales and error feedback
   PathPlan bits = PathPlan::parse(options.bits).value();  // checked by check_run
   std::vector<double> fit_errors;  // of the last block's layers, relative; error feedback only
   std::vector<BlockSums> sums;     // by block, where they are needed
 
   const ModelConfig& config() const { return teacher.config; }
+  double seconds() const { return earlier_seconds + whole.elapsed(); }
 };
 
 /// The device of a --device. Errors: not a device's name; not there.

@@ -43,6 +43,25 @@ at::Tensor block_loss(const at::Tensor& y, const at::Tensor& target, const at::T
   return size(y - target) / at::maximum(size(change), size(target) * 1e-12);
 }
 
+// block_loss of whole streams, a few windows at a time: y, target and the teacher's stream before
+// the block (S, T, d_model).
+double stream_error(const at::Tensor& y, const at::Tensor& target, const at::Tensor& before,
+                    const at::Tensor& weight) {
+  at::Tensor error = at::zeros({}, y.options().dtype(at::kDouble));
+  at::Tensor change = at::zeros_like(error), whole = at::zeros_like(error);
+  const auto size = [&](const at::Tensor& x) {
+    return (weight.defined() ? x * weight : x).square().sum(at::kDouble);
+  };
+  for (int64_t begin = 0; begin < y.size(0); begin += kForwardWindows) {
+    const int64_t count = std::min(kForwardWindows, y.size(0) - begin);
+    const at::Tensor t = target.narrow(0, begin, count);
+    error += size(y.narrow(0, begin, count) - t);
+    change += size(t - before.narrow(0, begin, count));
+    whole += size(t);
+  }
+  return (error / at::maximum(change, whole * 1e-12)).item<double>();
+}
+
 struct BlockRun {
   double first_loss = NAN;  // before training, on the first batch
   double last_loss = NAN;   // mean over the last tenth of the steps
@@ -299,7 +318,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       double output_error = NAN;
       if (both) {
         // `target` holds the block's input on the teacher's side now, x_teacher its output.
-        output_error = block_loss(x_student, x_teacher, x_teacher - target, weight).item<double>();
+        output_error = stream_error(x_student, x_teacher, target, weight);
       }
       other_seconds = block_clock.elapsed() - train_seconds;
       fit_seconds = session.fit_seconds - fit_before;
