@@ -59,6 +59,7 @@ class Group:
     title: str
     text: str
     column_head: str = ""
+    device: str = "cuda"  # that its figures are of
     runs: list = field(default_factory=list)
 
     def add(self, name, label, options, column="perplexity", seeds=(1,)):
@@ -148,6 +149,15 @@ def grid(tokens, seeds):
                        ("other-half", "2,15-29=3")):
         g.add(f"mixed-{name}", f"`--bits {bits}`", f"--bits {bits} --warm-epochs 0 --tokens 0")
 
+    g = group("rates", "Rates of distillation after the warm start",
+              f"Error feedback, warm start (`{WARM}`) and {tokens:,} tokens of distillation.", "")
+    for latent, scale in (("5e-4", "1e-4"), ("1e-3", "3e-4"), ("2e-3", "1e-3")):
+        name = f"ef-warm-{tokens}" if latent == "5e-4" else f"rates-{latent}"
+        options = f"{WARM} --tokens {tokens}"
+        g.add(name, f"`--latent-lr {latent} --scale-lr {scale}`",
+              options if latent == "5e-4" else f"{options} --latent-lr {latent} --scale-lr {scale}",
+              seeds=seeds if latent == "5e-4" else seeds[:1])
+
     g = group("block", "The warm start alone",
               "No end-to-end step.", "")
     for bits in (2, 3):
@@ -156,6 +166,13 @@ def grid(tokens, seeds):
                 g.add(f"block-{bits}-{rate}-{calib}", f"{calib:,} tokens, `--warm-latent-lr {rate} --warm-scale-lr {scale_rate}`",
                       f"--bits {bits} --calib-tokens {calib} --warm-epochs 1 --warm-latent-lr {rate} "
                       f"--warm-scale-lr {scale_rate} --tokens 0", f"{bits} bits")
+    g = group("cpu", "What time buys on a CPU",
+              "`--minutes` for the whole run, without a GPU; windows of 512.", "minutes")
+    for minutes in (10, 30, 60):
+        base = f"--minutes {minutes} --seq-len 512 --als-steps 4 --ef-rounds 1"
+        g.add(f"cpu-{minutes}-ef", str(minutes), f"{base} --warm-epochs 0", "error feedback")
+        g.add(f"cpu-{minutes}-warm", str(minutes), f"{base} --warm-epochs 1", "and warm start, 1 epoch")
+    g.device = "cpu"
     return groups
 
 
@@ -384,16 +401,20 @@ def table(group, out):
 
 
 def diagnostics_table(out, keys):
-    lines = ["| run | Corr(y1, y2): median | least to largest | Corr(R1, y2): median | least to largest | "
-             "error of the outputs, median |", "|---|---|---|---|---|---|"]
+    lines = ["| run | Corr(y1, y2): median | of 80 % of the layers | Corr(R1, y2): median | of 80 % of the layers | "
+             "least | layers above 0.7 |", "|---|---|---|---|---|---|---|"]
     for key in keys:
-        log = load(out, key)
-        summary = (log or {}).get("diagnostics", {}).get("summary", {})
-        if "path_correlation" not in summary:
+        layers = (load(out, key) or {}).get("diagnostics", {}).get("layers", [])
+        layers = [layer for layer in layers if layer["paths"] > 1]
+        if not layers:
             continue
-        c, r, e = summary["path_correlation"], summary["residual_alignment"], summary["output_error"]
-        lines.append(f"| `{key}` | {c['median']:.3f} | {c['least']:.3f} to {c['largest']:.3f} | {r['median']:.3f} | "
-                     f"{r['least']:.3f} to {r['largest']:.3f} | {e['median']:.3f} |")
+        correlation = sorted(layer["path_correlation"] for layer in layers)
+        alignment = sorted(layer["on_own_inputs"]["residual_alignment"][1] for layer in layers)
+        tenth = len(layers) // 10
+        above = sum(value > 0.7 for value in alignment)
+        lines.append(f"| `{key}` | {statistics.median(correlation):.2f} | {correlation[tenth]:.2f} to "
+                     f"{correlation[-1 - tenth]:.2f} | {statistics.median(alignment):.2f} | {alignment[tenth]:.2f} to "
+                     f"{alignment[-1 - tenth]:.2f} | {alignment[0]:.2f} | {above} of {len(layers)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -427,11 +448,11 @@ def write_docs(arguments, groups):
             chart.write_text(svg_bars("perplexity", bars))
             page += [f"![{group.title}]({chart.name})", ""]
             keys = [f"{name}-s1" for name in ("standard-greedy", "standard-full", "rabit-greedy", "rabit-full", "mbok",
-                                              "dbllm")]
+                                              "dbllm", f"ef-warm-{arguments.tokens}")]
             found = diagnostics_table(out, keys)
             if found:
-                page += ["How the paths work together after training, over all layers (`rabit diagnose` says what "
-                         "is measured):", "", found, ""]
+                page += ["How the paths work together after training, over all linear layers (what is measured: "
+                         "[diagnose.md](../diagnose.md)):", "", found, ""]
         if group.name == "warm":
             series = defaultdict(list)
             for label, column, values, _ in rows:
@@ -460,7 +481,7 @@ def parse(argv):
     parser.add_argument("--tokens", type=int, default=8_000_000, help="of a full distillation")
     parser.add_argument("--seeds", default="1,2", help="seeds of the main tables")
     parser.add_argument("--eval-ctx", type=int, default=2048, help="window of the perplexity")
-    parser.add_argument("--groups", default="", help="of these groups only, comma-separated")
+    parser.add_argument("--groups", default="", help="these groups, comma-separated (default: those of --device)")
     parser.add_argument("--only", default="", help="runs whose names contain one of these, comma-separated")
     parser.add_argument("--extra", default="", help="options added to every run")
     parser.add_argument("--stop-after", type=float, default=0, help="seconds after which runs are interrupted")
@@ -489,7 +510,8 @@ def main(argv):
     runs = {}
     for group in groups:
         for run in group.runs:
-            if (not chosen or group.name in chosen) and (not parts or any(part in run.key for part in parts)):
+            wanted = group.name in chosen if chosen else group.device == arguments.device
+            if wanted and (not parts or any(part in run.key for part in parts)):
                 runs.setdefault(run.key, run)
     runner = Runner(arguments)
     if arguments.list:

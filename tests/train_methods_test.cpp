@@ -323,6 +323,8 @@ TEST_F(TrainMethods, DiagnosisOfAPackedFileIsWhatItSays) {
   EXPECT_NEAR(layer["residual_alignment"].get<double>(), correlation(y - paths[0], paths[1]), 1e-5);
   EXPECT_NEAR(layer["output_error"].get<double>(), share(y - paths[0] - paths[1], y), 1e-5);
   EXPECT_NEAR(layer["own_error"].get<double>(), layer["output_error"].get<double>(), 1e-9);
+  EXPECT_NEAR(layer["running_alignment"].get<double>(), layer["residual_alignment"].get<double>(),
+              1e-9);
   EXPECT_NEAR(layer["weight_error"].get<double>(), share(w - what, w), 1e-5);
   EXPECT_EQ((*found)["layers"][6]["path_correlation"], nullptr) << "one path correlates with none";
   // Deeper, the student's inputs are its own.

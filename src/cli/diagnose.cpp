@@ -125,8 +125,8 @@ Command add_diagnose(CLI::App& app) {
   add_threads(command, a.options.threads);
   command->add_flag("--json", a.json, "Print one JSON object");
   command->footer(
-      "y1, y2: outputs of the first paths; R1: what the first leaves of the original layer's "
-      "output.\n"
+      "y1, y2: outputs of the first paths; R1: what the first leaves of what the original layer\n"
+      "gives on the same inputs.\n"
       "output: error of the layer's output, relative, as the models run; own: of the same inputs;\n"
       "weight: of the weights; turned: share of each path's signs that training has turned;\n"
       "levels: sizes of the paths, relative to the first.\n\n"

@@ -172,10 +172,10 @@ json to_json(const LayerDiagnosis& layer) {
           {"bits_per_weight",
            static_cast<double>(layer.bits) / static_cast<double>(layer.d_out * layer.d_in)},
           {"path_correlation", pair ? json(moments.path_correlation(1, 2)) : json()},
-          {"residual_alignment", pair ? json(moments.residual_alignment(2)) : json()},
+          {"residual_alignment", pair ? json(layer.on_own_inputs.residual_alignment(2)) : json()},
+          {"running_alignment", pair ? json(moments.residual_alignment(2)) : json()},
           {"output_error", moments.relative_error(moments.paths())},
           {"own_error", layer.on_own_inputs.relative_error(layer.on_own_inputs.paths())},
-          {"own_alignment", pair ? json(layer.on_own_inputs.residual_alignment(2)) : json()},
           {"weight_error", layer.weight_error},
           {"turned_signs", layer.turned_signs.empty() ? json() : json(layer.turned_signs)},
           {"path_correlations", correlations},
@@ -192,7 +192,7 @@ json to_json(std::span<const LayerDiagnosis> layers) {
   for (const LayerDiagnosis& layer : layers) {
     list.push_back(to_json(layer));
   }
-  for (const char* key : {"path_correlation", "residual_alignment", "own_alignment",
+  for (const char* key : {"path_correlation", "residual_alignment", "running_alignment",
                           "output_error", "own_error", "weight_error"}) {
     std::vector<double> values;
     for (const json& layer : list) {

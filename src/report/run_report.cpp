@@ -296,8 +296,8 @@ class Page {
     };
     charts(
         "The paths of every layer",
-        "y1 and y2 are what the first two paths give; R1 is what the first leaves of the "
-        "original layer's output. Paths that work together correlate negatively, and the "
+        "y1 and y2 are what the first two paths give; R1 is what the first leaves of what the "
+           "original layer gives on the same inputs. Paths that work together correlate negatively, and the "
         "second points where the first is wrong.",
         {chart("Correlation of the paths, Corr(y1, y2)", "correlation", "path_correlation", false),
          chart("Alignment with the residual, Corr(R1, y2)", "correlation", "residual_alignment",
@@ -314,8 +314,8 @@ class Page {
         "<th>largest</th></tr>\n";
     const std::map<std::string, const char*> names = {
         {"path_correlation", "Corr(y1, y2)"},
-        {"residual_alignment", "Corr(R1, y2), as the models run"},
-        {"own_alignment", "Corr(R1, y2), same inputs"},
+        {"residual_alignment", "Corr(R1, y2), same inputs"},
+        {"running_alignment", "Corr(R1, y2), as the models run"},
         {"output_error", "error of the output, as the models run"},
         {"own_error", "error of the output, same inputs"},
         {"weight_error", "error of the weights"}};

@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""scripts/ablation.py on a tiny model: what it runs, goes on with, and writes.
+
+Environment: RABIT_BINARY the program, RABIT_SOURCE_DIR the checkout.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+import xml.dom.minidom
+from pathlib import Path
+
+from quantize_cli_test import RABIT, TEXT, tiny_model
+
+ROOT = Path(os.environ.get("RABIT_SOURCE_DIR", Path(__file__).resolve().parent.parent))
+
+
+class AblationTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.model, self.text = self.folder / "model.gguf", self.folder / "text.txt"
+        tiny_model(self.model)
+        self.text.write_text(TEXT * 12)
+
+    def run_script(self, *arguments, code=0):
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts/ablation.py", *map(str, arguments)], cwd=self.folder,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            timeout=300, check=False)
+        self.assertEqual(done.returncode, code, done.stderr)
+        return done
+
+    def small(self, *more, tokens=1024):
+        return ("--model", self.model, "--train", self.text, "--test", self.text, "--rabit", RABIT,
+                "--out", "results", "--docs", "page.md", "--tokens", tokens, "--seeds", "1,2",
+                "--eval-ctx", 32, "--extra=--seq-len 32 --threads 1", *more)
+
+    def test_runs_once_and_writes_the_page(self):
+        chosen = self.small("--groups", "method", "--only", "greedy,mbok", "--machine", "A test.")
+        done = self.run_script(*chosen)
+        self.assertIn("0 of 6 runs are there already", done.stderr)
+        names = {f"{name}-s{seed}.json" for name in ("standard-greedy", "rabit-greedy", "mbok")
+                 for seed in (1, 2)}
+        self.assertEqual({path.name for path in (self.folder / "results").glob("*.json")}, names)
+        self.assertEqual(list((self.folder / "results").glob("*.gguf*")), [])
+        page = (self.folder / "page.md").read_text()
+        self.assertRegex(page, r"\| greedy SVID \| [\d.e+]+ ± [\d.]+ \| [\d.e+]+ ± [\d.]+ \| - \|")
+        self.assertRegex(page, r"\| `rabit-greedy-s1` \| -?\d\.\d\d \| ")
+        self.assertIn("A test.", page)
+        xml.dom.minidom.parse(str(self.folder / "page-method.svg"))
+        settings = json.loads((self.folder / "results/standard-greedy-s2.json").read_text())["settings"]
+        self.assertEqual((settings["method"], settings["init_sweeps"], settings["seed"]),
+                         ("standard", 1, 2))
+        before = {path: path.stat().st_mtime_ns for path in (self.folder / "results").glob("*.json")}
+        (self.folder / "page.md").unlink()
+        self.assertIn("6 of 6 runs are there already", self.run_script(*chosen).stderr)
+        self.assertEqual(before, {path: path.stat().st_mtime_ns for path in before})
+        self.assertEqual((self.folder / "page.md").read_text(), page)
+
+    def test_goes_on_where_it_stopped(self):
+        chosen = self.small("--groups", "method", "--only", "rabit-full-s1", tokens=200000)
+        done = self.run_script(*chosen, "--stop-after", 4, code=130)
+        self.assertIn("rabit-full-s1: interrupted", done.stderr)
+        self.assertIn("1 runs are left", done.stderr)
+        checkpoint = self.folder / "results/rabit-full-s1.gguf.ckpt"
+        self.assertTrue(checkpoint.exists())
+        self.assertFalse((self.folder / "page.md").exists())
+        self.run_script(*chosen)
+        log = json.loads((self.folder / "results/rabit-full-s1.json").read_text())
+        self.assertTrue(log["resumed"])
+        self.assertGreater(log["seconds"], 4)
+        self.assertFalse(checkpoint.exists())
+
+    def test_wrong_input(self):
+        self.assertIn("no such file", self.run_script(*self.small("--model", "none"), code=1).stderr)
+        self.assertIn("no group x", self.run_script(*self.small("--groups", "x"), code=1).stderr)
+        self.assertIn("not numbers", self.run_script(*self.small("--seeds", "1,x"), code=1).stderr)
+        self.assertIn("holds no results", self.run_script("--write-only", "--out", "none", code=1).stderr)
+        done = self.run_script(*self.small("--only", "rabit-full-s1", "--groups", "method", "--rabit", "/bin/false"),
+                               code=1)
+        self.assertIn("failed: rabit-full-s1", done.stderr)
+
+    def test_list(self):
+        lines = self.run_script("--list", "--device", "cuda").stdout.splitlines()
+        self.assertGreater(len(lines), 60)
+        keys = [line.split()[1] for line in lines]
+        self.assertEqual(len(keys), len(set(keys)))
+        # What the grid asks for, the program takes.
+        for line in lines[::4]:
+            options = line.split("--seed ")[1].split()[1:]
+            done = subprocess.run([RABIT, "quantize", "none", "-o", "x", "--data", "none", *options],
+                                  stderr=subprocess.PIPE, text=True, check=False)
+            self.assertEqual(done.returncode, 1, (line, done.stderr))
+            self.assertIn("none", done.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=1)
