@@ -6,8 +6,8 @@ goes on where it stopped, and writes docs/results/ablation.md with its charts.
     scripts/ablation.py --list
     scripts/ablation.py --write-only
 
-Every run leaves its log in the folder of --out (NAME.json, all that the tables are made from); a run whose
-log is there is not repeated. Ctrl-C, or --stop-after, interrupts the runs; those that left a checkpoint go on
+Every run leaves its log in the folder of --out. What the tables need of the logs is kept beside the page
+(PAGE.json); a run that is in either is not repeated. Ctrl-C, or --stop-after, interrupts the runs; those that left a checkpoint go on
 with the next call. Of Python's standard library alone.
 """
 
@@ -282,15 +282,34 @@ def perplexity(log):
     return log.get("perplexity", {}).get("student", {}).get("perplexity", math.nan)
 
 
-def settings_of(log):
-    return log["settings"]
+def compact(log):
+    """What the page is made from."""
+    kept = {name: log[name] for name in ("bits_per_weight", "perplexity", "seconds", "source", "data", "command",
+                                         "version") if name in log}
+    layers = [layer for layer in log.get("diagnostics", {}).get("layers", []) if layer["paths"] > 1]
+    # In the order of the layers.
+    kept["path_correlation"] = [round(layer["path_correlation"], 3) for layer in layers]
+    kept["residual_alignment"] = [round(layer["on_own_inputs"]["residual_alignment"][1], 3) for layer in layers]
+    return kept
 
 
-def load(out, key):
-    path = Path(out) / f"{key}.json"
-    if not path.exists():
-        return None
-    return json.loads(path.read_text())
+class Results:
+    """Results by key: those beside the page, and those of logs that are newer."""
+
+    def __init__(self, out, docs):
+        self.out, self.store = Path(out), Path(docs).with_suffix(".json")
+        self.known = json.loads(self.store.read_text()) if self.store.exists() else {}
+
+    def get(self, key):
+        path = self.out / f"{key}.json"
+        if path.exists():
+            self.known[key] = compact(json.loads(path.read_text()))
+        return self.known.get(key)
+
+    def save(self):
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, sort_keys=True)}"
+                           for key, value in sorted(self.known.items()))
+        self.store.write_text("{" + lines + "}\n")
 
 
 def spread(values):
@@ -367,7 +386,7 @@ def escape(text):
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def table(group, out):
+def table(group, results):
     """The group's markdown table, and its rows as (label, column, values, logs)."""
     columns, labels, cells = [], [], defaultdict(list)
     for run in group.runs:
@@ -375,7 +394,7 @@ def table(group, out):
             columns.append(run.column)
         if run.label not in labels:
             labels.append(run.label)
-        log = load(out, run.key)
+        log = results.get(run.key)
         if log is not None and perplexity(log) == perplexity(log):
             cells[run.label, run.column].append((perplexity(log), log))
     if not cells:
@@ -400,29 +419,27 @@ def table(group, out):
     return "\n".join(lines), rows
 
 
-def diagnostics_table(out, keys):
+def diagnostics_table(results, keys):
     lines = ["| run | Corr(y1, y2): median | of 80 % of the layers | Corr(R1, y2): median | of 80 % of the layers | "
              "least | layers above 0.7 |", "|---|---|---|---|---|---|---|"]
     for key in keys:
-        layers = (load(out, key) or {}).get("diagnostics", {}).get("layers", [])
-        layers = [layer for layer in layers if layer["paths"] > 1]
-        if not layers:
+        result = results.get(key) or {}
+        correlation, alignment = sorted(result.get("path_correlation", [])), sorted(result.get("residual_alignment", []))
+        if not alignment:
             continue
-        correlation = sorted(layer["path_correlation"] for layer in layers)
-        alignment = sorted(layer["on_own_inputs"]["residual_alignment"][1] for layer in layers)
-        tenth = len(layers) // 10
+        tenth = len(alignment) // 10
         above = sum(value > 0.7 for value in alignment)
         lines.append(f"| `{key}` | {statistics.median(correlation):.2f} | {correlation[tenth]:.2f} to "
                      f"{correlation[-1 - tenth]:.2f} | {statistics.median(alignment):.2f} | {alignment[tenth]:.2f} to "
-                     f"{alignment[-1 - tenth]:.2f} | {alignment[0]:.2f} | {above} of {len(layers)} |")
+                     f"{alignment[-1 - tenth]:.2f} | {alignment[0]:.2f} | {above} of {len(alignment)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def write_docs(arguments, groups):
-    out, docs = arguments.out, Path(arguments.docs)
-    logs = [log for group in groups for run in group.runs if (log := load(out, run.key))]
+    docs, results = Path(arguments.docs), Results(arguments.out, arguments.docs)
+    logs = [log for group in groups for run in group.runs if (log := results.get(run.key))]
     if not logs:
-        raise SystemExit(f"ablation: {out} holds no results")
+        raise SystemExit(f"ablation: {arguments.out} holds no results")
     teacher = logs[0]["perplexity"]["teacher"]
     sources = {log["source"]["sha256"] for log in logs}
     texts = {f["sha256"] for log in logs for f in log["data"]["files"]}
@@ -435,7 +452,7 @@ def write_docs(arguments, groups):
             "    scripts/ablation.py --model MODEL.gguf --train TRAIN.txt --test TEST.txt --device cuda", "",
             "makes all of it; `--list` prints the command of every run.", ""]
     for group in groups:
-        text, rows = table(group, out)
+        text, rows = table(group, results)
         if not text:
             continue
         page += [f"## {group.title}", "", group.text, "", text, ""]
@@ -449,7 +466,7 @@ def write_docs(arguments, groups):
             page += [f"![{group.title}]({chart.name})", ""]
             keys = [f"{name}-s1" for name in ("standard-greedy", "standard-full", "rabit-greedy", "rabit-full", "mbok",
                                               "dbllm", f"ef-warm-{arguments.tokens}")]
-            found = diagnostics_table(out, keys)
+            found = diagnostics_table(results, keys)
             if found:
                 page += ["How the paths work together after training, over all linear layers (what is measured: "
                          "[diagnose.md](../diagnose.md)):", "", found, ""]
@@ -461,6 +478,7 @@ def write_docs(arguments, groups):
             chart.write_text(svg_lines("perplexity", "million tokens end to end", dict(series)))
             page += [f"![{group.title}]({chart.name})", ""]
     docs.write_text("\n".join(page).rstrip() + "\n")
+    results.save()
     say(f"wrote {docs}")
 
 
@@ -472,7 +490,8 @@ def parse(argv):
     parser.add_argument("--test", help="text to measure perplexity on")
     parser.add_argument("--rabit", default=str(ROOT / "build/release/bin/rabit"), help="the program")
     parser.add_argument("--out", default=str(ROOT / "out/ablation"), help="folder of the results")
-    parser.add_argument("--docs", default=str(ROOT / "docs/results/ablation.md"), help="page to write")
+    parser.add_argument("--docs", default=str(ROOT / "docs/results/ablation.md"),
+                        help="page to write; runs whose results lie beside it are not repeated")
     parser.add_argument("--machine", default="", help="a sentence about the machine, for the page")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to train")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs to spread the runs over")
@@ -524,12 +543,14 @@ def main(argv):
         if not value or not os.path.isfile(value):
             raise SystemExit(f"ablation: --{name} {value or ''}: no such file")
     os.makedirs(arguments.out, exist_ok=True)
-    left = [run for run in runs.values() if load(arguments.out, run.key) is None]
+    results = Results(arguments.out, arguments.docs)
+    left = [run for run in runs.values() if results.get(run.key) is None]
     # Those that distil longest first, so that the last do not wait for a late start.
     left.sort(key=lambda run: -int((run.options.split("--tokens ")[1:] or ["0"])[-1].split()[0]))
     say(f"{len(runs) - len(left)} of {len(runs)} runs are there already")
     failures = runner.all(left)
-    missing = [run.key for run in runs.values() if load(arguments.out, run.key) is None]
+    results = Results(arguments.out, arguments.docs)
+    missing = [run.key for run in runs.values() if results.get(run.key) is None]
     if not missing:
         write_docs(arguments, groups)
     if failures:

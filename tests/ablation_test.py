@@ -61,6 +61,10 @@ class AblationTest(unittest.TestCase):
         self.assertIn("6 of 6 runs are there already", self.run_script(*chosen).stderr)
         self.assertEqual(before, {path: path.stat().st_mtime_ns for path in before})
         self.assertEqual((self.folder / "page.md").read_text(), page)
+        # The page can be made without the logs, from what is kept beside it.
+        self.run_script("--write-only", "--out", "none", "--docs", "page.md", "--tokens", 1024,
+                        "--machine", "A test.")
+        self.assertEqual((self.folder / "page.md").read_text(), page)
 
     def test_goes_on_where_it_stopped(self):
         chosen = self.small("--groups", "method", "--only", "rabit-full-s1", tokens=200000)
@@ -80,7 +84,7 @@ class AblationTest(unittest.TestCase):
         self.assertIn("no such file", self.run_script(*self.small("--model", "none"), code=1).stderr)
         self.assertIn("no group x", self.run_script(*self.small("--groups", "x"), code=1).stderr)
         self.assertIn("not numbers", self.run_script(*self.small("--seeds", "1,x"), code=1).stderr)
-        self.assertIn("holds no results", self.run_script("--write-only", "--out", "none", code=1).stderr)
+        self.assertIn("holds no results", self.run_script("--write-only", "--out", "none", "--docs", "page.md", code=1).stderr)
         done = self.run_script(*self.small("--only", "rabit-full-s1", "--groups", "method", "--rabit", "/bin/false"),
                                code=1)
         self.assertIn("failed: rabit-full-s1", done.stderr)
