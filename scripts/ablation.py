@@ -296,14 +296,18 @@ def compact(log):
 class Results:
     """Results by key: those beside the page, and those of logs that are newer."""
 
-    def __init__(self, out, docs):
-        self.out, self.store = Path(out), Path(docs).with_suffix(".json")
+    def __init__(self, arguments):
+        self.out, self.store = Path(arguments.out), Path(arguments.docs).with_suffix(".json")
+        self.machine = arguments.machine
         self.known = json.loads(self.store.read_text()) if self.store.exists() else {}
 
     def get(self, key):
         path = self.out / f"{key}.json"
         if path.exists():
-            self.known[key] = compact(json.loads(path.read_text()))
+            found = compact(json.loads(path.read_text()))
+            before = self.known.get(key, {})
+            if {**before, "machine": ""} != {**found, "machine": ""}:
+                self.known[key] = {**found, "machine": self.machine}
         return self.known.get(key)
 
     def save(self):
@@ -436,7 +440,7 @@ def diagnostics_table(results, keys):
 
 
 def write_docs(arguments, groups):
-    docs, results = Path(arguments.docs), Results(arguments.out, arguments.docs)
+    docs, results = Path(arguments.docs), Results(arguments)
     logs = [log for group in groups for run in group.runs if (log := results.get(run.key))]
     if not logs:
         raise SystemExit(f"ablation: {arguments.out} holds no results")
@@ -446,7 +450,7 @@ def write_docs(arguments, groups):
     page = ["# What each part is worth", "",
             f"`{logs[0]['source']['name']}` (SHA-256 {', '.join(s[:12] for s in sorted(sources))}), trained on "
             f"`{logs[0]['data']['files'][0]['name']}` (SHA-256 {', '.join(s[:12] for s in sorted(texts))}); perplexity "
-            f"by torch, {teacher['protocol']}; the original has {teacher['perplexity']:.2f}. {arguments.machine} "
+            f"by torch, {teacher['protocol']}; the original has {teacher['perplexity']:.2f}. "
             "± is half the range over seeds; where there is none, one run was made. Repeated with one seed, runs on "
             "a GPU differ by about 0.3, for its sums are not ordered.", "",
             "    scripts/ablation.py --model MODEL.gguf --train TRAIN.txt --test TEST.txt --device cuda", "",
@@ -455,7 +459,8 @@ def write_docs(arguments, groups):
         text, rows = table(group, results)
         if not text:
             continue
-        page += [f"## {group.title}", "", group.text, "", text, ""]
+        machines = sorted({log["machine"] for _, _, _, logs in rows for log in logs if log["machine"]})
+        page += [f"## {group.title}", "", " ".join([group.text, *machines]), "", text, ""]
         stem = docs.with_suffix("").name
         if group.name == "method":
             bars = [(f"{column}, {label}", statistics.fmean(values), (max(values) - min(values)) / 2)
@@ -492,7 +497,7 @@ def parse(argv):
     parser.add_argument("--out", default=str(ROOT / "out/ablation"), help="folder of the results")
     parser.add_argument("--docs", default=str(ROOT / "docs/results/ablation.md"),
                         help="page to write; runs whose results lie beside it are not repeated")
-    parser.add_argument("--machine", default="", help="a sentence about the machine, for the page")
+    parser.add_argument("--machine", default="", help="a sentence about the machine that measures, for the page")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to train")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs to spread the runs over")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
@@ -543,13 +548,13 @@ def main(argv):
         if not value or not os.path.isfile(value):
             raise SystemExit(f"ablation: --{name} {value or ''}: no such file")
     os.makedirs(arguments.out, exist_ok=True)
-    results = Results(arguments.out, arguments.docs)
+    results = Results(arguments)
     left = [run for run in runs.values() if results.get(run.key) is None]
     # Those that distil longest first, so that the last do not wait for a late start.
     left.sort(key=lambda run: -int((run.options.split("--tokens ")[1:] or ["0"])[-1].split()[0]))
     say(f"{len(runs) - len(left)} of {len(runs)} runs are there already")
     failures = runner.all(left)
-    results = Results(arguments.out, arguments.docs)
+    results = Results(arguments)
     missing = [run.key for run in runs.values() if results.get(run.key) is None]
     if not missing:
         write_docs(arguments, groups)

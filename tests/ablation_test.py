@@ -62,8 +62,7 @@ class AblationTest(unittest.TestCase):
         self.assertEqual(before, {path: path.stat().st_mtime_ns for path in before})
         self.assertEqual((self.folder / "page.md").read_text(), page)
         # The page can be made without the logs, from what is kept beside it.
-        self.run_script("--write-only", "--out", "none", "--docs", "page.md", "--tokens", 1024,
-                        "--machine", "A test.")
+        self.run_script("--write-only", "--out", "none", "--docs", "page.md", "--tokens", 1024)
         self.assertEqual((self.folder / "page.md").read_text(), page)
 
     def test_goes_on_where_it_stopped(self):
