@@ -21,7 +21,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 minutes=9
 windows=40
 threads=0
-prompt="To install a package on a Debian system, the administrator"
+prompt="A good system administrator"
 force=0
 
 bad_usage() { echo "quickstart: $1 (see scripts/quickstart.sh --help)" >&2; exit 2; }

@@ -36,6 +36,7 @@ TEST(AxisTicks, AreRoundAndWithin) {
   EXPECT_GE(wide.size(), 3U);
   EXPECT_LE(wide.size(), 10U);
   EXPECT_GE(log_ticks(30, 34, 5).size(), 2U);
+  EXPECT_GE(log_ticks(0.23, 1.1, 5).size(), 4U);
 }
 
 TEST(Charts, PlaceValuesAndLeaveGaps) {

@@ -162,7 +162,7 @@ std::vector<double> log_ticks(double low, double high, int count) {
       }
     }
   }
-  if (ticks.size() < 2) {  // less than a factor of two or so
+  if (ticks.size() < 4) {  // less than a decade or so
     ticks = axis_ticks(low, high, count);
   }
   while (static_cast<int>(ticks.size()) > count + 3) {
