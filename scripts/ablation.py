@@ -52,6 +52,10 @@ class Run:
     def key(self):
         return f"{self.name}-s{self.seed}"
 
+    def asked(self, arguments):
+        """What a result must have been measured with to count as this run's."""
+        return " ".join([self.options, *arguments.extra.split(), f"--eval-ctx {arguments.eval_ctx}"])
+
 
 @dataclass
 class Group:
@@ -93,7 +97,8 @@ def grid(tokens, seeds):
 
     g = group("warm", "Error feedback, warm start, distillation",
               "The coupled form with two paths from error feedback, with and without the warm start "
-              f"(`{WARM}`), then distillation from more and more text.", "tokens end to end")
+              f"(`{WARM}`), then distillation from more and more text at the default rates; and without error "
+              f"feedback (`{FULL}`).", "tokens end to end")
     for share, label in ((0, "0"), (1 / 8, f"{tokens // 8:,}"), (1 / 2, f"{tokens // 2:,}"), (1, f"{tokens:,}")):
         count = int(tokens * share)
         g.add(f"ef-{label.replace(',', '')}", label, f"--calib-tokens 262144 --warm-epochs 0 --tokens {count}",
@@ -142,21 +147,45 @@ def grid(tokens, seeds):
                   f"{bits} bits")
 
     g = group("mixed", "Paths where they help most",
-              "`--target-bpw` against the same bits spent evenly; error feedback alone on 262,144 tokens.", "")
-    for bpw in (2.25, 2.5, 3.0):
-        g.add(f"mixed-{bpw}", f"`--target-bpw {bpw}`", f"--target-bpw {bpw} --warm-epochs 0 --tokens 0")
-    for name, bits in (("down", "2,ffn_down=3"), ("attn", "2,attn=3"), ("half", "2,0-14=3"),
-                       ("other-half", "2,15-29=3")):
+              "`--target-bpw` against plans by role or block of as many bits; error feedback alone on 262,144 tokens.",
+              "")
+    for name, bits, bpw in (("down", "2,ffn_down=3", 2.3517), ("attn", "2,attn=3", 2.3594), ("half", "2,0-14=3", 2.6151),
+                            ("other-half", "2,15-29=3", None)):
+        if bpw:
+            g.add(f"mixed-{bpw}", f"`--target-bpw {bpw}`", f"--target-bpw {bpw} --warm-epochs 0 --tokens 0")
         g.add(f"mixed-{name}", f"`--bits {bits}`", f"--bits {bits} --warm-epochs 0 --tokens 0")
 
-    g = group("rates", "Rates of distillation after the warm start",
-              f"Error feedback, warm start (`{WARM}`) and {tokens:,} tokens of distillation.", "")
+    g = group("rates", "Rates of distillation",
+              f"{tokens:,} tokens after error feedback, with and without the warm start (`{WARM}`), and without either "
+              f"(`{FULL}`).", "")
+    for latent, scale in (("5e-4", "1e-4"), ("2e-3", "1e-3")):
+        rates = f"--latent-lr {latent} --scale-lr {scale}"
+        g.add("rabit-full" if latent == "2e-3" else "rabit-5e-4", f"`{rates}`",
+              f"--method rabit {FULL} {COLD} --tokens {tokens}" if latent == "2e-3" else
+              f"--method rabit {FULL} --warm-epochs 0 {rates} --tokens {tokens}", "neither",
+              seeds if latent == "2e-3" else seeds[:1])
+        g.add(f"ef-{tokens}" if latent == "5e-4" else "rates-ef-2e-3", f"`{rates}`",
+              f"--calib-tokens 262144 --warm-epochs 0 --tokens {tokens}" + ("" if latent == "5e-4" else f" {rates}"),
+              "error feedback", seeds if latent == "5e-4" else seeds[:1])
     for latent, scale in (("5e-4", "1e-4"), ("1e-3", "3e-4"), ("2e-3", "1e-3")):
         name = f"ef-warm-{tokens}" if latent == "5e-4" else f"rates-{latent}"
         options = f"{WARM} --tokens {tokens}"
         g.add(name, f"`--latent-lr {latent} --scale-lr {scale}`",
               options if latent == "5e-4" else f"{options} --latent-lr {latent} --scale-lr {scale}",
-              seeds=seeds if latent == "5e-4" else seeds[:1])
+              "and warm start", seeds if latent == "5e-4" else seeds[:1])
+
+    g = group("baseline-rates", "Rates of the baselines",
+              f"{tokens:,} tokens of distillation from the start of each method's row above: whether a baseline would "
+              "do better at other rates.", "")
+    for method, options in (("standard", FULL), ("rabit", FULL), ("mbok", FULL), ("dbllm", "--no-error-feedback")):
+        for latent, scale in (("5e-4", "1e-4"), ("1e-3", "3e-4"), ("2e-3", "1e-3")):
+            rates = f"--latent-lr {latent} --scale-lr {scale}"
+            if latent == "2e-3":
+                name = method if method in ("mbok", "dbllm") else f"{method}-full"
+                g.add(name, f"`{rates}`", f"--method {method} {options} {COLD} --tokens {tokens}", method, seeds)
+            else:
+                g.add(f"{method}-{latent}", f"`{rates}`",
+                      f"--method {method} {options} --warm-epochs 0 {rates} --tokens {tokens}", method, seeds[:1])
 
     g = group("block", "The warm start alone",
               "No end-to-end step.", "")
@@ -216,8 +245,9 @@ class Runner:
                 (out / f"{run.key}{ending}").unlink(missing_ok=True)
         log = Path(f"{model}.json")
         if code == 0 and log.exists():
+            result = {**json.loads(log.read_text()), "asked": run.asked(self.arguments)}
+            log.write_text(json.dumps(result))
             log.rename(out / f"{run.key}.json")
-            result = json.loads((out / f"{run.key}.json").read_text())
             say(f"{run.key}: {perplexity(result):.2f} in {result['seconds']:.0f} s")
         elif code == 130:
             say(f"{run.key}: interrupted")
@@ -285,7 +315,7 @@ def perplexity(log):
 def compact(log):
     """What the page is made from."""
     kept = {name: log[name] for name in ("bits_per_weight", "perplexity", "seconds", "source", "data", "command",
-                                         "version") if name in log}
+                                         "version", "asked") if name in log}
     layers = [layer for layer in log.get("diagnostics", {}).get("layers", []) if layer["paths"] > 1]
     # In the order of the layers.
     kept["path_correlation"] = [round(layer["path_correlation"], 3) for layer in layers]
@@ -298,17 +328,19 @@ class Results:
 
     def __init__(self, arguments):
         self.out, self.store = Path(arguments.out), Path(arguments.docs).with_suffix(".json")
-        self.machine = arguments.machine
+        self.arguments = arguments
         self.known = json.loads(self.store.read_text()) if self.store.exists() else {}
 
-    def get(self, key):
-        path = self.out / f"{key}.json"
+    def get(self, run):
+        """The run's result, or None where there is none that was measured with its options."""
+        path, asked = self.out / f"{run.key}.json", run.asked(self.arguments)
         if path.exists():
             found = compact(json.loads(path.read_text()))
-            before = self.known.get(key, {})
-            if {**before, "machine": ""} != {**found, "machine": ""}:
-                self.known[key] = {**found, "machine": self.machine}
-        return self.known.get(key)
+            before = self.known.get(run.key, {})
+            if found.get("asked") == asked and {**before, "machine": ""} != {**found, "machine": ""}:
+                self.known[run.key] = {**found, "machine": self.arguments.machine}
+        known = self.known.get(run.key, {})
+        return known if known.get("asked") == asked else None
 
     def save(self):
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, sort_keys=True)}"
@@ -398,7 +430,7 @@ def table(group, results):
             columns.append(run.column)
         if run.label not in labels:
             labels.append(run.label)
-        log = results.get(run.key)
+        log = results.get(run)
         if log is not None and perplexity(log) == perplexity(log):
             cells[run.label, run.column].append((perplexity(log), log))
     if not cells:
@@ -423,17 +455,17 @@ def table(group, results):
     return "\n".join(lines), rows
 
 
-def diagnostics_table(results, keys):
+def diagnostics_table(results, runs):
     lines = ["| run | Corr(y1, y2): median | of 80 % of the layers | Corr(R1, y2): median | of 80 % of the layers | "
              "least | layers above 0.7 |", "|---|---|---|---|---|---|---|"]
-    for key in keys:
-        result = results.get(key) or {}
+    for run in runs:
+        result = results.get(run) or {}
         correlation, alignment = sorted(result.get("path_correlation", [])), sorted(result.get("residual_alignment", []))
         if not alignment:
             continue
         tenth = len(alignment) // 10
         above = sum(value > 0.7 for value in alignment)
-        lines.append(f"| `{key}` | {statistics.median(correlation):.2f} | {correlation[tenth]:.2f} to "
+        lines.append(f"| `{run.key}` | {statistics.median(correlation):.2f} | {correlation[tenth]:.2f} to "
                      f"{correlation[-1 - tenth]:.2f} | {statistics.median(alignment):.2f} | {alignment[tenth]:.2f} to "
                      f"{alignment[-1 - tenth]:.2f} | {alignment[0]:.2f} | {above} of {len(alignment)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
@@ -441,20 +473,26 @@ def diagnostics_table(results, keys):
 
 def write_docs(arguments, groups):
     docs, results = Path(arguments.docs), Results(arguments)
-    logs = [log for group in groups for run in group.runs if (log := results.get(run.key))]
+    logs = [log for group in groups for run in group.runs if (log := results.get(run))]
     if not logs:
         raise SystemExit(f"ablation: {arguments.out} holds no results")
     teacher = logs[0]["perplexity"]["teacher"]
     sources = {log["source"]["sha256"] for log in logs}
     texts = {f["sha256"] for log in logs for f in log["data"]["files"]}
+    asked = {run.key for group in groups for run in group.runs}
+    there = {run.key for group in groups for run in group.runs if results.get(run)}
     page = ["# What each part is worth", "",
+            f"{len(there)} of the {len(asked)} runs of the grid are in; groups and rows that have none yet are left out.",
+            "",
             f"`{logs[0]['source']['name']}` (SHA-256 {', '.join(s[:12] for s in sorted(sources))}), trained on "
             f"`{logs[0]['data']['files'][0]['name']}` (SHA-256 {', '.join(s[:12] for s in sorted(texts))}); perplexity "
             f"by torch, {teacher['protocol']}; the original has {teacher['perplexity']:.2f}. "
-            "± is half the range over seeds; where there is none, one run was made. Repeated with one seed, runs on "
-            "a GPU differ by about 0.3, for its sums are not ordered.", "",
+            f"± is half the range over {len(arguments.seeds.split(','))} seeds; where there is none, one run was made. "
+            "On a GPU even one seed gives other results again, for its sums are not ordered: differences within the "
+            "spreads say nothing. Rates are the program's defaults where no option says else.", "",
             "    scripts/ablation.py --model MODEL.gguf --train TRAIN.txt --test TEST.txt --device cuda", "",
-            "makes all of it; `--list` prints the command of every run.", ""]
+            "makes it on a GPU, `--device cpu` what is measured without one; `--list` prints the command of every "
+            "run.", ""]
     for group in groups:
         text, rows = table(group, results)
         if not text:
@@ -469,9 +507,10 @@ def write_docs(arguments, groups):
             chart = docs.parent / f"{stem}-{group.name}.svg"
             chart.write_text(svg_bars("perplexity", bars))
             page += [f"![{group.title}]({chart.name})", ""]
-            keys = [f"{name}-s1" for name in ("standard-greedy", "standard-full", "rabit-greedy", "rabit-full", "mbok",
-                                              "dbllm", f"ef-warm-{arguments.tokens}")]
-            found = diagnostics_table(results, keys)
+            names = ("standard-greedy", "standard-full", "rabit-greedy", "rabit-full", "mbok", "dbllm",
+                     f"ef-warm-{arguments.tokens}")
+            runs = {run.key: run for other in groups for run in other.runs if run.name in names}
+            found = diagnostics_table(results, [runs[f"{name}-s1"] for name in names if f"{name}-s1" in runs])
             if found:
                 page += ["How the paths work together after training, over all linear layers (what is measured: "
                          "[diagnose.md](../diagnose.md)):", "", found, ""]
@@ -549,13 +588,13 @@ def main(argv):
             raise SystemExit(f"ablation: --{name} {value or ''}: no such file")
     os.makedirs(arguments.out, exist_ok=True)
     results = Results(arguments)
-    left = [run for run in runs.values() if results.get(run.key) is None]
+    left = [run for run in runs.values() if results.get(run) is None]
     # Those that distil longest first, so that the last do not wait for a late start.
     left.sort(key=lambda run: -int((run.options.split("--tokens ")[1:] or ["0"])[-1].split()[0]))
     say(f"{len(runs) - len(left)} of {len(runs)} runs are there already")
     failures = runner.all(left)
     results = Results(arguments)
-    missing = [run.key for run in runs.values() if results.get(run.key) is None]
+    missing = [run.key for run in runs.values() if results.get(run) is None]
     if not missing:
         write_docs(arguments, groups)
     if failures:

@@ -52,6 +52,7 @@ class AblationTest(unittest.TestCase):
         self.assertRegex(page, r"\| greedy SVID \| [\d.e+]+ ± [\d.]+ \| [\d.e+]+ ± [\d.]+ \| - \|")
         self.assertRegex(page, r"\| `rabit-greedy-s1` \| -?\d\.\d\d \| ")
         self.assertIn("A test.", page)
+        self.assertRegex(page, r"6 of the \d+ runs")
         xml.dom.minidom.parse(str(self.folder / "page-method.svg"))
         settings = json.loads((self.folder / "results/standard-greedy-s2.json").read_text())["settings"]
         self.assertEqual((settings["method"], settings["init_sweeps"], settings["seed"]),
@@ -62,8 +63,12 @@ class AblationTest(unittest.TestCase):
         self.assertEqual(before, {path: path.stat().st_mtime_ns for path in before})
         self.assertEqual((self.folder / "page.md").read_text(), page)
         # The page can be made without the logs, from what is kept beside it.
-        self.run_script("--write-only", "--out", "none", "--docs", "page.md", "--tokens", 1024)
+        self.run_script(*chosen, "--write-only", "--out", "none", "--machine", "Another.")
         self.assertEqual((self.folder / "page.md").read_text(), page)
+        # What was measured with other options is no result of this run.
+        self.assertIn("holds no results", self.run_script(*self.small("--write-only", "--eval-ctx", 64), code=1).stderr)
+        self.assertIn("rabit-greedy-s1: ", self.run_script(
+            *self.small("--groups", "method", "--only", "rabit-greedy-s1", tokens=512)).stderr)
 
     def test_goes_on_where_it_stopped(self):
         chosen = self.small("--groups", "method", "--only", "rabit-full-s1", tokens=200000)

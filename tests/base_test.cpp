@@ -162,6 +162,9 @@ TEST_F(Files, OneHolderALock) {
   put("out.gguf.lock", "");  // of a process that was killed
   EXPECT_TRUE(FileLock::take(place));
   EXPECT_FALSE(FileLock::take(folder_ / "none" / "out.gguf"));
+  put("mine.gguf.lock", "somebody's");
+  EXPECT_FALSE(FileLock::take(folder_ / "mine.gguf"));
+  EXPECT_EQ(*read_file(folder_ / "mine.gguf.lock"), "somebody's");
 }
 
 TEST_F(Files, Sha256OfKnownStrings) {

@@ -36,8 +36,8 @@ SMALL = {
     "--seq-len": "32", "--calib-tokens": "512", "--warm-epochs": "1", "--batch": "2",
     "--tokens": "128", "-t": "1",
 }
-LEFTOVERS = ("", ".json", ".html", ".lock", ".partial", ".unverified", ".unverified.partial", ".probe",
-             ".probe.partial", ".ckpt.partial")
+LEFTOVERS = ("", ".json", ".html", ".lock", ".partial", ".unverified", ".unverified.partial", ".test-write",
+             ".test-write.partial", ".ckpt.partial")
 
 
 def byte_alphabet():
@@ -222,7 +222,7 @@ class QuantizeTest(unittest.TestCase):
                 if (path, place) != (self.text, 5):
                     self.fails(*wrong, says=path.name, out=self.folder / "no")
         self.fails("diagnose", self.model, *arguments[2:], says="not packed", out=self.folder / "no")
-        self.fails(*arguments[:-4], "--seq-len", 4096, says="less than one window", out=self.folder / "no")
+        self.fails(*arguments[:-4], "--seq-len", 4096, says=f"at most {CONTEXT} positions", out=self.folder / "no")
         self.fails(*arguments, "--device", "tpu", says="not a device", out=self.folder / "no")
         other = self.folder / "other.gguf"
         other.write_bytes(self.model.read_bytes()[:-4] + b"abcd")
@@ -247,6 +247,8 @@ class QuantizeTest(unittest.TestCase):
         no = self.folder / "no"
         self.fails("report", self.text, says="not JSON", out=no)
         self.fails("report", self.file("list.json", "[1, 2]"), says="not the log", out=no)
+        deep = '{"source": {}, "settings": ' + "[" * 200000 + "]" * 200000 + "}"
+        self.fails("report", self.file("deep.json", deep), says="nested deeper", out=no)
         self.fails("report", self.folder / "missing", says="missing", out=no)
         kept = Path(f"{self.out}.json").read_bytes()
         done = self.run_rabit("report", f"{self.out}.json", "-o", f"{self.out}.json")
@@ -255,6 +257,19 @@ class QuantizeTest(unittest.TestCase):
         self.assertEqual(Path(f"{self.out}.json").read_bytes(), kept)
 
     def test_a_report_that_cannot_be_written_loses_no_model(self):
+        (self.folder / "link").symlink_to(".")
+        self.fails(*self.start("--report", self.folder / "link" / self.out.name), says="is what -o writes")
+        block = Path(f"{self.out}.html.partial")  # in the way when training is done
+        (block / "full").mkdir(parents=True)
+        done = self.run_rabit(*self.start())
+        self.assertEqual(done.returncode, FAILURE)
+        self.assertRegex(self.one_line(done, "no page"), "no report: .*the model is whole")
+        self.assertTrue(json.loads(self.succeeds("inspect", self.out, "--json"))["runnable"])
+        (block / "full").rmdir()
+        block.rmdir()
+        self.succeeds("report", f"{self.out}.json")
+        for path in self.folder.glob("out.gguf*"):
+            path.unlink()
         for report in (self.folder / "none" / "page.html", self.model, self.text, self.out):
             before = {path: path.read_bytes() for path in (self.model, self.text)}
             self.fails(*self.start("--report", report), says="--report|no such folder")

@@ -39,6 +39,18 @@ TEST(AxisTicks, AreRoundAndWithin) {
   EXPECT_GE(log_ticks(0.23, 1.1, 5).size(), 4U);
 }
 
+TEST(AxisTicks, EndForEveryNumber) {
+  for (const double value : {4e15, -4e15, 1e300, 1.7e308, 5e-324, 1e-310, 0.0}) {
+    for (const bool log : {false, true}) {
+      const std::string html = chart_html({"t", "x", "y", {{"a", {value}, {value}}}, log});
+      EXPECT_LT(html.size(), 20000U) << value;
+    }
+    const std::string two =
+        chart_html({"t", "x", "y", {{"a", {value, value + 1}, {value, value * 2 + 1}}}});
+    EXPECT_LT(two.size(), 20000U) << value;
+  }
+}
+
 TEST(Charts, PlaceValuesAndLeaveGaps) {
   Chart chart{"t", "x", "y", {{"one", {0, 1, 2, 3}, {0, 10, NAN, 5}}}};
   const std::string html = chart_html(chart);
@@ -71,7 +83,7 @@ json whole_log() {
       {"warm_start",
        {{{"block", 0}, {"loss_first", 0.5}, {"loss_last", 0.2}, {"output_error", 0.3}},
         {{"block", 1}, {"loss_first", nullptr}, {"loss_last", 0.3}, {"output_error", 0.4}}}},
-      {"distill", {{{"tokens", 100}, {"kl", 1.0}, {"text_nll", 4.0}, {"text_nll_teacher", 3.0}}}},
+      {"distill", {{{"tokens", 100}, {"loss", 1.0}, {"text_nll", 4.0}, {"text_nll_teacher", 3.0}}}},
       {"diagnostics",
        {{"layers",
          {{{"layer", "blk.0.attn_q"}, {"path_correlation", -0.3}, {"residual_alignment", 0.8}},
@@ -136,6 +148,10 @@ TEST(RunReport, DoesWithoutWhatIsMissing) {
       EXPECT_TRUE(page || needed) << item.key() << " " << wrong;
     }
   }
+  json huge = whole;
+  huge["seconds"] = 1e300;
+  huge["distill"][0]["tokens"] = 4e15;
+  EXPECT_TRUE(run_report(huge));
   for (const json& foreign : {json(), json(3), json::array(), json::object()}) {
     EXPECT_FALSE(run_report(foreign));
   }

@@ -34,6 +34,10 @@ TEST_F(TrainRun, PackedFileScoresAsTheStudent) {
       QuantizeOptions options = options_;
       options.bits = std::to_string(paths);
       options.embedding = embedding;
+      if (paths == 3) {  // norms that are far from the original's
+        options.train_norms = true;
+        options.scale_lr = 3e-2;
+      }
       const bool half = embedding == EmbeddingType::kF16;
       const std::string name = std::to_string(paths) + (half ? "h.gguf" : "q.gguf");
       succeeds(name, options);
@@ -122,7 +126,7 @@ TEST_F(TrainRun, DistillationHelps) {
   const auto mean = [&](size_t begin) {
     double sum = 0.0;
     for (size_t i = begin; i < begin + 10; ++i) {
-      sum += steps[i]["kl"].get<double>() / 10;
+      sum += steps[i]["loss"].get<double>() / 10;
     }
     return sum;
   };

@@ -175,6 +175,11 @@ Result<FileLock> FileLock::take(const std::filesystem::path& path) {
     }, named{};
     if (::fstat(lock.fd_, &held) == 0 && ::stat(lock.lock_.c_str(), &named) == 0 &&
         held.st_ino == named.st_ino && held.st_dev == named.st_dev) {
+      if (held.st_size > 0) {
+        ::close(std::exchange(lock.fd_, -1));
+        return Error{lock.lock_.string() +
+                     ": is no lock of ours, it holds something; name another file"};
+      }
       return lock;
     }
     ::close(std::exchange(lock.fd_, -1));

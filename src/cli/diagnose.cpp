@@ -119,7 +119,7 @@ Command add_diagnose(CLI::App& app) {
   command->add_option("--teacher", a.teacher, "GGUF file of the original model")->required();
   command->add_option("--data", a.text, "UTF-8 text to run both on")->required();
   add_integer(command, "--tokens", a.options.tokens, 1, int64_t{1} << 24,
-              "Tokens of the text, from its start, in whole windows");
+              "Tokens of the text, from its start, in whole windows, one at least");
   add_integer(command, "--seq-len", a.options.seq_len, 1, int64_t{1} << 20, "Tokens a window");
   command->add_option("--device", a.options.device, "cpu, cuda or cuda:N")->capture_default_str();
   add_threads(command, a.options.threads);

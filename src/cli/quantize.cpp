@@ -80,15 +80,23 @@ Status complete_log(const Arguments& arguments, nlohmann::json& log) {
                  {"parameters", size.parameters}};
   log["output"] = std::filesystem::path(arguments.out).filename().string();
   log["version"] = RABIT_VERSION;
-  const auto name = [](const std::string& path) {
-    return std::filesystem::path(path).filename().string();
+  const auto quoted = [](const std::string& text) {
+    return text.find_first_of(" '\"") == std::string::npos ? text : "'" + text + "'";
+  };
+  const auto name = [&](const std::string& path) {
+    return quoted(std::filesystem::path(path).filename().string());
   };
   std::string command =
       "rabit quantize " + name(arguments.model) + " -o " + name(arguments.out) + " --data";
   for (const std::string& file : arguments.data) {
     command += " " + name(file);
   }
-  log["command"] = command + train::arguments_of(options);
+  command += train::arguments_of(options);
+  if (!arguments.eval_text.empty()) {
+    command +=
+        fmt::format(" --eval {} --eval-ctx {}", name(arguments.eval_text), arguments.eval_ctx);
+  }
+  log["command"] = command;
   if (arguments.sample_tokens == 0) {
     return {};
   }
@@ -149,9 +157,12 @@ Status run(const Arguments& arguments) {
   if (!arguments.report.empty()) {
     const std::string option = "--report " + arguments.report;
     RABIT_CHECK(train::check_written(option, arguments.report, inputs));
-    const auto page = std::filesystem::absolute(arguments.report).lexically_normal();
-    for (const char* ending : {"", ".json", ".ckpt"}) {
-      if (page == std::filesystem::absolute(arguments.out + ending).lexically_normal()) {
+    std::error_code unknown;
+    const auto place = [&](const std::string& path) {
+      return std::filesystem::weakly_canonical(path, unknown);
+    };
+    for (const char* ending : {"", ".json", ".ckpt", ".lock", ".unverified"}) {
+      if (place(arguments.report) == place(arguments.out + ending)) {
         return Error{option + ": is what -o writes; name another file"};
       }
     }

@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/files.h"
+#include "base/json.h"
 #include "cli/common.h"
 #include "report/run_report.h"
 
@@ -23,16 +24,16 @@ struct Arguments {
 
 Status run(const Arguments& arguments) {
   RABIT_ASSIGN(const std::string text, read_text_file(arguments.log));
-  const auto log = nlohmann::json::parse(text, nullptr, false);
-  if (log.is_discarded()) {
-    return Error{arguments.log + ": it is not JSON; give the OUT.json of a run"};
+  const auto log = parse_json(text);
+  if (!log) {
+    return Error{arguments.log + ": " + log.error().message + "; give the OUT.json of a run"};
   }
   const std::string out = arguments.out.empty() ? arguments.log + ".html" : arguments.out;
   std::error_code unknown;
   if (std::filesystem::equivalent(arguments.log, out, unknown)) {
     return Error{"-o " + out + ": it would replace the log itself; give another name"};
   }
-  if (const Status written = write_report(log, out); !written) {
+  if (const Status written = write_report(*log, out); !written) {
     return Error{arguments.log + ": " + written.error().message};
   }
   write_stderr("wrote " + one_line(out) + "\n");

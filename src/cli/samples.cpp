@@ -17,18 +17,23 @@ Result<std::vector<std::string>> write_samples(const std::string& model,
   std::vector<std::string> texts;
   for (const std::string& prompt : prompts) {
     const std::vector<int32_t> tokens = tokens_of_text(*tokenizer, prompt);
-    const int64_t room = loaded->context_length() - static_cast<int64_t>(tokens.size());
+    const int64_t room =
+        std::min(count, loaded->context_length() - static_cast<int64_t>(tokens.size()));
     std::vector<int32_t> written;
     if (!tokens.empty() && room > 0) {
-      RABIT_ASSIGN(const auto session, Session::create(loaded, loaded->context_length()));
+      RABIT_ASSIGN(const auto session,
+                   Session::create(loaded, static_cast<int64_t>(tokens.size()) + room));
       Sampler sampler({.temperature = static_cast<float>(kSampleTemperature), .seed = kSampleSeed});
       RABIT_ASSIGN(auto logits, session->forward(tokens));
-      while (static_cast<int64_t>(written.size()) < std::min(count, room)) {
+      while (true) {
         const int32_t token = sampler.sample(logits);
         if (token == tokenizer->spec().eos_id) {
           break;
         }
         written.push_back(token);
+        if (static_cast<int64_t>(written.size()) == room) {
+          break;
+        }
         RABIT_ASSIGN(logits, session->forward(std::span(&token, 1)));
       }
     }

@@ -145,16 +145,26 @@ std::vector<double> axis_ticks(double low, double high, int count) {
       break;
     }
   }
+  const double first = std::ceil(low / step - 1e-9);
+  const double steps = std::floor(high / step + 1e-9) - first;
+  // Values so large or so close that no numbers lie between them have no ticks.
+  if (!(step > 0.0) || !std::isfinite(first) || std::fabs(first) > 1e15 || !(steps < 100.0)) {
+    return {};
+  }
   std::vector<double> ticks;
-  for (double i = std::ceil(low / step - 1e-9); i * step <= high + step * 1e-9; ++i) {
-    ticks.push_back(i * step);
+  for (int i = 0; i <= static_cast<int>(steps); ++i) {
+    ticks.push_back((first + i) * step);
   }
   return ticks;
 }
 
 std::vector<double> log_ticks(double low, double high, int count) {
+  const double first = std::floor(std::log10(low)), last = std::log10(high);
+  if (!std::isfinite(first) || !std::isfinite(last)) {
+    return {};
+  }
   std::vector<double> ticks;
-  for (double power = std::floor(std::log10(low)); power <= std::log10(high); ++power) {
+  for (int power = static_cast<int>(first); power <= static_cast<int>(last); ++power) {
     for (const double factor : {1.0, 2.0, 5.0}) {
       const double tick = factor * std::pow(10.0, power);
       if (tick >= low * (1 - 1e-9) && tick <= high * (1 + 1e-9)) {

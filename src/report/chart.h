@@ -24,7 +24,8 @@ struct Chart {
 /// needs to run. Empty where no series has a value.
 std::string chart_html(const Chart& chart);
 
-/// Round numbers from low to high, about `count` of them, both ends within. low < high.
+/// Round numbers from low to high, about `count` of them, both ends within; none where numbers are
+/// too large or too close for it. low < high.
 std::vector<double> axis_ticks(double low, double high, int count);
 /// The same for a logarithmic axis: 1, 2, 5 times powers of ten, thinned. 0 < low < high.
 std::vector<double> log_ticks(double low, double high, int count);

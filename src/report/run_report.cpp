@@ -90,6 +90,9 @@ std::string text_of(const json& value) {
 }
 
 std::string duration(double seconds) {
+  if (!(seconds >= 0.0 && seconds < 1e12)) {
+    return "-";
+  }
   if (seconds < 120.0) {
     return fmt::format("{:.0f} s", seconds);
   }
@@ -223,7 +226,7 @@ class Page {
            {{"Loss",
              "tokens",
              "nats a token",
-             {series("loss", steps, "tokens", "kl", same)},
+             {series("loss", steps, "tokens", "loss", same)},
              true,
              false,
              false},
@@ -235,7 +238,7 @@ class Page {
              true,
              false,
              false},
-            {"Norm of the scales' gradients",
+            {"Norm of the gradients of scales and norms",
              "tokens",
              "norm",
              {series("norm", steps, "tokens", "scale_grad_norm", same)},
@@ -297,7 +300,8 @@ class Page {
     charts(
         "The paths of every layer",
         "y1 and y2 are what the first two paths give; R1 is what the first leaves of what the "
-           "original layer gives on the same inputs. Paths that work together correlate negatively, and the "
+        "original layer gives on the same inputs. Paths that work together correlate negatively, "
+        "and the "
         "second points where the first is wrong.",
         {chart("Correlation of the paths, Corr(y1, y2)", "correlation", "path_correlation", false),
          chart("Alignment with the residual, Corr(R1, y2)", "correlation", "residual_alignment",
@@ -384,9 +388,8 @@ class Page {
     }
     close_table();
     open_table("run", "");
-    for (const char* key :
-         {"version", "compute", "threads", "device_name", "resumed", "calib_tokens_used",
-          "distill_tokens", "seconds", "phase_seconds", "memory", "searched"}) {
+    for (const char* key : {"version", "compute", "threads", "resumed", "calib_tokens_used",
+                            "distill_tokens", "seconds", "phase_seconds", "memory", "searched"}) {
       const json value = log_.value(key, json());
       if (value.is_null()) {
         continue;
@@ -401,7 +404,8 @@ class Page {
       }
       if (value.is_object()) {
         for (const auto& [part, amount] : value.items()) {
-          row(std::string(key) + ": " + part, amount);
+          const bool last = at(log_, "/resumed") == json(true);  // a continuation knows its own
+          row(std::string(key) + (last ? ", last call: " : ": ") + part, amount);
         }
         continue;
       }

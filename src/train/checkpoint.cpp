@@ -8,6 +8,7 @@
 
 #include "base/files.h"
 #include "base/interrupt.h"
+#include "base/json.h"
 #include "train/host_tensor.h"
 #include "train/session.h"
 
@@ -166,10 +167,13 @@ std::string differences(const nlohmann::json& before, const nlohmann::json& now)
   }
   const auto old_settings = before.value("settings", nlohmann::json::object());
   for (const Setting& setting : settings()) {
+    if (setting.may_change) {
+      continue;
+    }
     const std::string key(setting.key);
     const auto old_value = old_settings.value(key, nlohmann::json());
-    const auto& new_value = now["settings"][key];
-    if (setting.may_change || old_value == new_value) {
+    const auto new_value = now["settings"].value(key, nlohmann::json());
+    if (old_value == new_value) {
       continue;
     }
     if (const auto* flag = std::get_if<Setting::Flag>(&setting.value)) {
@@ -235,12 +239,13 @@ Result<SavedRun> read_run(const GgufFile& file) {
   }
   RABIT_ASSIGN(const std::string fingerprint, file.get_string(key("fingerprint")));
   RABIT_ASSIGN(const std::string log, file.get_string(key("log")));
-  SavedRun run{nlohmann::json::parse(fingerprint, nullptr, false),
-               nlohmann::json::parse(log, nullptr, false)};
-  if (!run.fingerprint.is_object() || !run.log.is_object() ||
-      !run.fingerprint.value("settings", nlohmann::json()).is_object()) {
+  auto parsed_fingerprint = parse_json(fingerprint), parsed_log = parse_json(log);
+  if (!parsed_fingerprint || !parsed_log || !parsed_fingerprint->is_object() ||
+      !parsed_log->is_object() ||
+      !parsed_fingerprint->value("settings", nlohmann::json()).is_object()) {
     return Error{where + ": damaged: its settings are no JSON object"};
   }
+  SavedRun run{std::move(parsed_fingerprint).value(), std::move(parsed_log).value()};
   RABIT_ASSIGN(run.blocks_done, file.get_int(key("blocks_done")));
   return run;
 }
@@ -301,7 +306,9 @@ Result<Resumed> read_checkpoint(TrainSession& session) {
   const bool optimized = resumed.distilling && file->find_meta(key("adam.scales")) != nullptr;
   const bool momentum = optimized && session.options.optimizer == Optimizer::kMuon;
   RABIT_CHECK(take_searched(run.log, session.options, session.bits));
-  session.log["searched"] = run.log.value("searched", nlohmann::json());
+  if (run.log.contains("searched")) {
+    session.log["searched"] = run.log["searched"];
+  }
   RABIT_ASSIGN(session.student,
                read_student(*file, resumed.blocks_done, session.config(), session.options,
                             session.bits, session.teacher.device));
@@ -375,6 +382,18 @@ Result<CheckpointStudent> student_of_checkpoint(const GgufFile& file, const Mode
   RABIT_CHECK(take_searched(run.log, options, bits));
   RABIT_ASSIGN(Student student,
                read_student(file, run.blocks_done, config, options, bits, at::kCPU));
+  // Where there is an average, it is what would be packed.
+  const at::NoGradGuard no_grad;
+  for (int64_t layer = 0; layer < run.blocks_done; ++layer) {
+    for (const Role role : kRoles) {
+      const std::string name = linear_name(layer, role) + ".average";
+      at::Tensor latent = student.at(layer, role).latent;
+      if (file.find_tensor(name) != nullptr) {
+        RABIT_ASSIGN(const at::Tensor average, read_tensor(file, name, latent.sizes()));
+        latent.copy_(average);
+      }
+    }
+  }
   return CheckpointStudent{std::move(student), run.blocks_done};
 }
 

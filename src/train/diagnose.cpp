@@ -115,8 +115,8 @@ Result<nlohmann::json> measure(const GgufFile& student, const GgufFile& teacher_
   } else {
     RABIT_ASSIGN(const ModelConfig own, read_model_config(student));
     RABIT_ASSIGN(auto packed, PackedStudent::open(student, config));
-    const auto source = student.get_string("rabit.source.sha256");
-    if (source && *source != teacher_sha256) {
+    RABIT_ASSIGN(const std::string source, student.get_string("rabit.source.sha256"));
+    if (source != teacher_sha256) {
       return Error{student.path().string() + ": was made from another model than --teacher " +
                    teacher_file.path().string()};
     }
@@ -128,6 +128,10 @@ Result<nlohmann::json> measure(const GgufFile& student, const GgufFile& teacher_
     reader = [packed = std::move(packed)](int64_t layer) { return packed.block(layer); };
   }
 
+  if (options.seq_len > config.context_length) {
+    return Error{fmt::format("--seq-len {}: the model was trained for at most {} positions",
+                             options.seq_len, config.context_length)};
+  }
   RABIT_ASSIGN(at::Tensor windows, cut_windows(tokens, options.seq_len, config.vocab_size));
   const int64_t count = std::max<int64_t>(1, options.tokens / options.seq_len);
   windows = windows.narrow(0, 0, std::min(count, windows.size(0)));

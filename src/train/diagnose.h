@@ -15,7 +15,7 @@
 namespace rabit::train {
 
 struct DiagnoseOptions {
-  int64_t tokens = 4096;  // at most; whole windows are taken, from the start of the text
+  int64_t tokens = 4096;  // from the start of the text, in whole windows, one at least
   int64_t seq_len = 512;
   std::string device = "cpu";
   int64_t threads = 0;  // 0: as many as the process may use

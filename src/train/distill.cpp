@@ -106,9 +106,11 @@ Student stand_in(const TrainSession& session) {
       const auto scale = [&](int64_t extent, double value) {
         return at::full({paths, extent}, value, latent.options());
       };
-      block[role] = make_student_linear(session.options.method, latent,
-                                        scale(latent.size(0), latent.abs().mean().item<double>()),
-                                        scale(latent.size(1), 1.0), latent.device());
+      const bool independent = has_independent_latents(session.options.method);
+      block[role] = restore_student_linear(
+          session.options.method, independent ? latent.repeat({paths, 1, 1}) : latent,
+          scale(latent.size(0), latent.abs().mean().item<double>()), scale(latent.size(1), 1.0), {},
+          latent.device());
     }
     if (session.options.train_norms) {
       add_norms(session.teacher, layer, block);
@@ -185,6 +187,20 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   double smoothed = NAN;
   at::Tensor nll;  // sums of the text's (student, teacher) over `nll_steps` steps
   int64_t nll_steps = 0;
+  const auto note = [&](int64_t after, double loss, double norm, double factor, double rate) {
+    // The text's, in the mean of the steps since the last entry, each before its own update.
+    const at::Tensor mean = nll.to(at::kCPU) / static_cast<double>(nll_steps);
+    nll = at::Tensor();
+    nll_steps = 0;
+    session.log["distill"].push_back({{"step", after},
+                                      {"tokens", after * step_tokens},
+                                      {"loss", loss},
+                                      {"text_nll", mean[0].item<double>()},
+                                      {"text_nll_teacher", mean[1].item<double>()},
+                                      {"scale_grad_norm", norm},
+                                      {"learning_rate_factor", factor},
+                                      {"tokens_per_second", rate}});
+  };
   int64_t step = first_step;
   for (; step < steps; ++step) {
     if (interrupted()) {
@@ -234,18 +250,7 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
           {"distil", (step + 1) * step_tokens, total * step_tokens, smoothed, rate});
     }
     if (step % std::max<int64_t>(1, steps / 200) == 0 || step + 1 == steps) {
-      // Of the steps since the last entry, each before its own update.
-      const at::Tensor mean = nll.to(at::kCPU) / static_cast<double>(nll_steps);
-      nll = at::Tensor();
-      nll_steps = 0;
-      session.log["distill"].push_back({{"step", step + 1},
-                                        {"tokens", (step + 1) * step_tokens},
-                                        {"kl", value},
-                                        {"text_nll", mean[0].item<double>()},
-                                        {"text_nll_teacher", mean[1].item<double>()},
-                                        {"scale_grad_norm", taken->gradient_norm},
-                                        {"learning_rate_factor", factor},
-                                        {"tokens_per_second", rate}});
+      note(step + 1, value, taken->gradient_norm, factor, rate);
     }
     if (since_checkpoint.elapsed() > options.checkpoint_minutes * 60.0) {
       const DistillState now = state_at(step + 1);
@@ -253,12 +258,8 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
       since_checkpoint = Clock();
     }
   }
-  {
-    const at::NoGradGuard no_grad;
-    for (size_t i = 0; i < average.size(); ++i) {
-      at::Tensor matrix = matrices[i];
-      matrix.copy_(average[i]);
-    }
+  if (nll_steps > 0) {  // the end came between two entries
+    note(step, NAN, NAN, NAN, NAN);
   }
   state = state_at(step);
   return {};

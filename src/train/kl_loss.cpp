@@ -17,7 +17,7 @@ class ChunkedLoss : public torch::autograd::Function<ChunkedLoss> {
  public:
   static variable_list forward(AutogradContext* context, const at::Tensor& student,
                                const at::Tensor& teacher, const at::Tensor& head,
-                               const at::Tensor& next, const LossShares& shares) {
+                               const at::Tensor& next, const LossShares& shares, bool backward) {
     const int64_t tokens = student.size(0);
     const int64_t chunk = std::max<int64_t>(1, kChunkLogits / head.size(0));
     const double t = shares.temperature, r = shares.reverse, c = shares.cross_entropy;
@@ -26,7 +26,7 @@ class ChunkedLoss : public torch::autograd::Function<ChunkedLoss> {
     const at::Tensor share = known / known.sum().clamp_min(1.0);
     at::Tensor nll = at::zeros({2}, student.options().dtype(at::kDouble));
     at::Tensor loss = at::zeros({}, student.options().dtype(at::kDouble));
-    at::Tensor grad = at::empty_like(student);
+    at::Tensor grad = backward ? at::empty_like(student) : at::Tensor();
     for (int64_t begin = 0; begin < tokens; begin += chunk) {
       const int64_t count = std::min(chunk, tokens - begin);
       const auto logits_of = [&](const at::Tensor& hidden) {
@@ -62,17 +62,25 @@ class ChunkedLoss : public torch::autograd::Function<ChunkedLoss> {
         d_logits.add_(at::softmax(logits, -1) * weight);
         d_logits.scatter_add_(-1, target, -weight);
       }
-      grad.narrow(0, begin, count).copy_(at::matmul(d_logits.to(head.scalar_type()), head));
+      if (backward) {
+        grad.narrow(0, begin, count).copy_(at::matmul(d_logits.to(head.scalar_type()), head));
+      }
     }
     loss += nll[0] * c;
-    context->save_for_backward({grad});
+    if (backward) {
+      context->save_for_backward({grad});
+    }
     context->mark_non_differentiable({nll});
     return {loss.to(at::kFloat), nll};
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const at::Tensor grad = context->get_saved_variables()[0];
-    return {grad * grads[0].to(grad.scalar_type()), at::Tensor(), at::Tensor(), at::Tensor(),
+    return {grad * grads[0].to(grad.scalar_type()),
+            at::Tensor(),
+            at::Tensor(),
+            at::Tensor(),
+            at::Tensor(),
             at::Tensor()};
   }
 };
@@ -82,7 +90,8 @@ class ChunkedLoss : public torch::autograd::Function<ChunkedLoss> {
 DistillationLoss distillation_loss(const at::Tensor& student, const at::Tensor& teacher,
                                    const at::Tensor& head, const at::Tensor& next,
                                    const LossShares& shares) {
-  const variable_list out = ChunkedLoss::apply(student, teacher, head, next, shares);
+  const bool backward = at::GradMode::is_enabled() && student.requires_grad();
+  const variable_list out = ChunkedLoss::apply(student, teacher, head, next, shares, backward);
   return {out[0], out[1]};
 }
 

@@ -151,14 +151,14 @@ std::vector<Setting> make_settings() {
       {"cross_entropy", "--cross-entropy", "Training", Number{&Q::cross_entropy, 0, 1},
        "Share of the text's own next token in the loss"},
       {"clip", "--clip", "Training", Number{&Q::clip, 1e-9, 1e9},
-       "Largest norm of the scales' gradients"},
+       "Largest norm of the gradients of scales and norms"},
 
       {"embedding", "--embedding", "Output", choice<&Q::embedding>({"q8_0", "f16"}),
        "Type of embedding and head: q8_0 or f16", kMayChange},
       {"diagnose_tokens", "--diagnose-tokens", "Output",
        Integer{&Q::diagnose_tokens, 0, int64_t{1} << 24},
-       "Tokens of the text to measure every layer's paths on at the end (rabit diagnose); 0: none; "
-       "their time comes on top of --minutes",
+       "Tokens of the text, in whole windows, to measure every layer's paths on at the end (see "
+       "rabit diagnose); 0: none; their time comes on top of --minutes",
        kMayChange},
   };
 }
@@ -243,7 +243,7 @@ Status check_output(const std::filesystem::path& out, std::span<const std::files
         " is there, what an earlier run left: add --resume to go on from it, or remove it"};
   }
   std::filesystem::path probe = out;
-  probe += ".unverified";  // the longest name that will be written
+  probe += ".test-write";  // as long as the longest name that will be written
   RABIT_ASSIGN(const AtomicFile file, AtomicFile::create(probe));  // dropped: leaves nothing
   return {};
 }

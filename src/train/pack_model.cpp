@@ -11,6 +11,7 @@
 #include "base/half.h"
 #include "base/interrupt.h"
 #include "io/dequant.h"
+#include "train/host_tensor.h"
 #include "train/session.h"
 
 namespace rabit::train {
@@ -94,8 +95,15 @@ bool same_products(const quant::Shape& shape, const quant::Scales& trained,
 
 // Compares the file with the student: signs through the float scales they were trained with give
 // the fake-quant weight to the bit, and the F16 scales are those scales, rounded.
-Status verify(const TrainSession& session, const std::filesystem::path& path) {
+Status verify(const TrainSession& session, const std::map<std::string, at::Tensor>& norms,
+              const std::filesystem::path& path) {
   RABIT_ASSIGN(const auto file, GgufFile::open(path));
+  for (const auto& [name, norm] : norms) {
+    RABIT_ASSIGN(const at::Tensor packed, read_tensor(*file, name, norm.sizes()));
+    if (!at::equal(packed, norm)) {
+      return Error{path.string() + ": " + name + ": is not the trained norm; nothing was kept"};
+    }
+  }
   RABIT_ASSIGN(const ModelConfig config, read_model_config(*file));
   const at::NoGradGuard no_grad;
   for (int64_t layer = 0; layer < config.layers; ++layer) {
@@ -138,7 +146,6 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
   const ModelConfig& config = session.config();
   const QuantizeOptions& options = session.options;
   std::vector<NamedLayer> layers;
-  int64_t weights = 0, bits = 0;
   std::vector<double> turned;
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     for (const Role role : kRoles) {
@@ -152,12 +159,10 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
       if (!packed) {
         return Error{linear_name(layer, role) + ": " + packed.error().message};
       }
-      weights += linear.shape.d_out * linear.shape.d_in;
-      bits += quant::packed_bits(linear.shape);
       layers.push_back({linear_name(layer, role), std::move(packed).value()});
     }
   }
-  const double bits_per_weight = static_cast<double>(bits) / static_cast<double>(weights);
+  const double bits_per_weight = plan_bits_per_weight(config, session.bits);
   session.log["bits_per_weight"] = bits_per_weight;
 
   GgufWriter writer;
@@ -239,7 +244,7 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
   std::filesystem::path unverified = out;
   unverified += ".unverified";
   RABIT_CHECK(writer.write(unverified));
-  const Status verified = verify(session, unverified);
+  const Status verified = verify(session, norms, unverified);
   std::error_code ignored;
   if (!verified) {
     std::filesystem::remove(unverified, ignored);

@@ -22,8 +22,11 @@ class BlockDiagnosis : public LinearTap {
  public:
   BlockDiagnosis(const Network& teacher, int64_t layer, const BlockPaths& student)
       : teacher_(teacher.blocks[static_cast<size_t>(layer)]) {
-    weights_.attn_norm = student.attn_norm.defined() ? student.attn_norm : teacher_.attn_norm;
-    weights_.ffn_norm = student.ffn_norm.defined() ? student.ffn_norm : teacher_.ffn_norm;
+    const auto own = [&](const at::Tensor& norm, const at::Tensor& otherwise) {
+      return norm.defined() ? norm.to(teacher.device) : otherwise;
+    };
+    weights_.attn_norm = own(student.attn_norm, teacher_.attn_norm);
+    weights_.ffn_norm = own(student.ffn_norm, teacher_.ffn_norm);
     for (const Role role : kRoles) {
       const LayerPaths& linear = student.linear[index_of(role)];
       paths_[index_of(role)] = dense_paths(linear).to(teacher.device);

@@ -88,11 +88,11 @@ Status evaluate(TrainSession& session, const HeldOut& held_out) {
 // none that the start was fitted to.
 Status diagnose_student(TrainSession& session) {
   const QuantizeOptions& options = session.options;
-  const int64_t windows =
-      std::min(session.windows.size(0), options.diagnose_tokens / options.seq_len);
-  if (windows < 1) {
+  if (options.diagnose_tokens == 0) {
     return {};
   }
+  const int64_t windows =
+      std::clamp<int64_t>(options.diagnose_tokens / options.seq_len, 1, session.windows.size(0));
   const int64_t blocks = session.config().layers;
   const auto reader = [&](int64_t layer) -> Result<BlockPaths> {
     return block_paths(session.student.blocks[static_cast<size_t>(layer)]);
@@ -124,6 +124,22 @@ json peak_memory(at::Device device) {
   return out;
 }
 
+// Gives the student these latents, if any, and returns those that it had.
+std::vector<at::Tensor> swap_latents(const Student& student,
+                                     const std::vector<at::Tensor>& values) {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> before;
+  if (!values.empty()) {
+    const std::vector<at::Tensor> matrices = latents(student.blocks);
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      before.push_back(matrices[i].detach().clone());
+      at::Tensor matrix = matrices[i];
+      matrix.copy_(values[i]);
+    }
+  }
+  return before;
+}
+
 // Tokens of end-to-end distillation.
 int64_t planned_tokens(const QuantizeOptions& options, at::Device device) {
   if (options.tokens >= 0) {
@@ -136,24 +152,31 @@ int64_t planned_tokens(const QuantizeOptions& options, at::Device device) {
 Status check_room(const QuantizeOptions& options, const GgufFile& model, const ModelConfig& config,
                   const PathPlan& bits, int64_t distill_tokens, const std::filesystem::path& out,
                   const TrainObserver& observer) {
-  uint64_t packed = 0, linear = 0;
+  uint64_t packed = 0, linear = 0, weights = 0;
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     for (const Role role : kRoles) {
       const LinearShape shape = linear_shape(config, role);
       const int64_t paths = bits.paths(layer, role);
       const int64_t latents = has_independent_latents(options.method) ? paths : 1;
       linear += static_cast<uint64_t>(latents * shape.d_out * shape.d_in);
+      weights += static_cast<uint64_t>(shape.d_out * shape.d_in);
       packed += static_cast<uint64_t>(quant::packed_bits({shape.d_out, shape.d_in, paths}) / 8);
     }
   }
+  packed = std::max(
+      packed, static_cast<uint64_t>(static_cast<double>(weights) * options.target_bpw / 8.0));
   for (const char* name : {"token_embd.weight", "output.weight"}) {
     if (const TensorInfo* tensor = model.find_tensor(name)) {
       const auto values = static_cast<uint64_t>(tensor->elements());
       packed += options.embedding == EmbeddingType::kF16 ? 2 * values : values / 32 * 34;
     }
   }
-  // Latents, and the optimizers' momentum where there is distillation.
-  const uint64_t checkpoint = linear * (distill_tokens > 0 ? 8 : 4);
+  // Latents; where there is distillation, one momentum or two, and the average.
+  const uint64_t copies =
+      distill_tokens == 0
+          ? 1
+          : 2 + (options.optimizer == Optimizer::kAdamW ? 1 : 0) + (options.ema > 0.0 ? 1 : 0);
+  const uint64_t checkpoint = linear * copies * 4;
   std::error_code unknown;
   const auto folder = out.has_parent_path() ? out.parent_path() : std::filesystem::path(".");
   const auto space = std::filesystem::space(folder, unknown);
@@ -203,8 +226,12 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     if (!options.error_feedback || options.alpha_out > 0.0 || options.alpha_search) {
       RABIT_CHECK(measure_importance(session));
     }
-    if (resumed.blocks_done == 0) {
+    const bool searching = options.alpha_search || options.target_bpw > 0.0;
+    if (searching && options.dry_run) {
+      session.observer.message("the search of settings is left out of a dry run");
+    } else if (searching && !session.log.contains("searched")) {
       RABIT_CHECK(timed("search", [&] { return search_settings(session); }));
+      save_or_say(session, 0, nullptr);  // it may have taken long
     }
   }
   // What distillation will take, unless a student is in memory already: a second would not fit.
@@ -275,16 +302,22 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
   if (resumed.distilling) {
     session.log["distill_tokens"] = resumed.distill.step * options.batch * options.seq_len;
   }
+  // The average of the latents gives the signs; what was trained comes back if this fails.
+  const std::vector<at::Tensor> trained = swap_latents(session.student, resumed.distill.average);
   const auto finish = [&]() -> Status {
     RABIT_CHECK(timed("evaluation", [&] { return evaluate(session, held_out); }));
-    RABIT_CHECK(timed("diagnosis", [&] { return diagnose_student(session); }));
     RABIT_CHECK(timed("packing", [&] { return write_packed_model(session, model, out); }));
+    // The model is there; what can be learnt about it must not cost its log.
+    if (const Status told = timed("diagnosis", [&] { return diagnose_student(session); }); !told) {
+      session.observer.message("no diagnosis: " + told.error().message);
+    }
     session.log["memory"] = peak_memory(session.teacher.device);
     session.log["seconds"] = session.seconds();
     return write_log(session.log, out);
   };
   if (const Status status = finish(); !status) {
     // Training is done: whatever ended the rest, it must not have been in vain.
+    swap_latents(session.student, trained);
     const Status saved =
         save_checkpoint(session, layers, resumed.distilling ? &resumed.distill : nullptr);
     const std::string checkpoint = session.checkpoint_path.string();

@@ -18,7 +18,7 @@ namespace rabit::train {
 namespace {
 
 constexpr int64_t kFitTokens = 8192;    // that layers are fitted to in a search
-constexpr int64_t kScoreTokens = 2048;  // that the divergence is measured on, others than those
+constexpr int64_t kScoreTokens = 1024;  // that the divergence is measured on, others than those
 
 // Fits good enough to compare settings.
 QuantizeOptions quick(QuantizeOptions options) {
@@ -128,7 +128,7 @@ Status search_alphas(TrainSession& session) {
   return {};
 }
 
-// Sums mean x x^T of what layers read, for the first role of each stage that shares an input.
+// x^T x of what each layer reads in the last pass.
 class InputTap : public LinearTap {
  public:
   std::array<at::Tensor, kRoleCount> sums;
@@ -153,13 +153,17 @@ struct Candidate {
   std::vector<double> divergences;  // with only this layer quantized
   quant::Shape shape;
 
-  double gain() const {
+  // What `more` paths lower the divergence by, and the bits they take.
+  double gain(int64_t more) const {
     const auto at = static_cast<size_t>(paths - first_paths);
-    return at + 1 < divergences.size() ? divergences[at] - divergences[at + 1] : 0.0;
+    return divergences[at] - divergences[at + static_cast<size_t>(more)];
   }
-  int64_t cost() const {  // of one path more, bits
-    return quant::packed_bits({shape.d_out, shape.d_in, paths + 1}) -
+  int64_t cost(int64_t more) const {
+    return quant::packed_bits({shape.d_out, shape.d_in, paths + more}) -
            quant::packed_bits({shape.d_out, shape.d_in, paths});
+  }
+  int64_t most_more() const {
+    return first_paths + static_cast<int64_t>(divergences.size()) - 1 - paths;
   }
 };
 
@@ -198,9 +202,9 @@ Result<std::vector<Candidate>> measure_sensitivity(TrainSession& session) {
            ++paths) {
         RABIT_CHECK(check_interrupt());
         RABIT_ASSIGN(const LayerFit fit, fit_layer(problem, paths, options, session.pool));
-        const StudentLinear linear = make_student_linear(
+        const StudentLinear linear = restore_student_linear(
             Method::kRabit, fit.latent, to_tensor(fit.scales.g, {paths, sizes.d_out}),
-            to_tensor(fit.scales.h, {paths, sizes.d_in}), teacher.device);
+            to_tensor(fit.scales.h, {paths, sizes.d_in}), {}, teacher.device);
         BlockWeights weights = teacher.blocks[block];
         weights.linear[index_of(role)] = fake_quant_weight(linear, teacher.compute);
         at::Tensor x = block_forward(config, weights, rotary, streams[block], teacher.compute);
@@ -234,18 +238,24 @@ Status spend_bits(TrainSession& session) {
   const double budget = target * static_cast<double>(weights);
   while (true) {
     Candidate* best = nullptr;
-    const auto worth = [](const Candidate& c) { return c.gain() / static_cast<double>(c.cost()); };
+    int64_t best_more = 0;
+    double best_worth = 0.0;
     for (Candidate& candidate : candidates) {
-      if (candidate.gain() > 0.0 && static_cast<double>(bits + candidate.cost()) <= budget &&
-          (best == nullptr || worth(candidate) > worth(*best))) {
-        best = &candidate;
+      // One path more may gain nothing and two a lot.
+      for (int64_t more = 1; more <= candidate.most_more(); ++more) {
+        const double worth = candidate.gain(more) / static_cast<double>(candidate.cost(more));
+        if (worth > best_worth && static_cast<double>(bits + candidate.cost(more)) <= budget) {
+          best = &candidate;
+          best_more = more;
+          best_worth = worth;
+        }
       }
     }
     if (best == nullptr) {
       break;
     }
-    bits += best->cost();
-    ++best->paths;
+    bits += best->cost(best_more);
+    best->paths += best_more;
   }
   for (const Candidate& candidate : candidates) {
     if (candidate.paths != candidate.first_paths) {
@@ -254,9 +264,9 @@ Status spend_bits(TrainSession& session) {
   }
   session.log["searched"]["bits"] = session.bits.text();
   session.log["searched"]["sensitivity"] = measured;
-  session.observer.message(fmt::format("found: --bits {} ({:.4f} bits a weight)",
-                                       session.bits.text(),
-                                       plan_bits_per_weight(session.config(), session.bits)));
+  session.observer.message(
+      fmt::format("found: --bits {} ({:.4f} bits a weight of {} asked for)", session.bits.text(),
+                  plan_bits_per_weight(session.config(), session.bits), target));
   return {};
 }
 

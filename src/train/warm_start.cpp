@@ -33,25 +33,19 @@ Status run_block(const TrainSession& session, const BlockWeights& weights, const
 // Error of the student block's output in units of what the teacher's block adds to the stream:
 // sum |y - target|^2 / sum |target - x|^2. Sums over all tokens: the few with outsized activations
 // set the scale, and dividing token by token was measured worse (docs/training.md).
-// `weight` (d_model), where defined, is the importance of the stream's features.
-at::Tensor block_loss(const at::Tensor& y, const at::Tensor& target, const at::Tensor& change,
-                      const at::Tensor& weight) {
-  const auto size = [&](const at::Tensor& x) {
-    return (weight.defined() ? x * weight : x).square().sum();
-  };
+// Features weighted by --alpha-out were measured worse, too.
+at::Tensor block_loss(const at::Tensor& y, const at::Tensor& target, const at::Tensor& change) {
+  const auto size = [](const at::Tensor& x) { return x.square().sum(); };
   // A block that adds nothing is measured by the stream itself.
   return size(y - target) / at::maximum(size(change), size(target) * 1e-12);
 }
 
 // block_loss of whole streams, a few windows at a time: y, target and the teacher's stream before
 // the block (S, T, d_model).
-double stream_error(const at::Tensor& y, const at::Tensor& target, const at::Tensor& before,
-                    const at::Tensor& weight) {
+double stream_error(const at::Tensor& y, const at::Tensor& target, const at::Tensor& before) {
   at::Tensor error = at::zeros({}, y.options().dtype(at::kDouble));
   at::Tensor change = at::zeros_like(error), whole = at::zeros_like(error);
-  const auto size = [&](const at::Tensor& x) {
-    return (weight.defined() ? x * weight : x).square().sum(at::kDouble);
-  };
+  const auto size = [](const at::Tensor& x) { return x.square().sum(at::kDouble); };
   for (int64_t begin = 0; begin < y.size(0); begin += kForwardWindows) {
     const int64_t count = std::min(kForwardWindows, y.size(0) - begin);
     const at::Tensor t = target.narrow(0, begin, count);
@@ -72,8 +66,7 @@ struct BlockRun {
 // Trains student block `layer` for `epochs` passes over x; `budget` seconds bound it where > 0.
 Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary& rotary,
                              const at::Tensor& x, const at::Tensor& target,
-                             const at::Tensor& teacher_x, const at::Tensor& weight, double epochs,
-                             double budget) {
+                             const at::Tensor& teacher_x, double epochs, double budget) {
   const QuantizeOptions& options = session.options;
   const auto block = static_cast<size_t>(layer);
   const std::span trained(&session.student.blocks[block], 1);
@@ -105,7 +98,7 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
         session.student.blocks[block], session.teacher.blocks[block], session.teacher.compute);
     const at::Tensor loss = block_loss(
         block_forward(session.config(), weights, rotary, x_batch, session.teacher.compute),
-        target_batch, change, weight);
+        target_batch, change);
     const double factor = cosine_schedule(progress, options.warmup);
     const auto taken =
         trainer.step(loss, loss, options.warm_latent_lr * factor, options.warm_scale_lr * factor);
@@ -168,7 +161,7 @@ Result<BlockCost> measure_cost(TrainSession& session, const Rotary& rotary, cons
     for (int i = 0; i < 2; ++i) {
       const Clock train_clock;
       RABIT_ASSIGN(const BlockRun run,
-                   train_block(session, 0, rotary, sample, output, sample, {}, 1.0, 0.0));
+                   train_block(session, 0, rotary, sample, output, sample, 1.0, 0.0));
       cost.train_per_window = train_clock.elapsed() /
                               static_cast<double>(std::max<int64_t>(1, run.steps) *
                                                   std::min(session.options.warm_batch, windows));
@@ -289,11 +282,6 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       }
     }
     const double fit_before = session.fit_seconds;
-    at::Tensor weight;  // of the stream's features; what goes into it last knows it
-    if (options.alpha_out > 0.0) {
-      const auto out = importance_of(session.sums[block], Role::kFfnDown, options).out;
-      weight = at::tensor(out, at::kFloat).to(teacher.device);
-    }
     const auto body = [&]() -> Status {
       RABIT_CHECK(start_block(session, layer, x_student, x_teacher));
       BlockRun run;
@@ -309,8 +297,8 @@ Status warm_start(TrainSession& session, int64_t first_block) {
           budget = std::max(0.1, share - std::max(other_seconds, init_seconds * 1.15));
         }
         const Clock train_clock;
-        RABIT_ASSIGN(run, train_block(session, layer, rotary, x_student, target, x_teacher, weight,
-                                      epochs, budget));
+        RABIT_ASSIGN(
+            run, train_block(session, layer, rotary, x_student, target, x_teacher, epochs, budget));
         train_seconds = train_clock.elapsed();
       }
       std::swap(x_teacher, target);
@@ -318,7 +306,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       double output_error = NAN;
       if (both) {
         // `target` holds the block's input on the teacher's side now, x_teacher its output.
-        output_error = stream_error(x_student, x_teacher, target, weight);
+        output_error = stream_error(x_student, x_teacher, target);
       }
       other_seconds = block_clock.elapsed() - train_seconds;
       fit_seconds = session.fit_seconds - fit_before;
