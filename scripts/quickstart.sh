@@ -120,7 +120,7 @@ sha256sum "$teacher" "$train_text" "$held_out" >>"$log"
 
 step="quantizing"
 arguments=(quantize "$teacher" -o "$student" --data "$train_text" --bits 2 --minutes "$minutes"
-  --threads "$threads" --seq-len 512 --als-steps 4 --ef-rounds 1 --warm-epochs 0)
+  --threads "$threads" --seq-len 512 --als-steps 4 --ef-rounds 1 --warm-epochs 0 --report "$out/report.html")
 made_by=$settings/student.command
 command="$(printf '%q ' "${arguments[@]}") $(sha256sum "$train_text" | cut -d' ' -f1)"
 if [[ -s $student && $(cat "$made_by" 2>/dev/null) == "$command" ]] && ((!force)); then
@@ -165,4 +165,4 @@ python3 tools/quickstart_table.py --eval "$out/eval.teacher.json" "$out/eval.2bi
   python3 -c 'import json, sys; told = json.load(open(sys.argv[1])); print(told["prompt"] + told["text"])' \
     "$out/continuation.json"
 } | tee -a "$log"
-say "the packed model is $student, the log $log"
+say "the packed model is $student, its report $out/report.html, the log $log"
