@@ -89,10 +89,7 @@ def grid(tokens, seeds):
                                ("greedy, weighted by importance", WEIGHTED), ("iterative, weighted", FULL)):
             start = {GREEDY: "greedy", ITERATIVE: "iterative", WEIGHTED: "weighted", FULL: "full"}[options]
             g.add(f"{method}-{start}", label, f"--method {method} {options} {COLD} --tokens {tokens}", method, seeds)
-    for method, options in (("mbok", FULL), ("dbllm", "--no-error-feedback")):
-        label = "iterative, weighted" if method == "mbok" else "greedy SVID"
-        if method == "dbllm":
-            label = "its own"
+    for method, label, options in (("mbok", "iterative, weighted", FULL), ("dbllm", "its own", "--no-error-feedback")):
         g.add(method, label, f"--method {method} {options} {COLD} --tokens {tokens}", method, seeds)
 
     g = group("warm", "Error feedback, warm start, distillation",
@@ -189,12 +186,18 @@ def grid(tokens, seeds):
 
     g = group("block", "The warm start alone",
               "No end-to-end step.", "")
+    scale_rates = {"4e-3": "1e-3", "2e-3": "5e-4", "1e-3": "3e-4", "5e-4": "1e-4"}
     for bits in (2, 3):
-        for rate, scale_rate in (("4e-3", "1e-3"), ("2e-3", "5e-4"), ("1e-3", "3e-4")):
-            for calib in (1048576, 2500000) if rate == "4e-3" else (1048576,):
-                g.add(f"block-{bits}-{rate}-{calib}", f"{calib:,} tokens, `--warm-latent-lr {rate} --warm-scale-lr {scale_rate}`",
-                      f"--bits {bits} --calib-tokens {calib} --warm-epochs 1 --warm-latent-lr {rate} "
-                      f"--warm-scale-lr {scale_rate} --tokens 0", f"{bits} bits")
+        for calib, rates in ((131072, ("4e-3", "2e-3", "1e-3", "5e-4") if bits == 2 else ()),
+                             (1048576, ("4e-3", "2e-3", "1e-3")), (2500000, ("4e-3", "2e-3"))):
+            for rate in rates:
+                options = f"--warm-latent-lr {rate} --warm-scale-lr {scale_rates[rate]}"
+                label = f"{calib:,} tokens, `{options}`"
+                if (bits, calib, rate) == (2, 1048576, "4e-3"):
+                    g.add("ef-warm-0", label, f"{WARM} --tokens 0", f"{bits} bits", seeds)
+                else:
+                    g.add(f"block-{bits}-{rate}-{calib}", label,
+                          f"--bits {bits} --calib-tokens {calib} --warm-epochs 1 {options} --tokens 0", f"{bits} bits")
     g = group("cpu", "What time buys on a CPU",
               "`--minutes` for the whole run, without a GPU; windows of 512.", "minutes")
     for minutes in (10, 30, 60):
@@ -544,7 +547,8 @@ def parse(argv):
     parser.add_argument("--tokens", type=int, default=8_000_000, help="of a full distillation")
     parser.add_argument("--seeds", default="1,2", help="seeds of the main tables")
     parser.add_argument("--eval-ctx", type=int, default=2048, help="window of the perplexity")
-    parser.add_argument("--groups", default="", help="these groups, comma-separated (default: those of --device)")
+    parser.add_argument("--groups", default="", help="these groups, comma-separated, in this order "
+                        "(default: those of --device, longest runs first)")
     parser.add_argument("--only", default="", help="runs whose names contain one of these, comma-separated")
     parser.add_argument("--extra", default="", help="options added to every run")
     parser.add_argument("--stop-after", type=float, default=0, help="seconds after which runs are interrupted")
@@ -571,10 +575,11 @@ def main(argv):
         return 0
     parts = [part for part in arguments.only.split(",") if part]
     runs = {}
-    for group in groups:
+    wanted = [group for name in chosen for group in groups if group.name == name] if chosen else \
+        [group for group in groups if group.device == arguments.device]
+    for group in wanted:
         for run in group.runs:
-            wanted = group.name in chosen if chosen else group.device == arguments.device
-            if wanted and (not parts or any(part in run.key for part in parts)):
+            if not parts or any(part in run.key for part in parts):
                 runs.setdefault(run.key, run)
     runner = Runner(arguments)
     if arguments.list:
@@ -589,8 +594,9 @@ def main(argv):
     os.makedirs(arguments.out, exist_ok=True)
     results = Results(arguments)
     left = [run for run in runs.values() if results.get(run) is None]
-    # Those that distil longest first, so that the last do not wait for a late start.
-    left.sort(key=lambda run: -int((run.options.split("--tokens ")[1:] or ["0"])[-1].split()[0]))
+    # In the order of --groups, or those that distil longest first, so that the last do not wait for a late start.
+    if not chosen:
+        left.sort(key=lambda run: -int((run.options.split("--tokens ")[1:] or ["0"])[-1].split()[0]))
     say(f"{len(runs) - len(left)} of {len(runs)} runs are there already")
     failures = runner.all(left)
     results = Results(arguments)

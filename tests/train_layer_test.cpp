@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "base/threads.h"
+#include "random_tensors.h"
 #include "tiny_model.h"
 #include "train/layer_fit.h"
 
@@ -14,11 +15,6 @@ namespace rabit::train {
 namespace {
 
 constexpr int64_t kOut = 24, kIn = 40;
-
-at::Tensor normal(at::IntArrayRef sizes, int64_t seed) {
-  at::manual_seed(seed);
-  return at::randn(sizes);
-}
 
 /// Inputs near a space of a third of their dimensions. (tokens, kIn)
 at::Tensor correlated_inputs(int64_t tokens, int64_t seed) {

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "io/dequant.h"
+#include "random_tensors.h"
 #include "train/diagnose.h"
 #include "train/fake_quant.h"
 #include "train/host_tensor.h"
@@ -16,11 +17,6 @@ namespace rabit::train {
 namespace {
 
 constexpr int64_t kOut = 20, kIn = 45;
-
-at::Tensor normal(at::IntArrayRef sizes, int64_t seed) {
-  at::manual_seed(seed);
-  return at::randn(sizes);
-}
 
 StudentLinear start_of(Method method, int64_t paths) {
   at::Tensor g = normal({paths, kOut}, 1).abs() * 0.01 + 0.08;
@@ -122,6 +118,13 @@ TEST(PathPlans, ParseAndRefuse) {
 
 class TrainMethods : public TrainRun {
  protected:
+  /// Packed signs of one layer of a file.
+  std::vector<std::byte> signs(const char* name) const {
+    const auto file = GgufFile::open(path(name));
+    const auto data = (*file)->find_tensor("blk.1.ffn_up.sign")->data;
+    return {data.begin(), data.end()};
+  }
+
   TrainMethods() {
     options_.seq_len = kWindow;
     options_.warm_epochs = 0;
@@ -195,11 +198,6 @@ TEST_F(TrainMethods, TheAverageGivesTheSigns) {
   succeeds("last.gguf", options_);
   options_.ema = 0.9;
   succeeds("average.gguf", options_);
-  const auto signs = [&](const char* name) {
-    const auto file = GgufFile::open(path(name));
-    const auto data = (*file)->find_tensor("blk.1.ffn_up.sign")->data;
-    return std::vector<std::byte>(data.begin(), data.end());
-  };
   EXPECT_NE(signs("average.gguf"), signs("last.gguf"));
   // Training itself is not touched by the average.
   EXPECT_EQ(log("average.gguf")["distill"].back()["loss"],
@@ -490,11 +488,6 @@ TEST_F(TrainMethods, ExponentsAreSearched) {
   by_hand.alpha_in = found["alpha_in"];
   by_hand.alpha_out = found["alpha_out"];
   succeeds("by_hand.gguf", by_hand);
-  const auto signs = [&](const char* name) {
-    const auto file = GgufFile::open(path(name));
-    const auto data = (*file)->find_tensor("blk.1.ffn_up.sign")->data;
-    return std::vector<std::byte>(data.begin(), data.end());
-  };
   EXPECT_EQ(signs("whole.gguf"), signs("by_hand.gguf"));
 }
 

@@ -155,6 +155,12 @@ Status AtomicFile::commit() {
   return {};
 }
 
+Status write_file(const std::filesystem::path& path, std::string_view text) {
+  RABIT_ASSIGN(AtomicFile file, AtomicFile::create(path));
+  RABIT_CHECK(file.write(text));
+  return file.commit();
+}
+
 Result<FileLock> FileLock::take(const std::filesystem::path& path) {
   FileLock lock;
   lock.lock_ = path;

@@ -52,6 +52,9 @@ class AtomicFile {
   uint64_t position_ = 0;
 };
 
+/// Writes `text` as the whole file, by an AtomicFile.
+Status write_file(const std::filesystem::path& path, std::string_view text);
+
 /// Holds `<path>.lock` until it goes, so that no two processes write one output. The file vanishes
 /// with it; left by a killed process, it locks nothing.
 class FileLock {

@@ -130,9 +130,7 @@ Status report(const Arguments& arguments) {
   RABIT_CHECK(complete_log(arguments, log));
   const std::string whole =
       log.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
-  RABIT_ASSIGN(AtomicFile file, AtomicFile::create(path));
-  RABIT_CHECK(file.write(whole));
-  RABIT_CHECK(file.commit());
+  RABIT_CHECK(write_file(path, whole));
   const std::string page = arguments.report.empty() ? arguments.out + ".html" : arguments.report;
   // As it was written: samples may end within a character, which the file holds repaired.
   RABIT_CHECK(write_report(nlohmann::json::parse(whole), page));

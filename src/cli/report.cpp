@@ -11,9 +11,7 @@ namespace rabit::cli {
 
 Status write_report(const nlohmann::json& log, const std::string& out) {
   RABIT_ASSIGN(const std::string page, run_report(log));
-  RABIT_ASSIGN(AtomicFile file, AtomicFile::create(out));
-  RABIT_CHECK(file.write(page));
-  return file.commit();
+  return write_file(out, page);
 }
 
 namespace {

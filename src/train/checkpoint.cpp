@@ -4,8 +4,6 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
-#include <cstring>
-
 #include "base/files.h"
 #include "base/interrupt.h"
 #include "base/json.h"
@@ -35,28 +33,6 @@ class Tensors {
  private:
   std::vector<at::Tensor> kept_;
 };
-
-std::vector<int64_t> sign_extents(const quant::Shape& shape) {
-  return {(shape.d_in + 31) / 32, shape.d_out, shape.paths};
-}
-
-template <typename Block>
-auto block_norms(Block& block, int64_t layer) {
-  const std::string prefix = "blk." + std::to_string(layer) + ".";
-  return std::array{std::pair{prefix + "attn_norm", &block.attn_norm},
-                    std::pair{prefix + "ffn_norm", &block.ffn_norm}};
-}
-
-Result<std::vector<uint32_t>> read_signs(const GgufFile& file, const std::string& name,
-                                         const quant::Shape& shape) {
-  RABIT_ASSIGN(const TensorInfo* tensor, file.get_tensor(name, sign_extents(shape)));
-  if (tensor->type != TensorType::kI32) {
-    return Error{file.path().string() + ": tensor " + name + " is not of type I32"};
-  }
-  std::vector<uint32_t> words(tensor->data.size() / sizeof(uint32_t));
-  std::memcpy(words.data(), tensor->data.data(), tensor->data.size());
-  return words;
-}
 
 }  // namespace
 

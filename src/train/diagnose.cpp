@@ -4,12 +4,10 @@
 #include <ATen/Parallel.h>
 #include <fmt/format.h>
 
-#include <cstring>
 #include <map>
 #include <nlohmann/json.hpp>
 
 #include "base/files.h"
-#include "base/threads.h"
 #include "train/guard.h"
 #include "train/host_tensor.h"
 #include "train/path_diagnosis.h"
@@ -70,8 +68,7 @@ class PackedStudent {
     const LinearShape sizes = linear_shape(config_, role);
     LayerPaths out;
     out.shape = {sizes.d_out, sizes.d_in, sign->ne.size() > 2 ? sign->ne[2] : 1};
-    out.signs.resize(sign->data.size() / sizeof(uint32_t));
-    std::memcpy(out.signs.data(), sign->data.data(), sign->data.size());
+    RABIT_ASSIGN(out.signs, read_signs(file_, name + ".sign", out.shape));
     for (const auto& [part, extent, scales] :
          {std::tuple{".row_scale", sizes.d_out, &out.scales.g},
           std::tuple{".col_scale", sizes.d_in, &out.scales.h}}) {
@@ -100,7 +97,7 @@ Result<nlohmann::json> measure(const GgufFile& student, const GgufFile& teacher_
                                std::span<const int32_t> tokens, const DiagnoseOptions& options,
                                const std::function<void(int64_t, int64_t)>& progress) {
   RABIT_ASSIGN(const at::Device device, pick_device(options.device));
-  at::set_num_threads(options.threads > 0 ? static_cast<int>(options.threads) : usable_threads());
+  at::set_num_threads(pick_threads(options.threads));
   RABIT_ASSIGN(const std::string teacher_sha256, sha256_file(teacher_file.path()));
   RABIT_ASSIGN(const ModelConfig config, read_model_config(teacher_file));
 

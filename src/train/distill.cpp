@@ -79,8 +79,7 @@ Losses distill_loss(const TrainSession& session, const Student& student, const R
     x = block_forward(config, weights, rotary, x, teacher.compute, of_student.tap());
     of_student.see_stream(x);
   }
-  x = norm(config, x, student.output_norm.defined() ? student.output_norm : teacher.output_norm,
-           teacher.compute);
+  x = norm(config, x, output_norm(student, teacher), teacher.compute);
   at::Tensor next = at::full_like(ids, -1);  // the token after each, none after a window's last
   next.narrow(1, 0, ids.size(1) - 1).copy_(ids.narrow(1, 1, ids.size(1) - 1));
   DistillationLoss head =

@@ -6,6 +6,8 @@
 
 #include <array>
 #include <span>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "quant/residual_binary.h"
@@ -75,6 +77,14 @@ std::vector<double> turned_signs(const StudentLinear& linear, std::span<const ui
 BlockWeights student_weights(const StudentBlock& student, const BlockWeights& teacher,
                              at::ScalarType compute);
 
+/// A block's norms with their names in a file, less ".weight". Block: StudentBlock, const or not.
+template <typename Block>
+auto block_norms(Block& block, int64_t layer) {
+  const std::string prefix = "blk." + std::to_string(layer) + ".";
+  return std::array{std::pair{prefix + "attn_norm", &block.attn_norm},
+                    std::pair{prefix + "ffn_norm", &block.ffn_norm}};
+}
+
 struct Student {
   std::vector<StudentBlock> blocks;
   at::Tensor output_norm;  // (d_model), as a block's norms
@@ -84,6 +94,11 @@ struct Student {
     return blocks[static_cast<size_t>(layer)][role];
   }
 };
+
+/// The student's own last norm, or the teacher's where it has none.
+inline const at::Tensor& output_norm(const Student& student, const Network& teacher) {
+  return student.output_norm.defined() ? student.output_norm : teacher.output_norm;
+}
 
 /// Leaves of the graph that are trained, in one fixed order: the latents of some blocks; and their
 /// scales and norms, which share an optimizer.

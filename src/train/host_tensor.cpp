@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "io/dequant.h"
 
@@ -28,6 +29,21 @@ Result<at::Tensor> read_tensor(const GgufFile& file, const std::string& name,
   RABIT_CHECK(dequantize(
       *info, 0, std::span(tensor.mutable_data_ptr<float>(), static_cast<size_t>(tensor.numel()))));
   return tensor;
+}
+
+std::vector<int64_t> sign_extents(const quant::Shape& shape) {
+  return {(shape.d_in + 31) / 32, shape.d_out, shape.paths};
+}
+
+Result<std::vector<uint32_t>> read_signs(const GgufFile& file, const std::string& name,
+                                         const quant::Shape& shape) {
+  RABIT_ASSIGN(const TensorInfo* tensor, file.get_tensor(name, sign_extents(shape)));
+  if (tensor->type != TensorType::kI32) {
+    return Error{file.path().string() + ": tensor " + name + " is not of type I32"};
+  }
+  std::vector<uint32_t> words(tensor->data.size() / sizeof(uint32_t));
+  std::memcpy(words.data(), tensor->data.data(), tensor->data.size());
+  return words;
 }
 
 }  // namespace rabit::train

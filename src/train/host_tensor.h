@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "io/gguf.h"
+#include "quant/residual_binary.h"
 #include "rabit/result.h"
 
 namespace rabit::train {
@@ -21,5 +22,12 @@ at::Tensor to_tensor(const std::vector<float>& values, at::IntArrayRef sizes);
 /// other sizes, a type that cannot be read.
 Result<at::Tensor> read_tensor(const GgufFile& file, const std::string& name,
                                at::IntArrayRef sizes);
+
+/// Extents of a tensor of packed signs, fastest first.
+std::vector<int64_t> sign_extents(const quant::Shape& shape);
+
+/// Packed signs (k, d_out, ceil(d_in/32)) of a file. Errors: missing, other sizes, not of type I32.
+Result<std::vector<uint32_t>> read_signs(const GgufFile& file, const std::string& name,
+                                         const quant::Shape& shape);
 
 }  // namespace rabit::train

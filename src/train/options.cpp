@@ -437,6 +437,8 @@ Result<at::Device> pick_device(const std::string& name) {
   return at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
 }
 
+int pick_threads(int64_t asked) { return asked > 0 ? static_cast<int>(asked) : usable_threads(); }
+
 at::ScalarType pick_compute(Compute compute, at::Device device) {
   if (compute == Compute::kAuto) {
 #if defined(__x86_64__)

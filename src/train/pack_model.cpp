@@ -62,7 +62,7 @@ struct NamedLayer {
 Status add_layer(GgufWriter& writer, const NamedLayer& layer) {
   const auto& [d_out, d_in, paths] = layer.packed.shape;
   RABIT_CHECK(writer.add_tensor(layer.name + ".sign", TensorType::kI32,
-                                {(d_in + 31) / 32, d_out, paths}, bytes_of(layer.packed.signs)));
+                                sign_extents(layer.packed.shape), bytes_of(layer.packed.signs)));
   RABIT_CHECK(writer.add_tensor(layer.name + ".row_scale", TensorType::kF16, {d_out, paths},
                                 bytes_of(layer.packed.row_scale)));
   return writer.add_tensor(layer.name + ".col_scale", TensorType::kF16, {d_in, paths},
@@ -114,12 +114,9 @@ Status verify(const TrainSession& session, const std::map<std::string, at::Tenso
       const auto read = [&](const char* part, std::vector<int64_t> ne) {
         return file->get_tensor(name + part, ne);
       };
-      RABIT_ASSIGN(const TensorInfo* sign,
-                   read(".sign", {(shape.d_in + 31) / 32, shape.d_out, shape.paths}));
+      RABIT_ASSIGN(const std::vector<uint32_t> words, read_signs(*file, name + ".sign", shape));
       RABIT_ASSIGN(const TensorInfo* rows, read(".row_scale", {shape.d_out, shape.paths}));
       RABIT_ASSIGN(const TensorInfo* columns, read(".col_scale", {shape.d_in, shape.paths}));
-      std::vector<uint32_t> words(sign->data.size() / sizeof(uint32_t));
-      std::memcpy(words.data(), sign->data.data(), sign->data.size());
       const quant::Scales scales = host_scales(linear);
       const std::vector<float> unpacked = quant::reconstruct(shape, words, scales.g, scales.h);
       const at::Tensor trained = fake_quant_weight(linear, at::kFloat).to(at::kCPU).contiguous();
@@ -162,7 +159,7 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
       layers.push_back({linear_name(layer, role), std::move(packed).value()});
     }
   }
-  const double bits_per_weight = plan_bits_per_weight(config, session.bits);
+  const double bits_per_weight = plan_size(config, session.bits).bits_per_weight();
   session.log["bits_per_weight"] = bits_per_weight;
 
   GgufWriter writer;
@@ -204,8 +201,9 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
   keep_norm("output_norm.weight", session.student.output_norm);
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     const StudentBlock& block = session.student.blocks[static_cast<size_t>(layer)];
-    keep_norm("blk." + std::to_string(layer) + ".attn_norm.weight", block.attn_norm);
-    keep_norm("blk." + std::to_string(layer) + ".ffn_norm.weight", block.ffn_norm);
+    for (const auto& [name, norm] : block_norms(block, layer)) {
+      keep_norm(name + ".weight", *norm);
+    }
   }
 
   // Embedding, head and norms, in the source's order; packed layers in the place of their weights.

@@ -30,7 +30,9 @@ class BlockDiagnosis : public LinearTap {
     for (const Role role : kRoles) {
       const LayerPaths& linear = student.linear[index_of(role)];
       paths_[index_of(role)] = dense_paths(linear).to(teacher.device);
-      weights_.linear[index_of(role)] = paths_[index_of(role)].sum(0).to(teacher.compute);
+      originals_[index_of(role)] = teacher_.linear[index_of(role)].to(at::kFloat);
+      const at::Tensor what = paths_[index_of(role)].sum(0);
+      weights_.linear[index_of(role)] = what.to(teacher.compute);
       LayerDiagnosis& layer_diagnosis = diagnoses_.emplace_back(linear.shape.paths);
       layer_diagnosis.name = linear_name(layer, role);
       layer_diagnosis.d_out = linear.shape.d_out;
@@ -39,10 +41,10 @@ class BlockDiagnosis : public LinearTap {
       layer_diagnosis.turned_signs = linear.turned_signs;
       layer_diagnosis.row_scales = spreads(linear.scales.g, linear.shape.paths);
       layer_diagnosis.column_scales = spreads(linear.scales.h, linear.shape.paths);
-      const at::Tensor original = teacher_.linear[index_of(role)].to(at::kFloat);
-      const at::Tensor error = paths_[index_of(role)].sum(0) - original;
+      const at::Tensor& original = originals_[index_of(role)];
       layer_diagnosis.weight_error =
-          (error.square().sum() / original.square().sum().clamp_min(1e-30)).item<double>();
+          ((what - original).square().sum() / original.square().sum().clamp_min(1e-30))
+              .item<double>();
     }
   }
 
@@ -75,7 +77,7 @@ class BlockDiagnosis : public LinearTap {
 
   void see(Role role, const at::Tensor& input, const at::Tensor&) override {
     const at::Tensor x = input.flatten(0, -2).to(at::kFloat);  // (tokens, d_in)
-    const at::Tensor original = teacher_.linear[index_of(role)].to(at::kFloat);
+    const at::Tensor& original = originals_[index_of(role)];
     const at::Tensor& paths = paths_[index_of(role)];
     std::vector<at::Tensor> signals = {teacher_outputs_[index_of(role)].flatten().to(at::kDouble),
                                        at::matmul(x, original.t()).flatten().to(at::kDouble)};
@@ -120,7 +122,8 @@ class BlockDiagnosis : public LinearTap {
 
   const BlockWeights& teacher_;
   BlockWeights weights_;
-  std::array<at::Tensor, kRoleCount> paths_;  // (k, d_out, d_in)
+  std::array<at::Tensor, kRoleCount> originals_;  // (d_out, d_in) float32
+  std::array<at::Tensor, kRoleCount> paths_;      // (k, d_out, d_in) float32
   std::array<at::Tensor, kRoleCount> teacher_outputs_;
   // Sums and products of the signals: the teacher's output, the original weight's on the student's
   // inputs, then the paths'.

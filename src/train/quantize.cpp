@@ -52,9 +52,7 @@ Status check_held_out(const HeldOut& held_out, int64_t vocab) {
 Status write_log(const json& log, const std::filesystem::path& out) {
   std::filesystem::path path = out;
   path += ".json";
-  RABIT_ASSIGN(AtomicFile file, AtomicFile::create(path));
-  RABIT_CHECK(file.write(log.dump(2, ' ', false, json::error_handler_t::replace) + "\n"));
-  return file.commit();
+  return write_file(path, log.dump(2, ' ', false, json::error_handler_t::replace) + "\n");
 }
 
 Status evaluate(TrainSession& session, const HeldOut& held_out) {
@@ -152,19 +150,18 @@ int64_t planned_tokens(const QuantizeOptions& options, at::Device device) {
 Status check_room(const QuantizeOptions& options, const GgufFile& model, const ModelConfig& config,
                   const PathPlan& bits, int64_t distill_tokens, const std::filesystem::path& out,
                   const TrainObserver& observer) {
-  uint64_t packed = 0, linear = 0, weights = 0;
+  const PlanSize plan = plan_size(config, bits);
+  uint64_t linear = 0;
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     for (const Role role : kRoles) {
       const LinearShape shape = linear_shape(config, role);
       const int64_t paths = bits.paths(layer, role);
       const int64_t latents = has_independent_latents(options.method) ? paths : 1;
       linear += static_cast<uint64_t>(latents * shape.d_out * shape.d_in);
-      weights += static_cast<uint64_t>(shape.d_out * shape.d_in);
-      packed += static_cast<uint64_t>(quant::packed_bits({shape.d_out, shape.d_in, paths}) / 8);
     }
   }
-  packed = std::max(
-      packed, static_cast<uint64_t>(static_cast<double>(weights) * options.target_bpw / 8.0));
+  auto packed = static_cast<uint64_t>(static_cast<double>(plan.weights) / 8.0 *
+                                      std::max(plan.bits_per_weight(), options.target_bpw));
   for (const char* name : {"token_embd.weight", "output.weight"}) {
     if (const TensorInfo* tensor = model.find_tensor(name)) {
       const auto values = static_cast<uint64_t>(tensor->elements());
@@ -352,7 +349,7 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
   RABIT_ASSIGN(const FileLock lock, FileLock::take(out));
   RABIT_ASSIGN(const at::Device device, pick_device(options.device));
   const at::ScalarType compute = pick_compute(options.compute, device);
-  const int threads = options.threads > 0 ? static_cast<int>(options.threads) : usable_threads();
+  const int threads = pick_threads(options.threads);
   at::set_num_threads(threads);
 
   RABIT_ASSIGN(const ModelConfig config, read_model_config(model));
@@ -365,7 +362,7 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
     return Error{fmt::format("--bits {}: names block {}, the model's are 0 to {}", options.bits,
                              bits.last_layer(), config.layers - 1)};
   }
-  if (const double base = plan_bits_per_weight(config, bits);
+  if (const double base = plan_size(config, bits).bits_per_weight();
       options.target_bpw > 0.0 && options.target_bpw < base) {
     return Error{
         fmt::format("--target-bpw {}: --bits {} alone takes {:.4f} bits a weight, scales "

@@ -226,16 +226,14 @@ Result<std::vector<Candidate>> measure_sensitivity(TrainSession& session) {
 Status spend_bits(TrainSession& session) {
   const double target = session.options.target_bpw;
   RABIT_ASSIGN(std::vector<Candidate> candidates, measure_sensitivity(session));
-  int64_t weights = 0, bits = 0;
+  PlanSize size = plan_size(session.config(), session.bits);
   nlohmann::json measured = nlohmann::json::array();
   for (const Candidate& candidate : candidates) {
-    weights += candidate.shape.d_out * candidate.shape.d_in;
-    bits += quant::packed_bits(candidate.shape);
     measured.push_back({{"layer", linear_name(candidate.layer, candidate.role)},
                         {"paths", candidate.first_paths},
                         {"divergences", candidate.divergences}});
   }
-  const double budget = target * static_cast<double>(weights);
+  const double budget = target * static_cast<double>(size.weights);
   while (true) {
     Candidate* best = nullptr;
     int64_t best_more = 0;
@@ -244,7 +242,7 @@ Status spend_bits(TrainSession& session) {
       // One path more may gain nothing and two a lot.
       for (int64_t more = 1; more <= candidate.most_more(); ++more) {
         const double worth = candidate.gain(more) / static_cast<double>(candidate.cost(more));
-        if (worth > best_worth && static_cast<double>(bits + candidate.cost(more)) <= budget) {
+        if (worth > best_worth && static_cast<double>(size.bits + candidate.cost(more)) <= budget) {
           best = &candidate;
           best_more = more;
           best_worth = worth;
@@ -254,7 +252,7 @@ Status spend_bits(TrainSession& session) {
     if (best == nullptr) {
       break;
     }
-    bits += best->cost(best_more);
+    size.bits += best->cost(best_more);
     best->paths += best_more;
   }
   for (const Candidate& candidate : candidates) {
@@ -264,24 +262,23 @@ Status spend_bits(TrainSession& session) {
   }
   session.log["searched"]["bits"] = session.bits.text();
   session.log["searched"]["sensitivity"] = measured;
-  session.observer.message(
-      fmt::format("found: --bits {} ({:.4f} bits a weight of {} asked for)", session.bits.text(),
-                  plan_bits_per_weight(session.config(), session.bits), target));
+  session.observer.message(fmt::format("found: --bits {} ({:.4f} bits a weight of {} asked for)",
+                                       session.bits.text(), size.bits_per_weight(), target));
   return {};
 }
 
 }  // namespace
 
-double plan_bits_per_weight(const ModelConfig& config, const PathPlan& plan) {
-  int64_t weights = 0, bits = 0;
+PlanSize plan_size(const ModelConfig& config, const PathPlan& plan) {
+  PlanSize size;
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     for (const Role role : kRoles) {
       const LinearShape shape = linear_shape(config, role);
-      weights += shape.d_out * shape.d_in;
-      bits += quant::packed_bits({shape.d_out, shape.d_in, plan.paths(layer, role)});
+      size.weights += shape.d_out * shape.d_in;
+      size.bits += quant::packed_bits({shape.d_out, shape.d_in, plan.paths(layer, role)});
     }
   }
-  return static_cast<double>(bits) / static_cast<double>(weights);
+  return size;
 }
 
 Status search_settings(TrainSession& session) {

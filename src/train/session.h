@@ -63,6 +63,8 @@ struct TrainSession {
 
 /// The device of a --device. Errors: not a device's name; not there.
 Result<at::Device> pick_device(const std::string& name);
+/// Threads of a --threads: as many as the process may use for 0.
+int pick_threads(int64_t asked);
 /// The type of the products: bf16 where the device is fast with it and nothing else is asked for.
 at::ScalarType pick_compute(Compute compute, at::Device device);
 
@@ -95,8 +97,14 @@ void add_output_norm(const Network& teacher, Student& student);
 /// session.bits and the log.
 Status search_settings(TrainSession& session);
 
-/// Over all linear layers, scales counted.
-double plan_bits_per_weight(const ModelConfig& config, const PathPlan& plan);
+/// All linear layers under a plan; bits count the scales.
+struct PlanSize {
+  int64_t weights = 0, bits = 0;
+  double bits_per_weight() const {
+    return static_cast<double>(bits) / static_cast<double>(weights);
+  }
+};
+PlanSize plan_size(const ModelConfig& config, const PathPlan& plan);
 
 /// Phases 1 and 2 for all blocks from `first_block` on: initialise, then train each alone to give
 /// the teacher block's output from the quantized prefix.

@@ -11,9 +11,8 @@ constexpr int64_t kChunk = 512;  // positions whose logits exist at once
 
 TorchLogits::TorchLogits(const Network& network, const Student* student)
     : network_(network),
-      output_norm_(student != nullptr && student->output_norm.defined()
-                       ? student->output_norm.detach()
-                       : network.output_norm) {
+      output_norm_(student != nullptr ? output_norm(*student, network).detach()
+                                      : network.output_norm) {
   const at::NoGradGuard no_grad;
   for (size_t i = 0; i < network.blocks.size(); ++i) {
     blocks_.push_back(student != nullptr

@@ -30,14 +30,18 @@ Status run_block(const TrainSession& session, const BlockWeights& weights, const
   return {};
 }
 
+// A block that adds nothing is measured by the stream itself.
+at::Tensor relative(const at::Tensor& error, const at::Tensor& change, const at::Tensor& whole) {
+  return error / at::maximum(change, whole * 1e-12);
+}
+
 // Error of the student block's output in units of what the teacher's block adds to the stream:
 // sum |y - target|^2 / sum |target - x|^2. Sums over all tokens: the few with outsized activations
 // set the scale, and dividing token by token was measured worse (docs/training.md).
 // Features weighted by --alpha-out were measured worse, too.
 at::Tensor block_loss(const at::Tensor& y, const at::Tensor& target, const at::Tensor& change) {
   const auto size = [](const at::Tensor& x) { return x.square().sum(); };
-  // A block that adds nothing is measured by the stream itself.
-  return size(y - target) / at::maximum(size(change), size(target) * 1e-12);
+  return relative(size(y - target), size(change), size(target));
 }
 
 // block_loss of whole streams, a few windows at a time: y, target and the teacher's stream before
@@ -53,7 +57,7 @@ double stream_error(const at::Tensor& y, const at::Tensor& target, const at::Ten
     change += size(t - before.narrow(0, begin, count));
     whole += size(t);
   }
-  return (error / at::maximum(change, whole * 1e-12)).item<double>();
+  return relative(error, change, whole).item<double>();
 }
 
 struct BlockRun {
