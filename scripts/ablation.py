@@ -143,6 +143,16 @@ def grid(tokens, seeds):
             g.add(f"start-{bits}-{name}", label, f"--bits {bits} {calib}{options} {NO_TRAINING}".replace("  ", " "),
                   f"{bits} bits")
 
+    g = group("damp", "Damping and the amount of text",
+              "Error feedback alone, two paths: the less text, the more damping (`--ef-damp`).", "tokens")
+    for calib in (16384, 65536, 262144, 1048576):
+        for damp in ("0.003", "0.01", "0.03", "0.1", "0.3"):
+            if (calib, damp) == (262144, "0.01"):
+                g.add("ef-0", f"{calib:,}", f"--calib-tokens {calib} {NO_TRAINING}", damp, seeds)
+            else:
+                g.add(f"damp-{calib}-{damp}", f"{calib:,}", f"--calib-tokens {calib} --ef-damp {damp} {NO_TRAINING}",
+                      damp)
+
     g = group("mixed", "Paths where they help most",
               "`--target-bpw` against plans by role or block of as many bits; error feedback alone on 262,144 tokens.",
               "")
@@ -203,7 +213,8 @@ def grid(tokens, seeds):
     for minutes in (10, 30, 60):
         base = f"--minutes {minutes} --seq-len 512 --als-steps 4 --ef-rounds 1"
         g.add(f"cpu-{minutes}-ef", str(minutes), f"{base} --warm-epochs 0", "error feedback")
-        g.add(f"cpu-{minutes}-warm", str(minutes), f"{base} --warm-epochs 1", "and warm start, 1 epoch")
+        g.add(f"cpu-{minutes}-last", str(minutes), f"{base} --warm-blocks 1 --warm-epochs 2", "and the last block")
+        g.add(f"cpu-{minutes}-warm", str(minutes), f"{base} --warm-epochs 1", "and all blocks, 1 epoch")
     g.device = "cpu"
     return groups
 

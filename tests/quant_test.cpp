@@ -469,6 +469,25 @@ TEST_P(ErrorFeedback, CoordinateDescentEndsWhereNoSingleWeightCanGain) {
   }
 }
 
+TEST_P(Paths, LatentsDrawnToOthersKeepTheirSigns) {
+  const Layer before = random_layer(12, 70, GetParam(), 92);
+  const Layer other = random_layer(12, 70, GetParam(), 93);
+  const auto signs = coupled_signs(before.shape, before.w.data(), before.scales);
+  for (const float margin : {0.0F, 0.1F, 100.0F}) {
+    Layer drawn = before;
+    draw_towards(drawn.shape, other.w.data(), drawn.scales, margin, drawn.w.data());
+    EXPECT_EQ(coupled_signs(drawn.shape, drawn.w.data(), drawn.scales), signs) << margin;
+    int64_t moved = 0;
+    for (size_t i = 0; i < drawn.w.size(); ++i) {
+      moved += drawn.w[i] != before.w[i] ? 1 : 0;
+      if (margin == 0.0F) {
+        ASSERT_LE(std::fabs(drawn.w[i] - other.w[i]), std::fabs(before.w[i] - other.w[i])) << i;
+      }
+    }
+    EXPECT_GT(moved, 12 * 70 / 2) << margin;
+  }
+}
+
 TEST_P(Paths, SettledLatentsKeepTheirSignsUnderNewScales) {
   const Layer before = random_layer(12, 70, GetParam(), 91);
   const auto signs = coupled_signs(before.shape, before.w.data(), before.scales);

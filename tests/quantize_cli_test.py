@@ -291,7 +291,7 @@ class QuantizeTest(unittest.TestCase):
     def test_every_option(self):
         values = {
             "--data": self.text, "--method": "standard", "--bits": "3,ffn=2", "--minutes": 5, "--tokens": 64,
-            "--calib-tokens": 256, "--warm-epochs": 0.5, "--device": "cpu", "--threads": 2,
+            "--calib-tokens": 256, "--warm-epochs": 0.5, "--warm-blocks": 1, "--device": "cpu", "--threads": 2,
             "--compute": "bf16", "--checkpoint-minutes": 0.5, "--ef-damp": 0.05,
             "--ef-order": "diagonal", "--ef-inputs": "student", "--ef-target": "output",
             "--ef-rounds": 1, "--ef-sweeps": 2,

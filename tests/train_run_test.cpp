@@ -160,10 +160,47 @@ TEST_F(TrainRun, TrainingBlocksHelps) {
   options_.tokens = 0;
   options_.warm_epochs = 20;
   succeeds("warm.gguf", options_);
-  for (const auto& block : log("warm.gguf")["warm_start"]) {
+  const json blocks = log("warm.gguf")["warm_start"];
+  for (const auto& block : blocks) {
     EXPECT_LT(block["loss_last"].get<double>(), 0.9 * block["loss_first"].get<double>());
-    EXPECT_LT(block["output_error"].get<double>(), block["loss_first"].get<double>());
+    if (block != blocks.back()) {  // whose loss is of the head
+      EXPECT_LT(block["output_error"].get<double>(), block["loss_first"].get<double>());
+    }
   }
+}
+
+TEST_F(TrainRun, TheLastBlockAloneLearnsFromTheHead) {
+  options_.tokens = 0;
+  options_.warm_epochs = 0;
+  succeeds("none.gguf", options_);
+  options_.warm_epochs = 20;
+  options_.warm_blocks = 1;
+  options_.train_norms = true;
+  succeeds("last.gguf", options_);
+  const json blocks = log("last.gguf")["warm_start"];
+  EXPECT_EQ(blocks[0]["steps"], 0);
+  EXPECT_EQ(blocks[1]["steps"], 0);
+  EXPECT_LT(blocks[2]["loss_last"].get<double>(), 0.9 * blocks[2]["loss_first"].get<double>());
+  const auto perplexity = [&](const char* name) {
+    return log(name)["perplexity"]["student"]["perplexity"].get<double>();
+  };
+  EXPECT_LT(perplexity("last.gguf"), perplexity("none.gguf"));
+  const auto none = GgufFile::open(path("none.gguf")), last = GgufFile::open(path("last.gguf"));
+  const auto data = [](const auto& file, const char* name) {
+    const auto bytes = (*file)->find_tensor(name)->data;
+    return std::vector<std::byte>(bytes.begin(), bytes.end());
+  };
+  for (const char* same :
+       {"blk.0.ffn_down.sign", "blk.1.ffn_down.sign", "blk.1.attn_norm.weight"}) {
+    EXPECT_EQ(data(none, same), data(last, same)) << same;
+  }
+  for (const char* other :
+       {"blk.2.ffn_down.sign", "blk.2.attn_norm.weight", "output_norm.weight"}) {
+    EXPECT_NE(data(none, other), data(last, other)) << other;
+  }
+  // What the norm has learnt goes with the block that it was trained with.
+  goes_on_to("last.gguf", "warm start", 2);
+  goes_on_to("last.gguf", "warm start", 3);
 }
 
 TEST_F(TrainRun, ErrorFeedbackFollowsTheTeachersStream) {
@@ -469,6 +506,15 @@ TEST_F(TrainRun, TimeBound) {
   for (const auto& block : told["warm_start"]) {
     EXPECT_GT(block["steps"].get<int>(), 0);
   }
+  options_.warm_blocks = 1;
+  const Clock last_only;
+  succeeds("last.gguf", options_);
+  EXPECT_LE(last_only.elapsed(), 0.35 * 60 - 15 + 4);
+  EXPECT_EQ(log("last.gguf")["warm_start"][1]["steps"], 0);
+  EXPECT_GT(log("last.gguf")["warm_start"][2]["steps"].get<int>(),
+            told["warm_start"][2]["steps"].get<int>())
+      << "it has the others' time";
+  options_.warm_blocks = 0;
   options_.tokens = int64_t{1} << 40;
   options_.warm_epochs = 1;
   const Clock both;

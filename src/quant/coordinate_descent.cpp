@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <numeric>
 
@@ -39,22 +40,37 @@ float value_of(unsigned signs, const float* p, int64_t paths) {
   return value;
 }
 
-// A latent from which the coupled rule derives `signs`, the level itself if that is one. False
-// where there is none: path i is positive from the sum of the levels before it upwards.
-bool latent_for(unsigned signs, const float* p, int64_t paths, float& latent) {
-  float low = -std::numeric_limits<float>::infinity(), high = -low, before = 0.0F;
+// The latents from which the coupled rule derives some signs: low <= latent < high. Empty where no
+// latent gives them.
+struct Cell {
+  float low = -std::numeric_limits<float>::infinity();
+  float high = std::numeric_limits<float>::infinity();
+};
+
+// Path i is positive from the sum of the levels before it upwards.
+Cell cell_of(unsigned signs, const float* p, int64_t paths) {
+  Cell cell;
+  float before = 0.0F;
   for (int64_t i = 0; i < paths; ++i) {
     if ((signs >> i & 1U) != 0U) {
-      low = std::max(low, before);
+      cell.low = std::max(cell.low, before);
       before += p[i];
     } else {
-      high = std::min(high, before);
+      cell.high = std::min(cell.high, before);
       before -= p[i];
     }
   }
+  return cell;
+}
+
+// A latent from which the coupled rule derives `signs`, the level itself if that is one. False
+// where there is none.
+bool latent_for(unsigned signs, const float* p, int64_t paths, float& latent) {
+  const Cell cell = cell_of(signs, p, paths);
   latent = value_of(signs, p, paths);
-  if (!(latent >= low && latent < high)) {
-    latent = low + 0.5F * (high - low);  // finite: a level outside has bounds on both sides
+  if (!(latent >= cell.low && latent < cell.high)) {
+    // Finite: a level outside has bounds on both sides.
+    latent = cell.low + 0.5F * (cell.high - cell.low);
   }
   return level_of(latent, p, paths).signs == signs;
 }
@@ -140,6 +156,25 @@ int64_t settle(const Shape& shape, std::span<const uint32_t> signs, const Scales
     }
   }
   return lost;
+}
+
+void draw_towards(const Shape& shape, const float* original, const Scales& scales, float margin,
+                  float* w) {
+  for (int64_t r = 0; r < shape.d_out; ++r) {
+    for (int64_t c = 0; c < shape.d_in; ++c) {
+      const auto p = magnitudes(shape, scales, r, c);
+      float& latent = w[r * shape.d_in + c];
+      const unsigned signs = level_of(latent, p.data(), shape.paths).signs;
+      const Cell cell = cell_of(signs, p.data(), shape.paths);
+      const float away = std::min(margin * std::abs(p[static_cast<size_t>(shape.paths - 1)]),
+                                  0.5F * (cell.high - cell.low));
+      const float nearest =
+          std::max(cell.low + away, std::min(original[r * shape.d_in + c], cell.high - away));
+      if (level_of(nearest, p.data(), shape.paths).signs == signs) {
+        latent = nearest;
+      }
+    }
+  }
 }
 
 }  // namespace rabit::quant

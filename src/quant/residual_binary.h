@@ -104,6 +104,12 @@ int64_t coordinate_descent(const Shape& shape, const float* moment, const Scales
 /// how many are.
 int64_t settle(const Shape& shape, std::span<const uint32_t> signs, const Scales& scales, float* w);
 
+/// Moves every latent in w (d_out, d_in) as near to `original` (d_out, d_in) as it can go without
+/// another sign, and `margin` of the last path's magnitude less (half way between the bounds at
+/// most).
+void draw_towards(const Shape& shape, const float* original, const Scales& scales, float margin,
+                  float* w);
+
 /// One layer as the file stores it.
 struct PackedLinear {
   Shape shape;

@@ -16,6 +16,8 @@ namespace rabit::train {
 namespace {
 
 constexpr int64_t kChunk = 8;  // windows computed at once
+// Between a latent and the next value with another sign, in units of its last path's magnitude.
+constexpr float kMargin = 0.1F;
 
 // Mean of y x^T over tokens, in float32 on the device of x.
 class Moment {
@@ -178,9 +180,11 @@ Status fit_stage(TrainSession& session, int64_t layer, const Stage& stage,
       RABIT_ASSIGN(problem.target, best_target(problem.target, cross, moments.inputs,
                                                session.options.ef_damp, name));
     }
-    RABIT_ASSIGN(const LayerFit fit, fit_layer(problem, shape_of(session, layer, role).paths,
-                                               session.options, session.pool));
-    block[role] = make_linear(session, shape_of(session, layer, role), fit.latent, fit.scales);
+    const quant::Shape shape = shape_of(session, layer, role);
+    RABIT_ASSIGN(LayerFit fit, fit_layer(problem, shape.paths, session.options, session.pool));
+    quant::draw_towards(shape, weight.const_data_ptr<float>(), fit.scales, kMargin,
+                        fit.latent.mutable_data_ptr<float>());
+    block[role] = make_linear(session, shape, fit.latent, fit.scales);
     session.fit_errors.push_back(fit.error);
   }
   return {};

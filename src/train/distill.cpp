@@ -6,7 +6,6 @@
 #include <cmath>
 
 #include "base/interrupt.h"
-#include "train/kl_loss.h"
 #include "train/optimizer.h"
 #include "train/session.h"
 
@@ -70,7 +69,6 @@ Losses distill_loss(const TrainSession& session, const Student& student, const R
           block_forward(config, block, rotary, x_teacher, teacher.compute, of_teacher.tap());
       of_teacher.see_stream(x_teacher);
     }
-    x_teacher = norm(config, x_teacher, teacher.output_norm, teacher.compute);
   }
   at::Tensor x = x0;
   for (size_t b = 0; b < teacher.blocks.size(); ++b) {
@@ -79,12 +77,7 @@ Losses distill_loss(const TrainSession& session, const Student& student, const R
     x = block_forward(config, weights, rotary, x, teacher.compute, of_student.tap());
     of_student.see_stream(x);
   }
-  x = norm(config, x, output_norm(student, teacher), teacher.compute);
-  at::Tensor next = at::full_like(ids, -1);  // the token after each, none after a window's last
-  next.narrow(1, 0, ids.size(1) - 1).copy_(ids.narrow(1, 1, ids.size(1) - 1));
-  DistillationLoss head =
-      distillation_loss(x.flatten(0, 1), x_teacher.flatten(0, 1), teacher.head, next.flatten(),
-                        {options.reverse_kl, options.temperature, options.cross_entropy});
+  DistillationLoss head = head_loss(session, student, x, x_teacher, ids);
   at::Tensor total = head.loss;
   head.loss = head.loss.detach();
   if (options.gamma > 0.0) {
@@ -125,6 +118,22 @@ Student stand_in(const TrainSession& session) {
 constexpr int64_t kMeasuredWindows = 4;  // of a step on a CPU
 
 }  // namespace
+
+DistillationLoss head_loss(const TrainSession& session, const Student& student,
+                           const at::Tensor& student_stream, const at::Tensor& teacher_stream,
+                           const at::Tensor& ids) {
+  const Network& teacher = session.teacher;
+  const QuantizeOptions& options = session.options;
+  const auto hidden = [&](const at::Tensor& stream, const at::Tensor& weight) {
+    return norm(session.config(), stream, weight, teacher.compute).flatten(0, 1);
+  };
+  at::Tensor next = at::full_like(ids, -1);  // the token after each, none after a window's last
+  next.narrow(1, 0, ids.size(1) - 1).copy_(ids.narrow(1, 1, ids.size(1) - 1));
+  return distillation_loss(hidden(student_stream, output_norm(student, teacher)),
+                           hidden(teacher_stream, teacher.output_norm), teacher.head,
+                           next.flatten(),
+                           {options.reverse_kl, options.temperature, options.cross_entropy});
+}
 
 Result<double> measure_distill(const TrainSession& session, int64_t tokens) {
   const QuantizeOptions& options = session.options;

@@ -76,6 +76,8 @@ std::vector<Setting> make_settings() {
        "Tokens for error feedback and the block-by-block warm start"},
       {"warm_epochs", "--warm-epochs", "How long", Number{&Q::warm_epochs, 0, 1e4},
        "Passes over them for each block; 0: no warm start"},
+      {"warm_blocks", "--warm-blocks", "How long", Integer{&Q::warm_blocks, 0, 1 << 20},
+       "Train only so many blocks in the warm start, the last ones; 0: all"},
 
       {"device", "--device", "Where", Text{&Q::device, check_device}, "cpu, cuda or cuda:N",
        kMayChange},

@@ -42,6 +42,7 @@ struct QuantizeOptions {
   int64_t tokens = -1;
   int64_t calib_tokens = 262144;
   double warm_epochs = 4.0;
+  int64_t warm_blocks = 0;  // the last ones; 0: all
 
   std::string device = "cpu";
   int64_t threads = 0;

@@ -256,12 +256,15 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     return bounded ? fmt::format(" within {:.0f} s", left * share) : std::string();
   };
   if (blocks_left) {
-    session.observer.message(
-        fmt::format("plan: {} blocks from {}{} tokens, {}, warm start of {} epochs{}",
-                    layers - resumed.blocks_done, bounded ? "at most " : "",
-                    std::min(options.calib_tokens, session.windows.numel()),
-                    options.error_feedback ? "error feedback" : "no error feedback",
-                    options.warm_epochs, within(session.warm_share)));
+    session.observer.message(fmt::format(
+        "plan: {} blocks from {}{} tokens, {}, warm start of {} epochs{}{}",
+        layers - resumed.blocks_done, bounded ? "at most " : "",
+        std::min(options.calib_tokens, session.windows.numel()),
+        options.error_feedback ? "error feedback" : "no error feedback", options.warm_epochs,
+        options.warm_blocks > 0
+            ? fmt::format(" for the last {}", std::min(options.warm_blocks, layers))
+            : std::string(),
+        within(session.warm_share)));
   }
   if (!distilled) {
     session.observer.message(fmt::format("plan: {} tokens end to end{}", distill_tokens,

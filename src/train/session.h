@@ -9,6 +9,7 @@
 
 #include "base/threads.h"
 #include "train/fake_quant.h"
+#include "train/kl_loss.h"
 #include "train/network.h"
 #include "train/optimizer.h"
 #include "train/quantize.h"
@@ -120,6 +121,12 @@ struct DistillState {
   TrainerState trainer;
   std::vector<at::Tensor> average;  // of the latents, with --ema
 };
+
+/// What distillation compares, from the streams after the last block (windows, T, d_model) and the
+/// tokens (windows, T). Its graph goes into the student's stream and last norm.
+DistillationLoss head_loss(const TrainSession& session, const Student& student,
+                           const at::Tensor& student_stream, const at::Tensor& teacher_stream,
+                           const at::Tensor& ids);
 
 /// Phase 3: end-to-end distillation of the whole student, from `state` on, which holds the end's
 /// when it succeeds.

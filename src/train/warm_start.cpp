@@ -67,14 +67,20 @@ struct BlockRun {
   double tokens_per_second = 0.0;
 };
 
-// Trains student block `layer` for `epochs` passes over x; `budget` seconds bound it where > 0.
+// Trains student block `layer` for `epochs` passes over x, the last one by what the head makes of
+// its output; `budget` seconds bound it where > 0.
 Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary& rotary,
                              const at::Tensor& x, const at::Tensor& target,
                              const at::Tensor& teacher_x, double epochs, double budget) {
   const QuantizeOptions& options = session.options;
   const auto block = static_cast<size_t>(layer);
+  const bool last = layer + 1 == session.config().layers;
   const std::span trained(&session.student.blocks[block], 1);
-  Trainer trainer(options.optimizer, latents(trained), scales_and_norms(trained), options.clip);
+  std::vector<at::Tensor> others = scales_and_norms(trained);
+  if (last && session.student.output_norm.defined()) {
+    others.push_back(session.student.output_norm);
+  }
+  Trainer trainer(options.optimizer, latents(trained), others, options.clip);
 
   const int64_t windows = x.size(0);
   const int64_t batch = std::min(options.warm_batch, windows);
@@ -94,15 +100,19 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
     if (progress >= 1.0) {
       break;
     }
-    const at::Tensor picks = order.batch(step, batch).to(x.device());
+    const at::Tensor drawn = order.batch(step, batch);
+    const at::Tensor picks = drawn.to(x.device());
     const at::Tensor x_batch = x.index_select(0, picks);
     const at::Tensor target_batch = target.index_select(0, picks);
-    const at::Tensor change = target_batch - teacher_x.index_select(0, picks);
     const BlockWeights weights = student_weights(
         session.student.blocks[block], session.teacher.blocks[block], session.teacher.compute);
-    const at::Tensor loss = block_loss(
-        block_forward(session.config(), weights, rotary, x_batch, session.teacher.compute),
-        target_batch, change);
+    const at::Tensor y =
+        block_forward(session.config(), weights, rotary, x_batch, session.teacher.compute);
+    const at::Tensor loss =
+        last ? head_loss(session, session.student, y, target_batch,
+                         session.windows.index_select(0, drawn).to(x.device()))
+                   .loss
+             : block_loss(y, target_batch, target_batch - teacher_x.index_select(0, picks));
     const double factor = cosine_schedule(progress, options.warmup);
     const auto taken =
         trainer.step(loss, loss, options.warm_latent_lr * factor, options.warm_scale_lr * factor);
@@ -133,6 +143,7 @@ struct BlockCost {
   double fit = 0.0;               // scales and error feedback, whatever the text's length
   double pass_per_window = 0.0;   // second moments, and both streams through the block
   double train_per_window = 0.0;  // one step, a window
+  double head_per_window = 0.0;   // what the last block's step takes on top
 };
 
 constexpr int64_t kMeasuredWindows = 4;
@@ -171,6 +182,17 @@ Result<BlockCost> measure_cost(TrainSession& session, const Rotary& rotary, cons
                                                   std::min(session.options.warm_batch, windows));
     }
   }
+  if (session.options.warm_epochs > 0.0) {
+    for (int i = 0; i < 2; ++i) {
+      const Clock head_clock;
+      const at::Tensor y = output.detach().clone().set_requires_grad(true);
+      const DistillationLoss loss = head_loss(session, session.student, y, output,
+                                              session.windows.narrow(0, 0, windows).to(x.device()));
+      loss.loss.backward();
+      (void)y.grad().sum().item<float>();
+      cost.head_per_window = head_clock.elapsed() / count;
+    }
+  }
   session.student.blocks[0] = kept;
   return cost;
 }
@@ -187,8 +209,14 @@ Status plan(TrainSession& session, const Rotary& rotary, int64_t first_block, in
     return embed(teacher, session.windows.narrow(0, 0, count).to(teacher.device));
   }();
   RABIT_ASSIGN(const BlockCost cost, measure_cost(session, rotary, sample));
+  const int64_t left = session.config().layers - first_block;
+  const auto blocks = static_cast<double>(left);
+  const int64_t trained = options.warm_blocks > 0 ? std::min(options.warm_blocks, left) : left;
+  // Of a block, in the mean of all.
+  const double train_per_window =
+      (cost.train_per_window * static_cast<double>(trained) + cost.head_per_window) / blocks;
   const auto seconds = [&](double count) {
-    return cost.fit + count * (cost.pass_per_window + epochs * cost.train_per_window);
+    return cost.fit + count * (cost.pass_per_window + epochs * train_per_window);
   };
   const auto rate = [&](double seconds_per_window) {
     return seconds_per_window > 0.0
@@ -198,7 +226,6 @@ Status plan(TrainSession& session, const Rotary& rotary, int64_t first_block, in
   const std::string speed =
       fmt::format("{:.2f} s to fit a block, {} tokens/s through it, {} tokens/s in its training",
                   cost.fit, rate(cost.pass_per_window), rate(cost.train_per_window));
-  const auto blocks = static_cast<double>(session.config().layers - first_block);
   if (session.clock.limited()) {
     const double share = session.clock.left() / blocks;
     const auto least = static_cast<double>(std::min(windows, kMinWindows));
@@ -217,10 +244,9 @@ Status plan(TrainSession& session, const Rotary& rotary, int64_t first_block, in
     const double affordable = (share - cost.fit) / (seconds(1.0) - cost.fit);
     windows = std::min(windows, static_cast<int64_t>(affordable));
   }
-  session.observer.message(
-      fmt::format("measured: {}; plan: {} blocks, each from {} tokens x {} epochs, {:.0f} s", speed,
-                  session.config().layers - first_block, windows * options.seq_len, epochs,
-                  blocks * seconds(static_cast<double>(windows))));
+  session.observer.message(fmt::format(
+      "measured: {}; plan: {} blocks, each from {} tokens x {} epochs, {:.0f} s", speed, left,
+      windows * options.seq_len, epochs, blocks * seconds(static_cast<double>(windows))));
   return {};
 }
 
@@ -233,7 +259,10 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   int64_t windows = std::min(session.windows.size(0),
                              std::max<int64_t>(1, options.calib_tokens / options.seq_len));
   const Rotary rotary = make_rotary(config, options.seq_len, teacher.device);
-  const bool train = options.warm_epochs > 0.0;
+  const int64_t first_trained = options.warm_epochs == 0.0 ? config.layers
+                                : options.warm_blocks == 0
+                                    ? 0
+                                    : std::max<int64_t>(0, config.layers - options.warm_blocks);
   double epochs = options.warm_epochs;
 
   RABIT_CHECK(plan(session, rotary, first_block, windows, epochs));
@@ -248,7 +277,8 @@ Status warm_start(TrainSession& session, int64_t first_block) {
     const at::NoGradGuard no_grad;
     return embed(teacher, ids);
   }();
-  const bool both = train || needs_teacher_stream(options);  // streams are kept
+  const bool both =
+      first_trained < config.layers || needs_teacher_stream(options);  // streams are kept
   if (both) {
     x_teacher = x_student.clone();
     target = at::empty_like(x_teacher);
@@ -269,6 +299,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   double other_seconds = 0.0;  // of the last block, all but its training
   double fit_seconds = 0.0;    // of that, fitting scales and error feedback
   for (int64_t layer = first_block; layer < config.layers; ++layer) {
+    const bool train = layer >= first_trained;
     const auto block = static_cast<size_t>(layer);
     const Clock block_clock;
     const double share = session.clock.left() / static_cast<double>(config.layers - layer);
@@ -286,6 +317,9 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       }
     }
     const double fit_before = session.fit_seconds;
+    const at::Tensor last_norm = session.student.output_norm.defined()
+                                     ? session.student.output_norm.detach().clone()
+                                     : at::Tensor();
     const auto body = [&]() -> Status {
       RABIT_CHECK(start_block(session, layer, x_student, x_teacher));
       BlockRun run;
@@ -325,14 +359,17 @@ Status warm_start(TrainSession& session, int64_t first_block) {
                                            {"train_seconds", train_seconds},
                                            {"tokens_per_second", run.tokens_per_second}});
       if (session.observer.progress) {
-        session.observer.progress({train ? "warm start" : "initialise", layer + 1, config.layers,
-                                   output_error, run.tokens_per_second});
+        session.observer.progress({options.warm_epochs > 0.0 ? "warm start" : "initialise",
+                                   layer + 1, config.layers, output_error, run.tokens_per_second});
       }
       return {};
     };
     if (const Status status = body(); !status) {
       if (status.error().interrupted && layer > 0) {
         session.student.blocks[block] = {};
+        if (last_norm.defined()) {
+          session.student.output_norm = last_norm.set_requires_grad(true);
+        }
         RABIT_CHECK(save_checkpoint(session, layer, nullptr));
       }
       return status;

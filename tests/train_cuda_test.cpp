@@ -1,0 +1,143 @@
+// The phases on a GPU against the same on the CPU, both in float32. Shown as skipped where there is
+// no GPU that torch can use.
+
+#include <ATen/Context.h>
+
+#include "train/diagnose.h"
+#include "train_run.h"
+
+namespace rabit::train {
+namespace {
+
+class TrainCuda : public TrainRun {
+ protected:
+  void SetUp() override {
+    if (!at::globalContext().hasCUDA()) {
+      GTEST_SKIP() << "no GPU that torch can use";
+    }
+  }
+
+  /// The log of a run on each device.
+  std::pair<json, json> on_both(QuantizeOptions options) {
+    options.device = "cpu";
+    succeeds("cpu.gguf", options);
+    options.device = "cuda";
+    succeeds("cuda.gguf", options);
+    return {log("cpu.gguf"), log("cuda.gguf")};
+  }
+};
+
+void expect_near(const json& got, const json& wanted, double share, const std::string& what) {
+  EXPECT_NEAR(got.get<double>(), wanted.get<double>(), share * std::abs(wanted.get<double>()))
+      << what;
+}
+
+TEST_F(TrainCuda, EveryPhaseGivesWhatTheCpuGives) {
+  for (const Method method : {Method::kRabit, Method::kStandard, Method::kMbok}) {
+    options_.method = method;
+    const auto [cpu, cuda] = on_both(options_);
+    const json &blocks = cpu["warm_start"], &steps = cpu["distill"];
+    ASSERT_EQ(blocks.size(), cuda["warm_start"].size());
+    ASSERT_EQ(steps.size(), cuda["distill"].size());
+    // Later ones start from signs that sums in another order may have turned.
+    for (size_t i = 0; i < blocks[0]["fit_errors"].size(); ++i) {
+      expect_near(cuda["warm_start"][0]["fit_errors"][i], blocks[0]["fit_errors"][i], 0.02,
+                  "fit error " + std::to_string(i));
+    }
+    expect_near(cuda["warm_start"][0]["loss_first"], blocks[0]["loss_first"], 0.02, "warm start");
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      expect_near(cuda["warm_start"][i]["output_error"], blocks[i]["output_error"], 0.1,
+                  "block " + std::to_string(i));
+    }
+    expect_near(cuda["distill"].back()["loss"], steps.back()["loss"], 0.1, "distillation");
+    const auto perplexity = [](const json& log, const char* of) {
+      return log["perplexity"][of]["perplexity"];
+    };
+    expect_near(perplexity(cuda, "teacher"), perplexity(cpu, "teacher"), 1e-4, "teacher");
+    expect_near(perplexity(cuda, "student"), perplexity(cpu, "student"), 0.1, "student");
+  }
+}
+
+TEST_F(TrainCuda, EveryKindOfTrainingRuns) {
+  options_.ema = 0.9;
+  options_.train_norms = true;
+  options_.gamma = 0.3;
+  options_.reverse_kl = 0.5;
+  options_.cross_entropy = 0.2;
+  options_.temperature = 2.0;
+  for (const GammaOn where : {GammaOn::kBlocks, GammaOn::kLayers}) {
+    options_.gamma_on = where;
+    const auto [cpu, cuda] = on_both(options_);
+    expect_near(cuda["distill"].back()["loss"], cpu["distill"].back()["loss"], 0.1, "loss");
+  }
+}
+
+TEST_F(TrainCuda, FirstLossesWithoutAStartThatMayDiffer) {
+  options_.error_feedback = false;
+  options_.warm_epochs = 0;
+  for (const auto& [method, bits] :
+       {std::pair{Method::kRabit, "2"}, std::pair{Method::kRabit, "4"},
+        std::pair{Method::kDbllm, "2"}, std::pair{Method::kOnebit, "1"}}) {
+    options_.method = method;
+    options_.bits = bits;
+    const auto [cpu, cuda] = on_both(options_);
+    expect_near(cuda["distill"][0]["loss"], cpu["distill"][0]["loss"], 1e-3, bits);
+  }
+}
+
+TEST_F(TrainCuda, InterruptedAndResumed) {
+  options_.device = "cuda";
+  succeeds("whole.gguf", options_);
+  interrupted_run("part.gguf", options_, interrupt_at("distil", 3 * 4 * kWindow), true);
+  options_.resume = true;
+  succeeds("part.gguf", options_);
+  const json whole = log("whole.gguf")["distill"], part = log("part.gguf")["distill"];
+  ASSERT_EQ(part.size(), whole.size());
+  expect_near(part.back()["loss"], whole.back()["loss"], 0.1, "loss");
+}
+
+TEST_F(TrainCuda, SearchesFindWhatTheCpuFinds) {
+  options_.warm_epochs = 0;
+  options_.tokens = 0;
+  options_.target_bpw = 3.6;
+  const auto [cpu, cuda] = on_both(options_);
+  const json &ours = cuda["searched"]["sensitivity"], &theirs = cpu["searched"]["sensitivity"];
+  ASSERT_EQ(ours.size(), theirs.size());
+  for (size_t i = 0; i < ours.size(); ++i) {
+    EXPECT_EQ(ours[i]["layer"], theirs[i]["layer"]);
+    expect_near(ours[i]["divergences"][0], theirs[i]["divergences"][0], 0.05, ours[i]["layer"]);
+  }
+  options_.target_bpw = 0;
+  options_.error_feedback = false;
+  options_.alpha_search = true;
+  const auto [by_cpu, by_cuda] = on_both(options_);
+  EXPECT_EQ(by_cuda["searched"]["alpha_in"], by_cpu["searched"]["alpha_in"]);
+}
+
+TEST_F(TrainCuda, DiagnosesWhatTheCpuDiagnoses) {
+  options_.tokens = 0;
+  succeeds("out.gguf", options_);
+  const auto student = GgufFile::open(path("out.gguf"));
+  ASSERT_TRUE(student);
+  DiagnoseOptions options;
+  options.threads = 1;
+  options.compute = Compute::kF32;
+  options.seq_len = kWindow;
+  const auto diagnosis = [&](const char* device) {
+    options.device = device;
+    return diagnose_file(**student, *model_, text_.tokens, options, [](int64_t, int64_t) {});
+  };
+  const auto cpu = diagnosis("cpu"), cuda = diagnosis("cuda");
+  ASSERT_TRUE(cpu) << cpu.error().message;
+  ASSERT_TRUE(cuda) << cuda.error().message;
+  ASSERT_EQ((*cpu)["layers"].size(), (*cuda)["layers"].size());
+  for (size_t i = 0; i < (*cpu)["layers"].size(); ++i) {
+    const json &ours = (*cuda)["layers"][i], &theirs = (*cpu)["layers"][i];
+    for (const char* figure : {"path_correlation", "weight_error", "output_error"}) {
+      EXPECT_NEAR(ours[figure].get<double>(), theirs[figure].get<double>(), 1e-3) << figure;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rabit::train
