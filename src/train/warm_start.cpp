@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 
 #include <cmath>
+#include <utility>
 
 #include "base/interrupt.h"
 #include "train/optimizer.h"
@@ -37,7 +38,7 @@ at::Tensor relative(const at::Tensor& error, const at::Tensor& change, const at:
 
 // Error of the student block's output in units of what the teacher's block adds to the stream:
 // sum |y - target|^2 / sum |target - x|^2. Sums over all tokens: the few with outsized activations
-// set the scale, and dividing token by token was measured worse (docs/training.md).
+// set the scale, and dividing token by token was measured worse (docs/results/start.md).
 // Features weighted by --alpha-out were measured worse, too.
 at::Tensor block_loss(const at::Tensor& y, const at::Tensor& target, const at::Tensor& change) {
   const auto size = [](const at::Tensor& x) { return x.square().sum(); };
@@ -158,6 +159,8 @@ Result<BlockCost> measure_cost(TrainSession& session, const Rotary& rotary, cons
   at::Tensor output = at::empty_like(sample);
   BlockCost cost;
   const StudentBlock kept = session.student.blocks[0];
+  // The last norm must come out of this without steps and gradients: the teacher's stands in.
+  const at::Tensor kept_norm = std::exchange(session.student.output_norm, at::Tensor());
   const double fit_before = session.fit_seconds;
   const Clock init_clock;
   RABIT_CHECK(start_block(session, 0, sample, sample));
@@ -180,10 +183,6 @@ Result<BlockCost> measure_cost(TrainSession& session, const Rotary& rotary, cons
       cost.train_per_window = train_clock.elapsed() /
                               static_cast<double>(std::max<int64_t>(1, run.steps) *
                                                   std::min(session.options.warm_batch, windows));
-    }
-  }
-  if (session.options.warm_epochs > 0.0) {
-    for (int i = 0; i < 2; ++i) {
       const Clock head_clock;
       const at::Tensor y = output.detach().clone().set_requires_grad(true);
       const DistillationLoss loss = head_loss(session, session.student, y, output,
@@ -194,7 +193,16 @@ Result<BlockCost> measure_cost(TrainSession& session, const Rotary& rotary, cons
     }
   }
   session.student.blocks[0] = kept;
+  session.student.output_norm = kept_norm;
   return cost;
+}
+
+// From here on blocks are trained.
+int64_t first_trained_block(const QuantizeOptions& options, int64_t layers) {
+  if (options.warm_epochs == 0.0) {
+    return layers;
+  }
+  return options.warm_blocks == 0 ? 0 : std::max<int64_t>(0, layers - options.warm_blocks);
 }
 
 // Times a block, says what the phase will do, and, where time is bounded, takes as many windows and
@@ -209,9 +217,9 @@ Status plan(TrainSession& session, const Rotary& rotary, int64_t first_block, in
     return embed(teacher, session.windows.narrow(0, 0, count).to(teacher.device));
   }();
   RABIT_ASSIGN(const BlockCost cost, measure_cost(session, rotary, sample));
-  const int64_t left = session.config().layers - first_block;
+  const int64_t layers = session.config().layers, left = layers - first_block;
   const auto blocks = static_cast<double>(left);
-  const int64_t trained = options.warm_blocks > 0 ? std::min(options.warm_blocks, left) : left;
+  const int64_t trained = layers - std::max(first_block, first_trained_block(options, layers));
   // Of a block, in the mean of all.
   const double train_per_window =
       (cost.train_per_window * static_cast<double>(trained) + cost.head_per_window) / blocks;
@@ -259,10 +267,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   int64_t windows = std::min(session.windows.size(0),
                              std::max<int64_t>(1, options.calib_tokens / options.seq_len));
   const Rotary rotary = make_rotary(config, options.seq_len, teacher.device);
-  const int64_t first_trained = options.warm_epochs == 0.0 ? config.layers
-                                : options.warm_blocks == 0
-                                    ? 0
-                                    : std::max<int64_t>(0, config.layers - options.warm_blocks);
+  const int64_t first_trained = first_trained_block(options, config.layers);
   double epochs = options.warm_epochs;
 
   RABIT_CHECK(plan(session, rotary, first_block, windows, epochs));
