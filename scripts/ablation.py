@@ -103,7 +103,7 @@ def grid(tokens, seeds):
         g.add(f"ef-warm-{label.replace(',', '')}", label, f"{WARM} --tokens {count}",
               "and warm start", seeds)
         g.add(f"no-ef-warm-{label.replace(',', '')}", label, f"{FULL} {WARM} --tokens {count}",
-              "warm start, no error feedback", seeds[:1])
+              "warm start, no error feedback", seeds if share in (0, 1) else seeds[:1])
 
     g = group("paths", "Paths",
               f"Error feedback, warm start (`{WARM}`) and {tokens:,} tokens of distillation.", "paths")
@@ -135,7 +135,7 @@ def grid(tokens, seeds):
     g.add("start-alpha-search", "the same, `--alpha-search`", f"{FULL} {NO_TRAINING} --alpha-search")
     for bits in (2, 3):
         for name, options in (("plain", PLAINEST), ("stream", "--ef-order natural --ef-rounds 0 --ef-sweeps 0"),
-                              ("all", ""), ("rounds", "--ef-rounds 8"), ("damp", "--ef-damp 0.03"),
+                              ("all", ""), ("rounds", "--ef-rounds 8"), ("damp", "--ef-damp 0.01"),
                               ("text", "--calib-tokens 1048576")):
             label = {"plain": "error feedback, plainest", "stream": "target: the stream",
                      "all": "and order, rounds, sweeps (the default)"}.get(name, f"`{options}`")
@@ -144,14 +144,10 @@ def grid(tokens, seeds):
                   f"{bits} bits")
 
     g = group("damp", "Damping and the amount of text",
-              "Error feedback alone, two paths: the less text, the more damping (`--ef-damp`).", "tokens")
+              "Error feedback alone, two paths; a column for each value of `--ef-damp`.", "tokens")
     for calib in (16384, 65536, 262144, 1048576):
         for damp in ("0.003", "0.01", "0.03", "0.1", "0.3"):
-            if (calib, damp) == (262144, "0.01"):
-                g.add("ef-0", f"{calib:,}", f"--calib-tokens {calib} {NO_TRAINING}", damp, seeds)
-            else:
-                g.add(f"damp-{calib}-{damp}", f"{calib:,}", f"--calib-tokens {calib} --ef-damp {damp} {NO_TRAINING}",
-                      damp)
+            g.add(f"damp-{calib}-{damp}", f"{calib:,}", f"--calib-tokens {calib} --ef-damp {damp} {NO_TRAINING}", damp)
 
     g = group("mixed", "Paths where they help most",
               "`--target-bpw` against plans by role or block of as many bits; error feedback alone on 262,144 tokens.",
@@ -165,13 +161,13 @@ def grid(tokens, seeds):
     g = group("rates", "Rates of distillation",
               f"{tokens:,} tokens after error feedback, with and without the warm start (`{WARM}`), and without either "
               f"(`{FULL}`).", "")
-    for latent, scale in (("5e-4", "1e-4"), ("2e-3", "1e-3")):
+    for latent, scale in (("5e-4", "1e-4"), ("1e-3", "3e-4"), ("2e-3", "1e-3")):
         rates = f"--latent-lr {latent} --scale-lr {scale}"
-        g.add("rabit-full" if latent == "2e-3" else "rabit-5e-4", f"`{rates}`",
+        g.add("rabit-full" if latent == "2e-3" else f"rabit-{latent}", f"`{rates}`",
               f"--method rabit {FULL} {COLD} --tokens {tokens}" if latent == "2e-3" else
               f"--method rabit {FULL} --warm-epochs 0 {rates} --tokens {tokens}", "neither",
               seeds if latent == "2e-3" else seeds[:1])
-        g.add(f"ef-{tokens}" if latent == "5e-4" else "rates-ef-2e-3", f"`{rates}`",
+        g.add(f"ef-{tokens}" if latent == "5e-4" else f"rates-ef-{latent}", f"`{rates}`",
               f"--calib-tokens 262144 --warm-epochs 0 --tokens {tokens}" + ("" if latent == "5e-4" else f" {rates}"),
               "error feedback", seeds if latent == "5e-4" else seeds[:1])
     for latent, scale in (("5e-4", "1e-4"), ("1e-3", "3e-4"), ("2e-3", "1e-3")):
@@ -195,19 +191,22 @@ def grid(tokens, seeds):
                       f"--method {method} {options} --warm-epochs 0 {rates} --tokens {tokens}", method, seeds[:1])
 
     g = group("block", "The warm start alone",
-              "No end-to-end step.", "")
-    scale_rates = {"4e-3": "1e-3", "2e-3": "5e-4", "1e-3": "3e-4", "5e-4": "1e-4"}
-    for bits in (2, 3):
-        for calib, rates in ((131072, ("4e-3", "2e-3", "1e-3", "5e-4") if bits == 2 else ()),
-                             (1048576, ("4e-3", "2e-3", "1e-3")), (2500000, ("4e-3", "2e-3"))):
-            for rate in rates:
-                options = f"--warm-latent-lr {rate} --warm-scale-lr {scale_rates[rate]}"
-                label = f"{calib:,} tokens, `{options}`"
-                if (bits, calib, rate) == (2, 1048576, "4e-3"):
-                    g.add("ef-warm-0", label, f"{WARM} --tokens 0", f"{bits} bits", seeds)
-                else:
-                    g.add(f"block-{bits}-{rate}-{calib}", label,
-                          f"--bits {bits} --calib-tokens {calib} --warm-epochs 1 {options} --tokens 0", f"{bits} bits")
+              "No end-to-end step. More text, more passes over it and other rates, with and without error feedback "
+              f"(`{FULL}`).", "tokens x epochs")
+    scale_rates = {"4e-3": "1e-3", "2e-3": "5e-4", "1e-3": "3e-4"}
+    for calib, epochs, rate in ((262144, 4, "4e-3"), (1048576, 1, "4e-3"), (1048576, 1, "2e-3"), (1048576, 1, "1e-3"),
+                                (1048576, 2, "2e-3")):
+        options = f"--warm-latent-lr {rate} --warm-scale-lr {scale_rates[rate]}"
+        label = f"{calib:,} x {epochs}, `{options}`"
+        for column, start, bits in (("2 bits", "", 2), ("2 bits, no error feedback", f"{FULL} ", 2), ("3 bits", "", 3)):
+            name, more = f"block-{bits}-{'no-ef-' if start else ''}{calib}-{epochs}-{rate}", f"{options} --tokens 0"
+            if (calib, epochs, rate) == (1048576, 1, "4e-3") and bits == 2:  # the default rates
+                name, more = ("no-ef-warm-0" if start else "ef-warm-0"), "--tokens 0"
+            if bits == 3:
+                more += " --bits 3"
+            g.add(name, label, f"{start}--calib-tokens {calib} --warm-epochs {epochs} {more}", column,
+                  seeds if bits == 2 and epochs == 1 else seeds[:1])
+
     g = group("cpu", "What time buys on a CPU",
               "`--minutes` for the whole run, without a GPU; windows of 512.", "minutes")
     for minutes in (10, 30, 60):

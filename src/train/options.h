@@ -52,7 +52,7 @@ struct QuantizeOptions {
   double checkpoint_minutes = 10.0;
 
   bool error_feedback = true;
-  double ef_damp = 0.01;
+  double ef_damp = 0.1;
   ColumnOrder ef_order = ColumnOrder::kDiagonal;
   EfInputs ef_inputs = EfInputs::kStudent;
   EfTarget ef_target = EfTarget::kStream;
