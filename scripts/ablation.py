@@ -209,11 +209,12 @@ def grid(tokens, seeds):
 
     g = group("cpu", "What time buys on a CPU",
               "`--minutes` for the whole run, without a GPU; windows of 512.", "minutes")
-    for minutes in (10, 30, 60):
-        base = f"--minutes {minutes} --seq-len 512 --als-steps 4 --ef-rounds 1"
-        g.add(f"cpu-{minutes}-ef", str(minutes), f"{base} --warm-epochs 0", "error feedback")
-        g.add(f"cpu-{minutes}-last", str(minutes), f"{base} --warm-blocks 1 --warm-epochs 2", "and the last block")
-        g.add(f"cpu-{minutes}-warm", str(minutes), f"{base} --warm-epochs 1", "and all blocks, 1 epoch")
+    base = "--seq-len 512 --als-steps 4 --ef-rounds 1"
+    for column, name, options, times in (("error feedback", "ef", "--warm-epochs 0", (10, 30)),
+                                         ("and the last block", "last", "--warm-blocks 1 --warm-epochs 1", (10, 30)),
+                                         ("and all blocks", "warm", "--warm-epochs 1", (10, 30, 60))):
+        for minutes in times:
+            g.add(f"cpu-{minutes}-{name}", str(minutes), f"--minutes {minutes} {base} {options}", column)
     g.device = "cpu"
     return groups
 

@@ -360,7 +360,11 @@ TEST_F(TrainMethods, DiagnosisOfACheckpointIsThatOfItsStudent) {
   };
   const json saved = of(**checkpoint);
   EXPECT_EQ(saved["blocks"], 3);
-  EXPECT_GT(saved["layers"][20]["turned_signs"][1].get<double>(), 0.0);
+  double turned = 0.0;
+  for (const json& layer : saved["layers"]) {
+    turned += layer["turned_signs"][1].get<double>();
+  }
+  EXPECT_GT(turned, 0.0);
   // The run ends where it was interrupted, so to say: no step is left, and its file is that
   // student.
   QuantizeOptions rest = options_;

@@ -130,27 +130,67 @@ double block_error(const TrainSession& session, const StudentBlock& student, con
   return ((got - want).square().sum() / (want - x).square().sum()).item<double>();
 }
 
-TEST_F(TrainNetwork, ErrorFeedbackLowersTheErrorOfABlock) {
-  const SmallModel small(6, true, 0);
-  QuantizeOptions options;
-  const TrainObserver observer;
-  const auto file = GgufFile::open(write(small));
-  ASSERT_TRUE(file);
-  TrainSession session{**file, options, observer,      load(write(small)),
-                       {},     {},      ThreadPool(1), Clock()};
-  session.student.blocks.resize(2);
-  // Inputs that lie near a space of 8 dimensions of 48, as those of real layers lie near few.
-  at::manual_seed(1);
-  const at::Tensor mix = at::randn({8, small.sizes.width});
-  const at::Tensor x =
-      at::matmul(at::randn({24, 32, 8}), mix) + 0.1 * at::randn({24, 32, small.sizes.width});
-  ASSERT_TRUE(start_block(session, 0, x, x));
-  const double with = block_error(session, session.student.blocks[0], x);
-  session.options.error_feedback = false;
-  ASSERT_TRUE(start_block(session, 0, x, x));
-  const double without = block_error(session, session.student.blocks[0], x);
+class TrainStart : public TrainNetwork {
+ protected:
+  TrainStart() {
+    session_.student.blocks.resize(2);
+    session_.windows = at::randint(small_.sizes.vocab, {20, 32}, at::kLong);
+    // Inputs that lie near a space of 8 dimensions of 48, as those of real layers lie near few.
+    at::manual_seed(1);
+    const at::Tensor mix = at::randn({8, small_.sizes.width});
+    x_ = at::matmul(at::randn({24, 32, 8}), mix) + 0.1 * at::randn({24, 32, small_.sizes.width});
+  }
+
+  const SmallModel small_{6, true, 0};
+  const std::shared_ptr<GgufFile> file_ = GgufFile::open(write(small_)).value();
+  const TrainObserver observer_{{}, [](const std::string&) {}};
+  TrainSession session_{*file_, {}, observer_, load(write(small_)), {}, {}, ThreadPool(1), Clock()};
+  at::Tensor x_;  // (24, 32, d_model)
+};
+
+TEST_F(TrainStart, ErrorFeedbackLowersTheErrorOfABlock) {
+  ASSERT_TRUE(start_block(session_, 0, x_, x_, false));
+  const double with = block_error(session_, session_.student.blocks[0], x_);
+  session_.options.error_feedback = false;
+  ASSERT_TRUE(start_block(session_, 0, x_, x_, false));
+  const double without = block_error(session_, session_.student.blocks[0], x_);
   EXPECT_LT(with, 0.8 * without);
   EXPECT_GT(with, 0.0);
+}
+
+TEST_F(TrainStart, StreamsAfterTheBlockAreThoseOfAForwardPass) {
+  const at::Tensor teacher_x = x_ + 0.05 * at::randn_like(x_), before = x_.clone();
+  const auto found = start_block(session_, 1, x_, teacher_x, true);
+  ASSERT_TRUE(found);
+  EXPECT_TRUE(at::equal(x_, before));
+  const Rotary rotary = make_rotary(session_.config(), x_.size(1), at::kCPU);
+  const BlockWeights& teacher = session_.teacher.blocks[1];
+  const at::NoGradGuard no_grad;
+  const BlockWeights student = student_weights(session_.student.blocks[1], teacher, at::kFloat);
+  for (const auto& [got, weights, from] :
+       {std::tuple{found->student, student, x_}, std::tuple{found->teacher, teacher, teacher_x}}) {
+    const at::Tensor want = block_forward(session_.config(), weights, rotary, from, at::kFloat);
+    EXPECT_LT(((got - want).norm() / want.norm()).item<double>(), 1e-6);
+  }
+  const auto trained_later = start_block(session_, 1, x_, teacher_x, false);
+  ASSERT_TRUE(trained_later);
+  EXPECT_FALSE(trained_later->student.defined());
+  session_.options.error_feedback = false;
+  const auto none = start_block(session_, 1, x_, teacher_x, true);
+  ASSERT_TRUE(none);
+  EXPECT_FALSE(none->student.defined() || none->teacher.defined());
+}
+
+TEST_F(TrainStart, MeasuringLeavesNothingBehind) {
+  session_.options.seq_len = 32;
+  session_.options.dry_run = true;
+  session_.options.train_norms = true;
+  add_output_norm(session_.teacher, session_.student);
+  const at::Tensor norm = session_.student.output_norm.detach().clone();
+  ASSERT_TRUE(warm_start(session_, 0));
+  EXPECT_TRUE(at::equal(session_.student.output_norm, norm));
+  EXPECT_FALSE(session_.student.output_norm.grad().defined());
+  EXPECT_FALSE(session_.student.blocks[0][Role::kAttnQ].latent.defined());
 }
 
 // Mean 1, with the floor that keeps dead columns.

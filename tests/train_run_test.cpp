@@ -549,7 +549,7 @@ TEST_F(TrainRun, PackingRefusesWhatIsNotTheStudent) {
   session.student.blocks.resize(3);
   session.options.error_feedback = false;
   for (int64_t layer = 0; layer < 3; ++layer) {
-    ASSERT_TRUE(start_block(session, layer, {}, {}));
+    ASSERT_TRUE(start_block(session, layer, {}, {}, false));
   }
   ASSERT_TRUE(write_packed_model(session, *model_, path("good.gguf")));
   StudentLinear& linear = session.student.at(1, Role::kFfnUp);

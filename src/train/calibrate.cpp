@@ -3,9 +3,11 @@
 // the already quantized layers before it produce, within the block too.
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <fmt/format.h>
 
 #include <cmath>
+#include <optional>
 
 #include "base/interrupt.h"
 #include "train/host_tensor.h"
@@ -19,7 +21,16 @@ constexpr int64_t kChunk = 8;  // windows computed at once
 // Between a latent and the next value with another sign, in units of its last path's magnitude.
 constexpr float kMargin = 0.1F;
 
-// Mean of y x^T over tokens, in float32 on the device of x.
+// Lets float32 products be formed in the units for bf16 (TF32 on a GPU), as long as it lives.
+class ReducedPrecision {
+ public:
+  ReducedPrecision() { at::globalContext().setFloat32MatmulPrecision("medium"); }
+  ~ReducedPrecision() { at::globalContext().setFloat32MatmulPrecision("highest"); }
+  ReducedPrecision(const ReducedPrecision&) = delete;
+  ReducedPrecision& operator=(const ReducedPrecision&) = delete;
+};
+
+// Mean of y x^T over tokens, summed in float32 on the device of x.
 class Moment {
  public:
   // y (tokens, m), x (tokens, d)
@@ -28,6 +39,11 @@ class Moment {
     const at::Tensor right = x.reshape({-1, x.size(-1)}).to(at::kFloat);
     if (!sum_.defined()) {
       sum_ = at::zeros({left.size(1), right.size(1)}, right.options());
+    }
+    // What is bf16 already loses nothing.
+    std::optional<ReducedPrecision> reduced;
+    if (x.scalar_type() == at::kBFloat16) {
+      reduced.emplace();
     }
     sum_.addmm_(left.t(), right);
     tokens_ += right.size(0);
@@ -75,7 +91,7 @@ const std::array<Stage, 4> kStages = {{{{Role::kAttnQ, Role::kAttnK, Role::kAttn
                                        {{Role::kFfnDown}, true}}};
 
 // One side, teacher or student, on the way through the block: what each stage reads and the stream
-// that it adds to, a few windows at a time.
+// that it adds to, a few windows at a time. The stages go in order, each over all windows.
 class Side {
  public:
   Side(const TrainSession& session, const Rotary& rotary, const at::Tensor& x)
@@ -100,10 +116,18 @@ class Side {
         attention_.narrow(0, begin, count).copy_(out);
         return out;
       }
-      case 2:
-        return norm(config, stream(3, begin, count), weights_.ffn_norm, compute);
+      case 2: {
+        if (!middle_.defined()) {
+          middle_ = at::empty_like(x_);
+        }
+        middle_.narrow(0, begin, count)
+            .copy_(stream(0, begin, count) +
+                   product(Role::kAttnOutput, attention_.narrow(0, begin, count)));
+        return norm(config, stream(stage, begin, count), weights_.ffn_norm, compute);
+      }
       default: {
-        const at::Tensor f = input(2, begin, count);
+        attention_ = at::Tensor();
+        const at::Tensor f = norm(config, stream(stage, begin, count), weights_.ffn_norm, compute);
         return swiglu(product(Role::kFfnGate, f), product(Role::kFfnUp, f));
       }
     }
@@ -111,9 +135,17 @@ class Side {
 
   // Before the stage adds to it.
   at::Tensor stream(size_t stage, int64_t begin, int64_t count) const {
-    const at::Tensor x = x_.narrow(0, begin, count);
-    return stage < 2 ? x : x + product(Role::kAttnOutput, attention_.narrow(0, begin, count));
+    return (stage < 2 ? x_ : middle_).narrow(0, begin, count);
   }
+
+  // The last stage's output onto the stream, from its input; nothing may be asked of these windows
+  // after it.
+  void finish(int64_t begin, int64_t count, const at::Tensor& hidden) {
+    middle_.narrow(0, begin, count).add_(product(Role::kFfnDown, hidden));
+  }
+
+  // After the block, once all windows are finished (S, T, d_model).
+  const at::Tensor& output() const { return middle_; }
 
  private:
   at::Tensor product(Role role, const at::Tensor& in) const {
@@ -124,7 +156,8 @@ class Side {
   const Rotary& rotary_;
   const at::Tensor x_;  // (S, T, d_model)
   BlockWeights weights_;
-  at::Tensor attention_;  // (S, T, d_q), once stage 1 has seen it
+  at::Tensor attention_;  // (S, T, d_q), from stage 1 to stage 2
+  at::Tensor middle_;     // (S, T, d_model), the stream between attention and feed-forward
 };
 
 // What the layers of a stage are fitted to.
@@ -153,6 +186,9 @@ Result<StageMoments> measure_stage(const TrainSession& session, size_t stage, in
     }
     if (to_stream) {
       lacking.add(teacher.stream(stage, begin, count) - student.stream(stage, begin, count), x);
+    }
+    if (stage + 1 == kStages.size() && needs_teacher_stream(options)) {
+      teacher.finish(begin, count, t);
     }
   }
   return StageMoments{inputs.mean(), to_output ? cross.mean() : at::Tensor(),
@@ -191,7 +227,8 @@ Status fit_stage(TrainSession& session, int64_t layer, const Stage& stage,
 }
 
 Status start_by_error_feedback(TrainSession& session, int64_t layer, const at::Tensor& x,
-                               const at::Tensor& teacher_x, StudentBlock& block) {
+                               const at::Tensor& teacher_x, bool final, StudentBlock& block,
+                               BlockOutputs& outputs) {
   const at::NoGradGuard no_grad;
   const BlockWeights& weights = session.teacher.blocks[static_cast<size_t>(layer)];
   const Rotary rotary = make_rotary(session.config(), x.size(1), session.teacher.device);
@@ -202,6 +239,19 @@ Status start_by_error_feedback(TrainSession& session, int64_t layer, const at::T
     RABIT_ASSIGN(const StageMoments moments,
                  measure_stage(session, stage, x.size(0), student, teacher));
     RABIT_CHECK(fit_stage(session, layer, kStages[stage], moments, block));
+  }
+  if (needs_teacher_stream(session.options)) {
+    outputs.teacher = teacher.output();
+  }
+  if (final) {
+    constexpr size_t kLast = kStages.size() - 1;
+    student.set_weights(student_weights(block, weights, session.teacher.compute));
+    for (int64_t begin = 0; begin < x.size(0); begin += kChunk) {
+      RABIT_CHECK(check_interrupt());
+      const int64_t count = std::min(kChunk, x.size(0) - begin);
+      student.finish(begin, count, student.input(kLast, begin, count));
+    }
+    outputs.student = student.output();
   }
   return {};
 }
@@ -229,18 +279,27 @@ Status start_by_importance(TrainSession& session, int64_t layer, StudentBlock& b
 
 }  // namespace
 
-Status start_block(TrainSession& session, int64_t layer, const at::Tensor& x,
-                   const at::Tensor& teacher_x) {
+QuantizeOptions quick_start(QuantizeOptions options) {
+  options.init_sweeps = std::min<int64_t>(options.init_sweeps, 2);
+  options.als_steps = std::min<int64_t>(options.als_steps, 4);
+  options.ef_rounds = 0;
+  options.ef_sweeps = 0;
+  return options;
+}
+
+Result<BlockOutputs> start_block(TrainSession& session, int64_t layer, const at::Tensor& x,
+                                 const at::Tensor& teacher_x, bool final) {
   StudentBlock block;
+  BlockOutputs outputs;
   session.fit_errors.clear();
   RABIT_CHECK(session.options.error_feedback
-                  ? start_by_error_feedback(session, layer, x, teacher_x, block)
+                  ? start_by_error_feedback(session, layer, x, teacher_x, final, block, outputs)
                   : start_by_importance(session, layer, block));
   if (session.options.train_norms) {
     add_norms(session.teacher, layer, block);
   }
   session.student.blocks[static_cast<size_t>(layer)] = std::move(block);
-  return {};
+  return outputs;
 }
 
 Importance importance_of(const BlockSums& sums, Role role, const QuantizeOptions& options) {

@@ -20,15 +20,6 @@ namespace {
 constexpr int64_t kFitTokens = 8192;    // that layers are fitted to in a search
 constexpr int64_t kScoreTokens = 1024;  // that the divergence is measured on, others than those
 
-// Fits good enough to compare settings.
-QuantizeOptions quick(QuantizeOptions options) {
-  options.init_sweeps = std::min<int64_t>(options.init_sweeps, 2);
-  options.als_steps = std::min<int64_t>(options.als_steps, 4);
-  options.ef_rounds = 0;
-  options.ef_sweeps = 0;
-  return options;
-}
-
 // Windows of the text to fit to and to score on; a text too short for both is used twice.
 struct Sample {
   at::Tensor fit, score;  // (count, seq_len) int64 on the device
@@ -65,16 +56,18 @@ Result<double> start_divergence(TrainSession& session, const Sample& sample) {
   at::Tensor fit_student = embed(teacher, sample.fit), fit_teacher = fit_student.clone();
   at::Tensor student = embed(teacher, sample.score), reference = student.clone();
   for (int64_t layer = 0; layer < config.layers; ++layer) {
-    RABIT_CHECK(start_block(session, layer, fit_student, fit_teacher));
+    RABIT_ASSIGN(BlockOutputs outputs, start_block(session, layer, fit_student, fit_teacher, true));
     const auto block = static_cast<size_t>(layer);
     const BlockWeights weights =
         student_weights(session.student.blocks[block], teacher.blocks[block], teacher.compute);
-    for (auto* stream : {&fit_student, &student}) {
-      *stream = block_forward(config, weights, rotary, *stream, teacher.compute);
-    }
-    for (auto* stream : {&fit_teacher, &reference}) {
-      *stream = block_forward(config, teacher.blocks[block], rotary, *stream, teacher.compute);
-    }
+    const auto forward = [&](const BlockWeights& with, const at::Tensor& x) {
+      return block_forward(config, with, rotary, x, teacher.compute);
+    };
+    const BlockWeights& original = teacher.blocks[block];
+    fit_student = outputs.student.defined() ? outputs.student : forward(weights, fit_student);
+    fit_teacher = outputs.teacher.defined() ? outputs.teacher : forward(original, fit_teacher);
+    student = forward(weights, student);
+    reference = forward(original, reference);
     session.student.blocks[block] = {};
   }
   return divergence(teacher, student, reference);
@@ -98,7 +91,7 @@ Status search_alphas(TrainSession& session) {
           candidate.alpha_out == best.alpha_out) {
         continue;  // measured already
       }
-      session.options = quick(candidate);
+      session.options = quick_start(candidate);
       const auto found = start_divergence(session, sample);
       session.options = given;
       RABIT_CHECK(found);
@@ -176,7 +169,7 @@ Result<std::vector<Candidate>> measure_sensitivity(TrainSession& session) {
   const ModelConfig& config = session.config();
   const Sample sample(session);
   const Rotary rotary = make_rotary(config, session.options.seq_len, teacher.device);
-  const QuantizeOptions options = quick(session.options);
+  const QuantizeOptions options = quick_start(session.options);
   std::vector<at::Tensor> streams = {embed(teacher, sample.score)};
   for (const BlockWeights& block : teacher.blocks) {
     streams.push_back(block_forward(config, block, rotary, streams.back(), teacher.compute));

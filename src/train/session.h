@@ -86,9 +86,17 @@ Status measure_importance(TrainSession& session);
 
 /// Phase 1 of block `layer`: fills student.blocks[layer]. With error feedback from the residual
 /// stream x (S, T, d_model) that the quantized prefix produces, and the teacher's stream where
-/// needs_teacher_stream(); without, by the importances alone.
-Status start_block(TrainSession& session, int64_t layer, const at::Tensor& x,
-                   const at::Tensor& teacher_x);
+/// needs_teacher_stream(); without, by the importances alone. Returns the streams after the block
+/// as far as it came by them: with error feedback the teacher's where it was needed, the student's
+/// where the block is `final`, not to be trained yet.
+struct BlockOutputs {
+  at::Tensor student, teacher;  // (S, T, d_model), or undefined
+};
+Result<BlockOutputs> start_block(TrainSession& session, int64_t layer, const at::Tensor& x,
+                                 const at::Tensor& teacher_x, bool final);
+
+/// Settings whose start takes less time and is nearly as good.
+QuantizeOptions quick_start(QuantizeOptions options);
 
 /// Gives a student norms of its own to train, from the teacher's.
 void add_norms(const Network& teacher, int64_t layer, StudentBlock& block);

@@ -5,6 +5,8 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <utility>
 
@@ -145,9 +147,16 @@ struct BlockCost {
   double pass_per_window = 0.0;   // second moments, and both streams through the block
   double train_per_window = 0.0;  // one step, a window
   double head_per_window = 0.0;   // what the last block's step takes on top
+
+  // Of training `blocks` blocks, the last one among them, from so many windows.
+  double training(int64_t blocks, double windows, double epochs) const {
+    return blocks == 0 ? 0.0
+                       : windows * epochs *
+                             (train_per_window * static_cast<double>(blocks) + head_per_window);
+  }
 };
 
-constexpr int64_t kMeasuredWindows = 4;
+constexpr int64_t kMeasuredWindows = kForwardWindows;
 constexpr int64_t kMinWindows = 8;     // fewer are no sample of the text
 constexpr double kMostOverhead = 0.6;  // of a block's time may go to anything but its training
 
@@ -156,40 +165,46 @@ Result<BlockCost> measure_cost(TrainSession& session, const Rotary& rotary, cons
   const int64_t windows = std::min(kMeasuredWindows, x.size(0));
   const auto count = static_cast<double>(windows);
   const at::Tensor sample = x.narrow(0, 0, windows);
-  at::Tensor output = at::empty_like(sample);
+  at::Tensor output;  // the teacher's
   BlockCost cost;
   const StudentBlock kept = session.student.blocks[0];
   // The last norm must come out of this without steps and gradients: the teacher's stands in.
   const at::Tensor kept_norm = std::exchange(session.student.output_norm, at::Tensor());
-  const double fit_before = session.fit_seconds;
-  const Clock init_clock;
-  RABIT_CHECK(start_block(session, 0, sample, sample));
-  cost.fit = session.fit_seconds - fit_before;
-  cost.pass_per_window = (init_clock.elapsed() - cost.fit) / count;
-  // The second of two passes, as of two runs below: the first pays for what torch sets up once.
+  // The second of two runs of everything: the first pays for what torch sets up once.
+  const QuantizeOptions given = session.options;
   for (int i = 0; i < 2; ++i) {
-    const Clock forward_clock;
-    RABIT_CHECK(run_block(session, session.teacher.blocks[0], rotary, sample, output));
-    (void)output.sum().item<float>();  // a GPU only queues: wait for it
-    if (i == 1) {
-      cost.pass_per_window += 2.0 * forward_clock.elapsed() / count;
+    session.options = i == 0 ? quick_start(given) : given;
+    const double fit_before = session.fit_seconds;
+    const Clock clock;
+    const auto outputs = start_block(session, 0, sample, sample, true);
+    session.options = given;
+    RABIT_CHECK(outputs);
+    at::Tensor student = outputs->student;
+    output = outputs->teacher;
+    for (at::Tensor* stream : {&student, &output}) {
+      if (!stream->defined()) {
+        *stream = at::empty_like(sample);
+        RABIT_CHECK(run_block(session, session.teacher.blocks[0], rotary, sample, *stream));
+      }
     }
+    (void)student.sum().item<float>();  // a GPU only queues: wait for it
+    cost.fit = session.fit_seconds - fit_before;
+    cost.pass_per_window = (clock.elapsed() - cost.fit) / count;
   }
   if (session.options.warm_epochs > 0.0) {
+    const int64_t batch = std::min(session.options.warm_batch, windows);
+    const at::Tensor in = sample.narrow(0, 0, batch), target = output.narrow(0, 0, batch);
     for (int i = 0; i < 2; ++i) {
       const Clock train_clock;
-      RABIT_ASSIGN(const BlockRun run,
-                   train_block(session, 0, rotary, sample, output, sample, 1.0, 0.0));
-      cost.train_per_window = train_clock.elapsed() /
-                              static_cast<double>(std::max<int64_t>(1, run.steps) *
-                                                  std::min(session.options.warm_batch, windows));
+      RABIT_CHECK(train_block(session, 0, rotary, in, target, in, 1.0, 0.0));
+      cost.train_per_window = train_clock.elapsed() / static_cast<double>(batch);
       const Clock head_clock;
-      const at::Tensor y = output.detach().clone().set_requires_grad(true);
-      const DistillationLoss loss = head_loss(session, session.student, y, output,
-                                              session.windows.narrow(0, 0, windows).to(x.device()));
+      const at::Tensor y = target.narrow(0, 0, 1).detach().clone().set_requires_grad(true);
+      const DistillationLoss loss = head_loss(session, session.student, y, target.narrow(0, 0, 1),
+                                              session.windows.narrow(0, 0, 1).to(x.device()));
       loss.loss.backward();
       (void)y.grad().sum().item<float>();
-      cost.head_per_window = head_clock.elapsed() / count;
+      cost.head_per_window = head_clock.elapsed();
     }
   }
   session.student.blocks[0] = kept;
@@ -205,10 +220,17 @@ int64_t first_trained_block(const QuantizeOptions& options, int64_t layers) {
   return options.warm_blocks == 0 ? 0 : std::max<int64_t>(0, layers - options.warm_blocks);
 }
 
-// Times a block, says what the phase will do, and, where time is bounded, takes as many windows and
-// epochs as it can pay for.
-Status plan(TrainSession& session, const Rotary& rotary, int64_t first_block, int64_t& windows,
-            double& epochs) {
+// What the phase will do.
+struct Plan {
+  BlockCost cost;
+  int64_t windows = 0;
+  double epochs = 0.0;
+};
+
+// Times a block, says what the phase will do with at most `windows`, and, where time is bounded,
+// takes as many of them and as many epochs as it can pay for.
+Result<Plan> make_plan(TrainSession& session, const Rotary& rotary, int64_t first_block,
+                       int64_t windows) {
   const QuantizeOptions& options = session.options;
   const Network& teacher = session.teacher;
   const at::Tensor sample = [&] {
@@ -217,14 +239,13 @@ Status plan(TrainSession& session, const Rotary& rotary, int64_t first_block, in
     return embed(teacher, session.windows.narrow(0, 0, count).to(teacher.device));
   }();
   RABIT_ASSIGN(const BlockCost cost, measure_cost(session, rotary, sample));
+  double epochs = options.warm_epochs;
   const int64_t layers = session.config().layers, left = layers - first_block;
   const auto blocks = static_cast<double>(left);
   const int64_t trained = layers - std::max(first_block, first_trained_block(options, layers));
-  // Of a block, in the mean of all.
-  const double train_per_window =
-      (cost.train_per_window * static_cast<double>(trained) + cost.head_per_window) / blocks;
+  const double fits = blocks * cost.fit;
   const auto seconds = [&](double count) {
-    return cost.fit + count * (cost.pass_per_window + epochs * train_per_window);
+    return fits + blocks * count * cost.pass_per_window + cost.training(trained, count, epochs);
   };
   const auto rate = [&](double seconds_per_window) {
     return seconds_per_window > 0.0
@@ -235,13 +256,13 @@ Status plan(TrainSession& session, const Rotary& rotary, int64_t first_block, in
       fmt::format("{:.2f} s to fit a block, {} tokens/s through it, {} tokens/s in its training",
                   cost.fit, rate(cost.pass_per_window), rate(cost.train_per_window));
   if (session.clock.limited()) {
-    const double share = session.clock.left() / blocks;
+    const double available = session.clock.left();
     const auto least = static_cast<double>(std::min(windows, kMinWindows));
-    if (seconds(least) > share) {
+    if (seconds(least) > available) {
       epochs = std::min(epochs, 1.0);
     }
-    if (seconds(least) > share) {
-      const double minutes = (seconds(least) * blocks / session.warm_share + session.spent +
+    if (seconds(least) > available) {
+      const double minutes = (seconds(least) / session.warm_share + session.spent +
                               session.clock.elapsed() + 2.0 * kFinishSeconds) /
                              60.0;
       return Error{
@@ -249,14 +270,33 @@ Status plan(TrainSession& session, const Rotary& rotary, int64_t first_block, in
                       "at least ({})",
                       options.minutes, std::ceil(minutes * 10.0) / 10.0, speed)};
     }
-    const double affordable = (share - cost.fit) / (seconds(1.0) - cost.fit);
+    const double affordable = (available - fits) / (seconds(1.0) - fits);
     windows = std::min(windows, static_cast<int64_t>(affordable));
   }
-  session.observer.message(fmt::format(
-      "measured: {}; plan: {} blocks, each from {} tokens x {} epochs, {:.0f} s", speed, left,
-      windows * options.seq_len, epochs, blocks * seconds(static_cast<double>(windows))));
-  return {};
+  session.observer.message(
+      fmt::format("measured: {}; plan: {} blocks, each from {} tokens x {} epochs, {:.0f} s", speed,
+                  left, windows * options.seq_len, epochs, seconds(static_cast<double>(windows))));
+  return Plan{cost, windows, epochs};
 }
+
+// What a block took for each window besides its training and the fit: the middle of the last five,
+// for a shared machine may be away for a while.
+class TextCost {
+ public:
+  void add(double seconds) { last_[static_cast<size_t>(count_++) % last_.size()] = seconds; }
+  bool known() const { return count_ >= 3; }
+  double per_window() const {
+    std::array<double, 5> sorted = last_;
+    const auto end = sorted.begin() + std::min<int64_t>(count_, 5);
+    const auto middle = sorted.begin() + std::min<int64_t>(count_, 5) / 2;
+    std::nth_element(sorted.begin(), middle, end);
+    return *middle;
+  }
+
+ private:
+  std::array<double, 5> last_{};
+  int64_t count_ = 0;
+};
 
 }  // namespace
 
@@ -264,20 +304,20 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   const QuantizeOptions& options = session.options;
   const ModelConfig& config = session.config();
   const Network& teacher = session.teacher;
-  int64_t windows = std::min(session.windows.size(0),
-                             std::max<int64_t>(1, options.calib_tokens / options.seq_len));
   const Rotary rotary = make_rotary(config, options.seq_len, teacher.device);
   const int64_t first_trained = first_trained_block(options, config.layers);
-  double epochs = options.warm_epochs;
-
-  RABIT_CHECK(plan(session, rotary, first_block, windows, epochs));
+  RABIT_ASSIGN(const Plan plan,
+               make_plan(session, rotary, first_block,
+                         std::min(session.windows.size(0),
+                                  std::max<int64_t>(1, options.calib_tokens / options.seq_len))));
   if (options.dry_run) {
     return {};
   }
+  int64_t windows = plan.windows;
   session.log["calib_tokens_used"] = windows * options.seq_len;
 
   const at::Tensor ids = session.windows.narrow(0, 0, windows).to(teacher.device);
-  at::Tensor x_teacher, target;
+  at::Tensor x_teacher;
   at::Tensor x_student = [&] {
     const at::NoGradGuard no_grad;
     return embed(teacher, ids);
@@ -286,7 +326,6 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       first_trained < config.layers || needs_teacher_stream(options);  // streams are kept
   if (both) {
     x_teacher = x_student.clone();
-    target = at::empty_like(x_teacher);
   }
   const auto weights_of = [&](size_t block) {
     const at::NoGradGuard no_grad;
@@ -301,24 +340,29 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   }
 
   Clock since_checkpoint;
-  double other_seconds = 0.0;  // of the last block, all but its training
-  double fit_seconds = 0.0;    // of that, fitting scales and error feedback
+  TextCost text_cost;
+  double fit_seconds = 0.0;  // of the last block, fitting scales and error feedback
   for (int64_t layer = first_block; layer < config.layers; ++layer) {
     const bool train = layer >= first_trained;
     const auto block = static_cast<size_t>(layer);
     const Clock block_clock;
-    const double share = session.clock.left() / static_cast<double>(config.layers - layer);
+    // Each remaining block gets an equal share of what is left, those that are not trained of what
+    // the training of the others leaves.
+    const double planned = plan.cost.training(config.layers - std::max(layer, first_trained),
+                                              static_cast<double>(windows), plan.epochs);
+    const double share = (session.clock.left() - (train ? 0.0 : planned)) /
+                         static_cast<double>(config.layers - layer);
     // Slower than measured: less text for the blocks to come rather than a missed bound. The fit
     // takes its time whatever the text's length.
-    const double text_share = (train ? kMostOverhead : 1.0) * (share - fit_seconds);
-    const double text_seconds = other_seconds - fit_seconds;
-    if (session.clock.limited() && text_seconds > std::max(text_share, 1e-3) &&
-        windows > kMinWindows) {
-      windows =
-          std::max(kMinWindows, static_cast<int64_t>(static_cast<double>(windows) *
-                                                     std::max(text_share, 0.0) / text_seconds));
-      for (at::Tensor* stream : {&x_student, &x_teacher, &target}) {
-        *stream = stream->defined() ? stream->narrow(0, 0, windows).clone() : *stream;
+    if (session.clock.limited() && text_cost.known() && windows > kMinWindows) {
+      const double text_share = (train ? kMostOverhead : 1.0) * (share - fit_seconds);
+      const auto affordable =
+          static_cast<int64_t>(std::max(text_share, 0.0) / text_cost.per_window());
+      if (affordable < windows) {
+        windows = std::max(kMinWindows, affordable);
+        for (at::Tensor* stream : {&x_student, &x_teacher}) {
+          *stream = stream->defined() ? stream->narrow(0, 0, windows).clone() : *stream;
+        }
       }
     }
     const double fit_before = session.fit_seconds;
@@ -326,33 +370,42 @@ Status warm_start(TrainSession& session, int64_t first_block) {
                                      ? session.student.output_norm.detach().clone()
                                      : at::Tensor();
     const auto body = [&]() -> Status {
-      RABIT_CHECK(start_block(session, layer, x_student, x_teacher));
+      RABIT_ASSIGN(const BlockOutputs outputs,
+                   start_block(session, layer, x_student, x_teacher, !train));
       BlockRun run;
       const double init_seconds = block_clock.elapsed();
       double train_seconds = 0.0;
-      if (both) {
+      at::Tensor target = outputs.teacher;
+      if (both && !target.defined()) {
+        target = at::empty_like(x_teacher);
         RABIT_CHECK(run_block(session, teacher.blocks[block], rotary, x_teacher, target));
       }
+      fit_seconds = session.fit_seconds - fit_before;
       if (train) {
-        // Each remaining block gets an equal share of what is left once the rest is paid for.
+        // What is left of the share once the rest is paid for: the pass that follows.
         double budget = 0.0;
         if (session.clock.limited()) {
-          budget = std::max(0.1, share - std::max(other_seconds, init_seconds * 1.15));
+          const double pass =
+              static_cast<double>(windows) * (text_cost.known() ? text_cost.per_window() : 0.0);
+          budget = std::max(0.1, share - std::max(fit_seconds + pass, init_seconds * 1.15));
         }
         const Clock train_clock;
-        RABIT_ASSIGN(
-            run, train_block(session, layer, rotary, x_student, target, x_teacher, epochs, budget));
+        RABIT_ASSIGN(run, train_block(session, layer, rotary, x_student, target, x_teacher,
+                                      plan.epochs, budget));
         train_seconds = train_clock.elapsed();
       }
-      std::swap(x_teacher, target);
-      RABIT_CHECK(run_block(session, weights_of(block), rotary, x_student, x_student));
+      if (outputs.student.defined()) {
+        x_student = outputs.student;
+      } else {
+        RABIT_CHECK(run_block(session, weights_of(block), rotary, x_student, x_student));
+      }
       double output_error = NAN;
       if (both) {
-        // `target` holds the block's input on the teacher's side now, x_teacher its output.
-        output_error = stream_error(x_student, x_teacher, target);
+        output_error = stream_error(x_student, target, x_teacher);
+        x_teacher = target;
       }
-      other_seconds = block_clock.elapsed() - train_seconds;
-      fit_seconds = session.fit_seconds - fit_before;
+      text_cost.add((block_clock.elapsed() - train_seconds - fit_seconds) /
+                    static_cast<double>(windows));
       session.log["warm_start"].push_back({{"block", layer},
                                            {"windows", windows},
                                            {"steps", run.steps},
