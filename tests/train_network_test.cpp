@@ -2,6 +2,7 @@
 // the start of a block's student, and the importances it may use.
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -181,6 +182,21 @@ TEST_F(TrainStart, StreamsAfterTheBlockAreThoseOfAForwardPass) {
   EXPECT_FALSE(none->student.defined() || none->teacher.defined());
 }
 
+TEST_F(TrainStart, Bf16InputsLoseNothingInTheirMoments) {
+  session_.teacher.compute = at::kBFloat16;
+  for (BlockWeights& block : session_.teacher.blocks) {
+    for (at::Tensor& weight : block.linear) {
+      weight = weight.to(at::kBFloat16);
+    }
+  }
+  ASSERT_TRUE(start_block(session_, 0, x_, x_, true));
+  EXPECT_EQ(at::globalContext().float32MatmulPrecision(), at::Float32MatmulPrecision::HIGHEST);
+  session_.teacher = load(write(small_));
+  const double in_bf16 = block_error(session_, session_.student.blocks[0], x_);
+  ASSERT_TRUE(start_block(session_, 0, x_, x_, true));
+  EXPECT_NEAR(in_bf16, block_error(session_, session_.student.blocks[0], x_), 0.1 * in_bf16);
+}
+
 TEST_F(TrainStart, MeasuringLeavesNothingBehind) {
   session_.options.seq_len = 32;
   session_.options.dry_run = true;
@@ -190,6 +206,7 @@ TEST_F(TrainStart, MeasuringLeavesNothingBehind) {
   ASSERT_TRUE(warm_start(session_, 0));
   EXPECT_TRUE(at::equal(session_.student.output_norm, norm));
   EXPECT_FALSE(session_.student.output_norm.grad().defined());
+  EXPECT_EQ(session_.options.ef_rounds, QuantizeOptions().ef_rounds) << "not the quick start's";
   EXPECT_FALSE(session_.student.blocks[0][Role::kAttnQ].latent.defined());
 }
 

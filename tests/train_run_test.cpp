@@ -473,7 +473,6 @@ TEST_F(TrainRun, BadInput) {
 
 TEST_F(TrainRun, OneWindowIsEnough) {
   text_.tokens.resize(kWindow + 5);
-  options_.ef_damp = 0.1;  // 32 tokens do not span 64 columns
   succeeds("out.gguf", options_);
 }
 

@@ -6,6 +6,7 @@
 #include <ATen/Context.h>
 #include <fmt/format.h>
 
+#include <array>
 #include <cmath>
 #include <optional>
 
@@ -17,7 +18,6 @@
 namespace rabit::train {
 namespace {
 
-constexpr int64_t kChunk = 8;  // windows computed at once
 // Between a latent and the next value with another sign, in units of its last path's magnitude.
 constexpr float kMargin = 0.1F;
 
@@ -25,9 +25,15 @@ constexpr float kMargin = 0.1F;
 class ReducedPrecision {
  public:
   ReducedPrecision() { at::globalContext().setFloat32MatmulPrecision("medium"); }
-  ~ReducedPrecision() { at::globalContext().setFloat32MatmulPrecision("highest"); }
+  ~ReducedPrecision() {
+    constexpr std::array kNames = {"highest", "high", "medium"};
+    at::globalContext().setFloat32MatmulPrecision(kNames[static_cast<size_t>(before_)]);
+  }
   ReducedPrecision(const ReducedPrecision&) = delete;
   ReducedPrecision& operator=(const ReducedPrecision&) = delete;
+
+ private:
+  const at::Float32MatmulPrecision before_ = at::globalContext().float32MatmulPrecision();
 };
 
 // Mean of y x^T over tokens, summed in float32 on the device of x.
@@ -42,7 +48,7 @@ class Moment {
     }
     // What is bf16 already loses nothing.
     std::optional<ReducedPrecision> reduced;
-    if (x.scalar_type() == at::kBFloat16) {
+    if (x.scalar_type() == at::kBFloat16 && y.scalar_type() == at::kBFloat16) {
       reduced.emplace();
     }
     sum_.addmm_(left.t(), right);
@@ -123,10 +129,12 @@ class Side {
         middle_.narrow(0, begin, count)
             .copy_(stream(0, begin, count) +
                    product(Role::kAttnOutput, attention_.narrow(0, begin, count)));
+        if (begin + count == x_.size(0)) {
+          attention_ = at::Tensor();
+        }
         return norm(config, stream(stage, begin, count), weights_.ffn_norm, compute);
       }
       default: {
-        attention_ = at::Tensor();
         const at::Tensor f = norm(config, stream(stage, begin, count), weights_.ffn_norm, compute);
         return swiglu(product(Role::kFfnGate, f), product(Role::kFfnUp, f));
       }
@@ -174,9 +182,9 @@ Result<StageMoments> measure_stage(const TrainSession& session, size_t stage, in
   const bool to_output = options.ef_target != EfTarget::kWeight;
   const bool to_stream = options.ef_target == EfTarget::kStream && kStages[stage].adds_to_stream;
   Moment inputs, cross, lacking;
-  for (int64_t begin = 0; begin < windows; begin += kChunk) {
+  for (int64_t begin = 0; begin < windows; begin += kForwardWindows) {
     RABIT_CHECK(check_interrupt());
-    const int64_t count = std::min(kChunk, windows - begin);
+    const int64_t count = std::min(kForwardWindows, windows - begin);
     // Both sides go through every stage, for what a stage leaves the next may need.
     const at::Tensor x = student.input(stage, begin, count);
     const at::Tensor t = needs_teacher_stream(options) ? teacher.input(stage, begin, count) : x;
@@ -197,6 +205,7 @@ Result<StageMoments> measure_stage(const TrainSession& session, size_t stage, in
 
 Status fit_stage(TrainSession& session, int64_t layer, const Stage& stage,
                  const StageMoments& moments, StudentBlock& block) {
+  wait_for(moments.inputs);
   const FitTimer timer{session};
   for (const Role role : stage.roles) {
     RABIT_CHECK(check_interrupt());
@@ -246,9 +255,9 @@ Status start_by_error_feedback(TrainSession& session, int64_t layer, const at::T
   if (final) {
     constexpr size_t kLast = kStages.size() - 1;
     student.set_weights(student_weights(block, weights, session.teacher.compute));
-    for (int64_t begin = 0; begin < x.size(0); begin += kChunk) {
+    for (int64_t begin = 0; begin < x.size(0); begin += kForwardWindows) {
       RABIT_CHECK(check_interrupt());
-      const int64_t count = std::min(kChunk, x.size(0) - begin);
+      const int64_t count = std::min(kForwardWindows, x.size(0) - begin);
       student.finish(begin, count, student.input(kLast, begin, count));
     }
     outputs.student = student.output();

@@ -148,7 +148,7 @@ Result<double> measure_distill(const TrainSession& session, int64_t tokens) {
     const at::Tensor ids = session.windows.index_select(0, picks).to(session.teacher.device);
     const Losses losses = distill_loss(session, student, rotary, ids);
     RABIT_CHECK(trainer.step(losses.total, losses.head.loss, 1e-6, 1e-6));
-    (void)matrices.back().sum().item<float>();  // a GPU only queues: wait for it
+    wait_for(matrices.back());
     return clock.elapsed();
   };
   // A GPU needs whole steps to show its speed; on a CPU a step is its windows and the optimizers'.

@@ -84,14 +84,23 @@ inline bool needs_teacher_stream(const QuantizeOptions& options) {
 /// Fills session.sums, from the language loss of the teacher on some windows.
 Status measure_importance(TrainSession& session);
 
+/// Streams after a block.
+struct BlockOutputs {
+  at::Tensor student, teacher;  // (S, T, d_model), or undefined
+};
+
+/// Windows computed at once where no gradient is kept. One for all passes: a stream that a resumed
+/// run computes again must equal to the bit the one that error feedback went through.
+inline constexpr int64_t kForwardWindows = 8;
+
+/// A GPU only queues its work: returns once it has this tensor.
+inline void wait_for(const at::Tensor& x) { (void)x.flatten().select(0, 0).item(); }
+
 /// Phase 1 of block `layer`: fills student.blocks[layer]. With error feedback from the residual
 /// stream x (S, T, d_model) that the quantized prefix produces, and the teacher's stream where
 /// needs_teacher_stream(); without, by the importances alone. Returns the streams after the block
 /// as far as it came by them: with error feedback the teacher's where it was needed, the student's
-/// where the block is `final`, not to be trained yet.
-struct BlockOutputs {
-  at::Tensor student, teacher;  // (S, T, d_model), or undefined
-};
+/// where the block is `final`, which no training follows.
 Result<BlockOutputs> start_block(TrainSession& session, int64_t layer, const at::Tensor& x,
                                  const at::Tensor& teacher_x, bool final);
 

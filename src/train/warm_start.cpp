@@ -1,23 +1,22 @@
 // Block by block: initialise a block from the stream that the quantized prefix produces, train it
 // to give the teacher block's output, go on with the stream it produces itself. Needs one block's
-// graph and two streams, x_student and x_teacher, (windows, seq_len, d_model) float32.
+// graph and the streams x_student and x_teacher, (windows, seq_len, d_model) float32; error
+// feedback both after the attention too, and what the attention gave.
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <utility>
 
 #include "base/interrupt.h"
+#include "train/block_times.h"
 #include "train/optimizer.h"
 #include "train/session.h"
 
 namespace rabit::train {
 namespace {
-
-constexpr int64_t kForwardWindows = 8;  // windows computed at once where no gradient is kept
 
 // One block over a whole stream, in place if `out` is `x`.
 Status run_block(const TrainSession& session, const BlockWeights& weights, const Rotary& rotary,
@@ -135,82 +134,18 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
       run.last_loss += losses[i] / static_cast<double>(tail);
     }
   }
+  wait_for(latents(trained).front());
   run.steps = static_cast<int64_t>(losses.size());
   run.tokens_per_second =
       static_cast<double>(run.steps * batch * x.size(1)) / std::max(1e-9, clock.elapsed());
   return run;
 }
 
-// Seconds that a block takes on this machine.
-struct BlockCost {
-  double fit = 0.0;               // scales and error feedback, whatever the text's length
-  double pass_per_window = 0.0;   // second moments, and both streams through the block
-  double train_per_window = 0.0;  // one step, a window
-  double head_per_window = 0.0;   // what the last block's step takes on top
-
-  // Of training `blocks` blocks, the last one among them, from so many windows.
-  double training(int64_t blocks, double windows, double epochs) const {
-    return blocks == 0 ? 0.0
-                       : windows * epochs *
-                             (train_per_window * static_cast<double>(blocks) + head_per_window);
-  }
-};
-
 constexpr int64_t kMeasuredWindows = kForwardWindows;
-constexpr int64_t kMinWindows = 8;     // fewer are no sample of the text
-constexpr double kMostOverhead = 0.6;  // of a block's time may go to anything but its training
-
-// Runs the phases on block 0 with a few windows and forgets the outcome.
-Result<BlockCost> measure_cost(TrainSession& session, const Rotary& rotary, const at::Tensor& x) {
-  const int64_t windows = std::min(kMeasuredWindows, x.size(0));
-  const auto count = static_cast<double>(windows);
-  const at::Tensor sample = x.narrow(0, 0, windows);
-  at::Tensor output;  // the teacher's
-  BlockCost cost;
-  const StudentBlock kept = session.student.blocks[0];
-  // The last norm must come out of this without steps and gradients: the teacher's stands in.
-  const at::Tensor kept_norm = std::exchange(session.student.output_norm, at::Tensor());
-  // The second of two runs of everything: the first pays for what torch sets up once.
-  const QuantizeOptions given = session.options;
-  for (int i = 0; i < 2; ++i) {
-    session.options = i == 0 ? quick_start(given) : given;
-    const double fit_before = session.fit_seconds;
-    const Clock clock;
-    const auto outputs = start_block(session, 0, sample, sample, true);
-    session.options = given;
-    RABIT_CHECK(outputs);
-    at::Tensor student = outputs->student;
-    output = outputs->teacher;
-    for (at::Tensor* stream : {&student, &output}) {
-      if (!stream->defined()) {
-        *stream = at::empty_like(sample);
-        RABIT_CHECK(run_block(session, session.teacher.blocks[0], rotary, sample, *stream));
-      }
-    }
-    (void)student.sum().item<float>();  // a GPU only queues: wait for it
-    cost.fit = session.fit_seconds - fit_before;
-    cost.pass_per_window = (clock.elapsed() - cost.fit) / count;
-  }
-  if (session.options.warm_epochs > 0.0) {
-    const int64_t batch = std::min(session.options.warm_batch, windows);
-    const at::Tensor in = sample.narrow(0, 0, batch), target = output.narrow(0, 0, batch);
-    for (int i = 0; i < 2; ++i) {
-      const Clock train_clock;
-      RABIT_CHECK(train_block(session, 0, rotary, in, target, in, 1.0, 0.0));
-      cost.train_per_window = train_clock.elapsed() / static_cast<double>(batch);
-      const Clock head_clock;
-      const at::Tensor y = target.narrow(0, 0, 1).detach().clone().set_requires_grad(true);
-      const DistillationLoss loss = head_loss(session, session.student, y, target.narrow(0, 0, 1),
-                                              session.windows.narrow(0, 0, 1).to(x.device()));
-      loss.loss.backward();
-      (void)y.grad().sum().item<float>();
-      cost.head_per_window = head_clock.elapsed();
-    }
-  }
-  session.student.blocks[0] = kept;
-  session.student.output_norm = kept_norm;
-  return cost;
-}
+constexpr int64_t kMinWindows = 8;  // fewer are no sample of the text
+constexpr double kPlanned = 0.97;   // of the time: measurements are noisy
+constexpr double kTolerance =
+    0.9;  // text is shortened when less than this share of it is affordable
 
 // From here on blocks are trained.
 int64_t first_trained_block(const QuantizeOptions& options, int64_t layers) {
@@ -220,9 +155,95 @@ int64_t first_trained_block(const QuantizeOptions& options, int64_t layers) {
   return options.warm_blocks == 0 ? 0 : std::max<int64_t>(0, layers - options.warm_blocks);
 }
 
+// The teacher's stream goes along: to train on, or for error feedback.
+bool keeps_teacher_stream(const QuantizeOptions& options, int64_t layers) {
+  return first_trained_block(options, layers) < layers || needs_teacher_stream(options);
+}
+
+double mean_paths(const TrainSession& session, int64_t layer) {
+  int64_t sum = 0;
+  for (const Role role : kRoles) {
+    sum += session.bits.paths(layer, role);
+  }
+  return static_cast<double>(sum) / static_cast<double>(kRoleCount);
+}
+
+// From block `layer` on; `first_block` of them have to be gone through before.
+BlockWork work_from(const TrainSession& session, int64_t layer, int64_t replayed, double epochs) {
+  const int64_t layers = session.config().layers;
+  const int64_t first_trained = first_trained_block(session.options, layers);
+  BlockWork work{layers - layer, layers - std::max(layer, first_trained), replayed, 0.0, epochs};
+  for (int64_t i = layer; i < layers; ++i) {
+    work.paths += mean_paths(session, i);
+  }
+  return work;
+}
+
+// Runs the phases on block 0 with a few windows and forgets the outcome.
+Result<BlockSeconds> measure_block(TrainSession& session, const Rotary& rotary,
+                                   const at::Tensor& x) {
+  const QuantizeOptions given = session.options;
+  const int64_t layers = session.config().layers;
+  const int64_t windows = std::min(kMeasuredWindows, x.size(0));
+  const at::Tensor sample = x.narrow(0, 0, windows);
+  const BlockWeights& teacher = session.teacher.blocks[0];
+  at::Tensor target;
+  BlockSeconds cost;
+  const StudentBlock kept = session.student.blocks[0];
+  // The last norm must come out of this without steps and gradients: the teacher's stands in.
+  const at::Tensor kept_norm = std::exchange(session.student.output_norm, at::Tensor());
+  // Where it matters, the second of two runs of everything: the first pays for what torch sets up
+  // once.
+  for (int i = session.clock.limited() || given.dry_run ? 0 : 1; i < 2; ++i) {
+    session.options = i == 0 ? quick_start(given) : given;
+    const double fit_before = session.fit_seconds;
+    const Clock clock;
+    const bool final = first_trained_block(given, layers) > 0;
+    const auto outputs = start_block(session, 0, sample, sample, final);
+    session.options = given;
+    RABIT_CHECK(outputs);
+    at::Tensor student = outputs->student;
+    if (!student.defined()) {
+      student = at::empty_like(sample);
+      RABIT_CHECK(run_block(session, teacher, rotary, sample, student));
+    }
+    target = outputs->teacher;
+    if (!target.defined() && keeps_teacher_stream(given, layers)) {
+      target = at::empty_like(sample);
+      RABIT_CHECK(run_block(session, teacher, rotary, sample, target));
+    }
+    wait_for(student);
+    const double fit = session.fit_seconds - fit_before;
+    cost.fit = fit / mean_paths(session, 0);
+    cost.pass = (clock.elapsed() - fit) / static_cast<double>(windows);
+  }
+  if (given.warm_epochs > 0.0) {
+    const int64_t batch = std::min(given.warm_batch, windows);
+    const at::Tensor in = sample.narrow(0, 0, batch), out = target.narrow(0, 0, batch);
+    for (int i = 0; i < 2; ++i) {
+      const Clock train_clock;
+      RABIT_CHECK(train_block(session, 0, rotary, in, out, in, 1.0, 0.0));
+      cost.train = train_clock.elapsed() / static_cast<double>(batch);
+      if (layers == 1) {
+        continue;  // it is the last
+      }
+      const Clock head_clock;
+      const at::Tensor y = out.narrow(0, 0, 1).detach().clone().set_requires_grad(true);
+      const DistillationLoss loss = head_loss(session, session.student, y, out.narrow(0, 0, 1),
+                                              session.windows.narrow(0, 0, 1).to(x.device()));
+      loss.loss.backward();
+      wait_for(y.grad());
+      cost.head = head_clock.elapsed();
+    }
+  }
+  session.student.blocks[0] = kept;
+  session.student.output_norm = kept_norm;
+  return cost;
+}
+
 // What the phase will do.
 struct Plan {
-  BlockCost cost;
+  BlockSeconds cost;
   int64_t windows = 0;
   double epochs = 0.0;
 };
@@ -238,15 +259,8 @@ Result<Plan> make_plan(TrainSession& session, const Rotary& rotary, int64_t firs
     const int64_t count = std::min(windows, kMeasuredWindows);
     return embed(teacher, session.windows.narrow(0, 0, count).to(teacher.device));
   }();
-  RABIT_ASSIGN(const BlockCost cost, measure_cost(session, rotary, sample));
-  double epochs = options.warm_epochs;
-  const int64_t layers = session.config().layers, left = layers - first_block;
-  const auto blocks = static_cast<double>(left);
-  const int64_t trained = layers - std::max(first_block, first_trained_block(options, layers));
-  const double fits = blocks * cost.fit;
-  const auto seconds = [&](double count) {
-    return fits + blocks * count * cost.pass_per_window + cost.training(trained, count, epochs);
-  };
+  RABIT_ASSIGN(const BlockSeconds cost, measure_block(session, rotary, sample));
+  BlockWork work = work_from(session, first_block, first_block, options.warm_epochs);
   const auto rate = [&](double seconds_per_window) {
     return seconds_per_window > 0.0
                ? fmt::format("{:.0f}", static_cast<double>(options.seq_len) / seconds_per_window)
@@ -254,15 +268,17 @@ Result<Plan> make_plan(TrainSession& session, const Rotary& rotary, int64_t firs
   };
   const std::string speed =
       fmt::format("{:.2f} s to fit a block, {} tokens/s through it, {} tokens/s in its training",
-                  cost.fit, rate(cost.pass_per_window), rate(cost.train_per_window));
+                  cost.fit * mean_paths(session, first_block), rate(cost.pass), rate(cost.train));
   if (session.clock.limited()) {
-    const double available = session.clock.left();
-    const auto least = static_cast<double>(std::min(windows, kMinWindows));
-    if (seconds(least) > available) {
-      epochs = std::min(epochs, 1.0);
+    const double available = kPlanned * session.clock.left();
+    const int64_t least = std::min(windows, kMinWindows);
+    if (affordable_windows(cost, work, available) < least) {
+      work.epochs = std::min(work.epochs, 1.0);
     }
-    if (seconds(least) > available) {
-      const double minutes = (seconds(least) / session.warm_share + session.spent +
+    const int64_t affordable = affordable_windows(cost, work, available);
+    if (affordable < least) {
+      const double seconds = seconds_for(cost, work, static_cast<double>(least)) / kPlanned;
+      const double minutes = (seconds / session.warm_share + session.spent +
                               session.clock.elapsed() + 2.0 * kFinishSeconds) /
                              60.0;
       return Error{
@@ -270,33 +286,14 @@ Result<Plan> make_plan(TrainSession& session, const Rotary& rotary, int64_t firs
                       "at least ({})",
                       options.minutes, std::ceil(minutes * 10.0) / 10.0, speed)};
     }
-    const double affordable = (available - fits) / (seconds(1.0) - fits);
-    windows = std::min(windows, static_cast<int64_t>(affordable));
+    windows = std::min(windows, affordable);
   }
   session.observer.message(
       fmt::format("measured: {}; plan: {} blocks, each from {} tokens x {} epochs, {:.0f} s", speed,
-                  left, windows * options.seq_len, epochs, seconds(static_cast<double>(windows))));
-  return Plan{cost, windows, epochs};
+                  work.blocks, windows * options.seq_len, work.epochs,
+                  seconds_for(cost, work, static_cast<double>(windows))));
+  return Plan{cost, windows, work.epochs};
 }
-
-// What a block took for each window besides its training and the fit: the middle of the last five,
-// for a shared machine may be away for a while.
-class TextCost {
- public:
-  void add(double seconds) { last_[static_cast<size_t>(count_++) % last_.size()] = seconds; }
-  bool known() const { return count_ >= 3; }
-  double per_window() const {
-    std::array<double, 5> sorted = last_;
-    const auto end = sorted.begin() + std::min<int64_t>(count_, 5);
-    const auto middle = sorted.begin() + std::min<int64_t>(count_, 5) / 2;
-    std::nth_element(sorted.begin(), middle, end);
-    return *middle;
-  }
-
- private:
-  std::array<double, 5> last_{};
-  int64_t count_ = 0;
-};
 
 }  // namespace
 
@@ -322,8 +319,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
     const at::NoGradGuard no_grad;
     return embed(teacher, ids);
   }();
-  const bool both =
-      first_trained < config.layers || needs_teacher_stream(options);  // streams are kept
+  const bool both = keeps_teacher_stream(options, config.layers);
   if (both) {
     x_teacher = x_student.clone();
   }
@@ -340,29 +336,28 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   }
 
   Clock since_checkpoint;
-  TextCost text_cost;
-  double fit_seconds = 0.0;  // of the last block, fitting scales and error feedback
+  BlockTimes times(plan.cost);
   for (int64_t layer = first_block; layer < config.layers; ++layer) {
     const bool train = layer >= first_trained;
     const auto block = static_cast<size_t>(layer);
     const Clock block_clock;
-    // Each remaining block gets an equal share of what is left, those that are not trained of what
-    // the training of the others leaves.
-    const double planned = plan.cost.training(config.layers - std::max(layer, first_trained),
-                                              static_cast<double>(windows), plan.epochs);
-    const double share = (session.clock.left() - (train ? 0.0 : planned)) /
-                         static_cast<double>(config.layers - layer);
-    // Slower than measured: less text for the blocks to come rather than a missed bound. The fit
-    // takes its time whatever the text's length.
-    if (session.clock.limited() && text_cost.known() && windows > kMinWindows) {
-      const double text_share = (train ? kMostOverhead : 1.0) * (share - fit_seconds);
-      const auto affordable =
-          static_cast<int64_t>(std::max(text_share, 0.0) / text_cost.per_window());
-      if (affordable < windows) {
+    double budget = 0.0;  // for the block's training
+    if (session.clock.limited()) {
+      // Slower than measured: less text for the blocks to come rather than a missed bound.
+      BlockWork work = work_from(session, layer, 0, plan.epochs);
+      const int64_t affordable = affordable_windows(times.now(), work, session.clock.left());
+      if (windows > kMinWindows &&
+          static_cast<double>(affordable) < kTolerance * static_cast<double>(windows)) {
         windows = std::max(kMinWindows, affordable);
         for (at::Tensor* stream : {&x_student, &x_teacher}) {
           *stream = stream->defined() ? stream->narrow(0, 0, windows).clone() : *stream;
         }
+      }
+      if (train) {
+        // An equal share of what all else leaves.
+        const auto trained = static_cast<double>(std::exchange(work.trained, 0));
+        const double other = seconds_for(times.now(), work, static_cast<double>(windows));
+        budget = std::max(0.1, (session.clock.left() - other) / trained);
       }
     }
     const double fit_before = session.fit_seconds;
@@ -380,15 +375,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
         target = at::empty_like(x_teacher);
         RABIT_CHECK(run_block(session, teacher.blocks[block], rotary, x_teacher, target));
       }
-      fit_seconds = session.fit_seconds - fit_before;
       if (train) {
-        // What is left of the share once the rest is paid for: the pass that follows.
-        double budget = 0.0;
-        if (session.clock.limited()) {
-          const double pass =
-              static_cast<double>(windows) * (text_cost.known() ? text_cost.per_window() : 0.0);
-          budget = std::max(0.1, share - std::max(fit_seconds + pass, init_seconds * 1.15));
-        }
         const Clock train_clock;
         RABIT_ASSIGN(run, train_block(session, layer, rotary, x_student, target, x_teacher,
                                       plan.epochs, budget));
@@ -404,8 +391,14 @@ Status warm_start(TrainSession& session, int64_t first_block) {
         output_error = stream_error(x_student, target, x_teacher);
         x_teacher = target;
       }
-      text_cost.add((block_clock.elapsed() - train_seconds - fit_seconds) /
-                    static_cast<double>(windows));
+      wait_for(x_student);
+      const double fit_seconds = session.fit_seconds - fit_before;
+      times.fit.add(fit_seconds / mean_paths(session, layer));
+      times.pass.add((block_clock.elapsed() - train_seconds - fit_seconds) /
+                     static_cast<double>(windows));
+      if (run.steps > 0 && layer + 1 < config.layers) {
+        times.train.add(static_cast<double>(options.seq_len) / run.tokens_per_second);
+      }
       session.log["warm_start"].push_back({{"block", layer},
                                            {"windows", windows},
                                            {"steps", run.steps},
