@@ -36,6 +36,7 @@ COLD = "--warm-epochs 0 --latent-lr 2e-3 --scale-lr 1e-3"  # rates for a start f
 WARM = "--calib-tokens 1048576 --warm-epochs 1"
 PLAINEST = "--ef-target weight --ef-order natural --ef-rounds 0 --ef-sweeps 0"
 NO_TRAINING = "--warm-epochs 0 --tokens 0"
+EDITION = 1  # of the program's defaults and arithmetic: raised, it makes every result stale
 
 
 @dataclass
@@ -54,7 +55,8 @@ class Run:
 
     def asked(self, arguments):
         """What a result must have been measured with to count as this run's."""
-        return " ".join([self.options, *arguments.extra.split(), f"--eval-ctx {arguments.eval_ctx}"])
+        return " ".join([self.options, *arguments.extra.split(), f"--eval-ctx {arguments.eval_ctx}",
+                         f"(edition {EDITION})"])
 
 
 @dataclass
@@ -147,7 +149,11 @@ def grid(tokens, seeds):
               "Error feedback alone, two paths; a column for each value of `--ef-damp`.", "tokens")
     for calib in (16384, 65536, 262144, 1048576):
         for damp in ("0.003", "0.01", "0.03", "0.1", "0.3"):
-            g.add(f"damp-{calib}-{damp}", f"{calib:,}", f"--calib-tokens {calib} --ef-damp {damp} {NO_TRAINING}", damp)
+            if (calib, damp) == (262144, "0.1"):  # the default
+                g.add("ef-0", f"{calib:,}", f"--calib-tokens {calib} {NO_TRAINING}", damp, seeds)
+            else:
+                g.add(f"damp-{calib}-{damp}", f"{calib:,}", f"--calib-tokens {calib} --ef-damp {damp} {NO_TRAINING}",
+                      damp)
 
     g = group("mixed", "Paths where they help most",
               "`--target-bpw` against plans by role or block of as many bits; error feedback alone on 262,144 tokens.",
@@ -214,7 +220,8 @@ def grid(tokens, seeds):
                                          ("and the last block", "last", "--warm-blocks 1 --warm-epochs 1", (10, 30)),
                                          ("and all blocks", "warm", "--warm-epochs 1", (10, 30, 60))):
         for minutes in times:
-            g.add(f"cpu-{minutes}-{name}", str(minutes), f"--minutes {minutes} {base} {options}", column)
+            text = "" if minutes == 10 else " --calib-tokens 2500000"  # more than the time pays for
+            g.add(f"cpu-{minutes}-{name}", str(minutes), f"--minutes {minutes}{text} {base} {options}", column)
     g.device = "cpu"
     return groups
 
