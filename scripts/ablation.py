@@ -91,8 +91,12 @@ def grid(tokens, seeds):
                                ("greedy, weighted by importance", WEIGHTED), ("iterative, weighted", FULL)):
             start = {GREEDY: "greedy", ITERATIVE: "iterative", WEIGHTED: "weighted", FULL: "full"}[options]
             g.add(f"{method}-{start}", label, f"--method {method} {options} {COLD} --tokens {tokens}", method, seeds)
-    for method, label, options in (("mbok", "iterative, weighted", FULL), ("dbllm", "its own", "--no-error-feedback")):
-        g.add(method, label, f"--method {method} {options} {COLD} --tokens {tokens}", method, seeds)
+    for name, method, label, options in (("mbok-greedy", "mbok", "greedy SVID", GREEDY),
+                                         ("mbok", "mbok", "iterative, weighted", FULL),
+                                         ("dbllm", "dbllm", "its own", "--no-error-feedback"),
+                                         ("onebit", "onebit", "iterative, weighted", f"--bits 1 {FULL}")):
+        g.add(name, label, f"--method {method} {options} {COLD} --tokens {tokens}",
+              "onebit, one path" if method == "onebit" else method, seeds)
 
     g = group("warm", "Error feedback, warm start, distillation",
               "The coupled form with two paths from error feedback, with and without the warm start "
