@@ -144,8 +144,7 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
 constexpr int64_t kMeasuredWindows = kForwardWindows;
 constexpr int64_t kMinWindows = 8;  // fewer are no sample of the text
 constexpr double kPlanned = 0.97;   // of the time: measurements are noisy
-constexpr double kTolerance =
-    0.9;  // text is shortened when less than this share of it is affordable
+constexpr double kTolerance = 0.9;  // text is cut when less than this share of it is affordable
 
 // From here on blocks are trained.
 int64_t first_trained_block(const QuantizeOptions& options, int64_t layers) {
@@ -168,7 +167,7 @@ double mean_paths(const TrainSession& session, int64_t layer) {
   return static_cast<double>(sum) / static_cast<double>(kRoleCount);
 }
 
-// From block `layer` on; `first_block` of them have to be gone through before.
+// From block `layer` on, with `replayed` finished ones to go through before.
 BlockWork work_from(const TrainSession& session, int64_t layer, int64_t replayed, double epochs) {
   const int64_t layers = session.config().layers;
   const int64_t first_trained = first_trained_block(session.options, layers);
