@@ -41,7 +41,7 @@ class AblationTest(unittest.TestCase):
                 "--eval-ctx", 32, "--extra=--seq-len 32 --threads 1", *more)
 
     def test_runs_once_and_writes_the_page(self):
-        chosen = self.small("--groups", "method", "--only", "greedy,mbok", "--machine", "A test.")
+        chosen = self.small("--groups", "method", "--only", "rabit-greedy,standard-greedy,mbok-s", "--machine", "A test.")
         done = self.run_script(*chosen)
         self.assertIn("0 of 6 runs are there already", done.stderr)
         names = {f"{name}-s{seed}.json" for name in ("standard-greedy", "rabit-greedy", "mbok")

@@ -261,25 +261,25 @@ TEST(DistillationLoss, ZeroForEqualsAndNeverNegative) {
 }
 
 TEST(DistillationLoss, ChunksAddUp) {
-  // Words that neither model ever says fill a chunk with two of the three tokens; the divergence is
-  // that of the few words that count.
-  constexpr int64_t kVocab = 3 << 23, kSaid = 8;
-  at::Tensor small = random_matrix(kSaid, 3, 6);
-  small.select(1, 2).zero_();
-  at::Tensor head = at::zeros({kVocab, 3});
-  head.select(1, 2).fill_(-500.0);  // far enough that no probability is subnormal, which is slow
-  head.narrow(0, 0, kSaid).copy_(small);
-  at::Tensor teacher = random_matrix(3, 3, 7), values = random_matrix(3, 3, 8);
-  teacher.select(1, 2).fill_(1.0);
-  values.select(1, 2).fill_(1.0);
-  const at::Tensor student = values.clone().set_requires_grad(true);
-  const at::Tensor exact = values.to(at::kDouble).set_requires_grad(true);
-  const at::Tensor got = distillation_loss(student, teacher, head, unknown(student)).loss;
-  const at::Tensor want = divergence_in_double(exact, teacher, small);
-  EXPECT_NEAR(got.item<double>(), want.item<double>(), 1e-5 * want.item<double>());
-  got.backward();
-  want.backward();
-  EXPECT_LE(relative(student.grad().narrow(1, 0, 2), exact.grad().narrow(1, 0, 2)), 2e-5);
+  constexpr int64_t kTokens = 37, kVocab = 300;
+  const at::Tensor head = random_matrix(kVocab, 16, 6), teacher = random_matrix(kTokens, 16, 7);
+  const at::Tensor values = random_matrix(kTokens, 16, 8);
+  at::Tensor next = at::arange(kTokens, at::kLong);
+  next.slice(0, 3, kTokens, 5).fill_(-1);
+  const LossShares shares{.reverse = 0.3, .temperature = 1.5, .cross_entropy = 0.2};
+  const auto with = [&](int64_t chunk_logits) {
+    const at::Tensor student = values.clone().set_requires_grad(true);
+    const auto [loss, nll] = distillation_loss(student, teacher, head, next, shares, chunk_logits);
+    loss.backward();
+    return std::tuple{loss.item<double>(), nll, student.grad()};
+  };
+  const auto [loss, nll, grad] = with(kTokens * kVocab);
+  for (const int64_t chunk_logits : {int64_t{1}, kVocab, 2 * kVocab - 1, 5 * kVocab, 36 * kVocab}) {
+    const auto [chunked_loss, chunked_nll, chunked_grad] = with(chunk_logits);
+    EXPECT_NEAR(chunked_loss, loss, 1e-6 * loss) << chunk_logits;
+    EXPECT_LE(relative(chunked_nll, nll), 1e-6) << chunk_logits;
+    EXPECT_LE(relative(chunked_grad, grad), 1e-6) << chunk_logits;
+  }
 }
 
 double quintic(double s) {

@@ -10,16 +10,14 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Logits kept at once: 2 models x 2^26 floats.
-constexpr int64_t kChunkLogits = int64_t{1} << 26;
-
 class ChunkedLoss : public torch::autograd::Function<ChunkedLoss> {
  public:
   static variable_list forward(AutogradContext* context, const at::Tensor& student,
                                const at::Tensor& teacher, const at::Tensor& head,
-                               const at::Tensor& next, const LossShares& shares, bool backward) {
+                               const at::Tensor& next, const LossShares& shares,
+                               int64_t chunk_logits, bool backward) {
     const int64_t tokens = student.size(0);
-    const int64_t chunk = std::max<int64_t>(1, kChunkLogits / head.size(0));
+    const int64_t chunk = std::max<int64_t>(1, chunk_logits / head.size(0));
     const double t = shares.temperature, r = shares.reverse, c = shares.cross_entropy;
     const double divergence_weight = (1.0 - c) / static_cast<double>(tokens);
     const at::Tensor known = (next >= 0).to(at::kFloat);  // tokens whose successor is known
@@ -81,6 +79,7 @@ class ChunkedLoss : public torch::autograd::Function<ChunkedLoss> {
             at::Tensor(),
             at::Tensor(),
             at::Tensor(),
+            at::Tensor(),
             at::Tensor()};
   }
 };
@@ -89,9 +88,10 @@ class ChunkedLoss : public torch::autograd::Function<ChunkedLoss> {
 
 DistillationLoss distillation_loss(const at::Tensor& student, const at::Tensor& teacher,
                                    const at::Tensor& head, const at::Tensor& next,
-                                   const LossShares& shares) {
+                                   const LossShares& shares, int64_t chunk_logits) {
   const bool backward = at::GradMode::is_enabled() && student.requires_grad();
-  const variable_list out = ChunkedLoss::apply(student, teacher, head, next, shares, backward);
+  const variable_list out =
+      ChunkedLoss::apply(student, teacher, head, next, shares, chunk_logits, backward);
   return {out[0], out[1]};
 }
 

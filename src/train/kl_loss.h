@@ -27,9 +27,11 @@ struct DistillationLoss {
 /// Mean loss over tokens in nats, both distributions from the same frozen head. student, teacher:
 /// normalised hidden states (tokens, d_model) in the compute type; next (tokens) int64, the token
 /// that follows each, -1 where none is known (it counts in no cross-entropy). Gradients flow to
-/// `student` only.
+/// `student` only. At most `chunk_logits` logits of each model exist at once, but a token's at
+/// least.
 DistillationLoss distillation_loss(const at::Tensor& student, const at::Tensor& teacher,
                                    const at::Tensor& head, const at::Tensor& next,
-                                   const LossShares& shares = {});
+                                   const LossShares& shares = {},
+                                   int64_t chunk_logits = int64_t{1} << 26);
 
 }  // namespace rabit::train
