@@ -12,6 +12,7 @@ with the next call. Of Python's standard library alone.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,8 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from svg_charts import svg_bars, svg_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,7 +104,8 @@ def grid(tokens, seeds):
     g = group("warm", "Error feedback, warm start, distillation",
               "The coupled form with two paths from error feedback, with and without the warm start "
               f"(`{WARM}`), then distillation from more and more text at the default rates; and without error "
-              f"feedback (`{FULL}`).", "tokens end to end")
+              f"feedback (`{FULL}`). Each column has better rates of its own (\"Rates of distillation\").",
+              "tokens end to end")
     for share, label in ((0, "0"), (1 / 8, f"{tokens // 8:,}"), (1 / 2, f"{tokens // 2:,}"), (1, f"{tokens:,}")):
         count = int(tokens * share)
         g.add(f"ef-{label.replace(',', '')}", label, f"--calib-tokens 262144 --warm-epochs 0 --tokens {count}",
@@ -123,20 +127,29 @@ def grid(tokens, seeds):
 
     g = group("training", "Loss, optimizer and what is trained",
               f"Error feedback, warm start (`{WARM}`) and {tokens // 2:,} tokens of distillation, and one thing "
-              "changed. Rates are those found for the first line.", "")
+              "changed. Rates are the defaults where no option says else.", "")
     base = f"{WARM} --tokens {tokens // 2}"
     g.add(f"ef-warm-{tokens // 2}", "as it is", base, seeds=seeds)
     for name, options in (
             ("reverse", "--reverse-kl 0.5"), ("reverse-only", "--reverse-kl 1"),
             ("temperature", "--temperature 2"), ("cross-entropy", "--cross-entropy 0.2"),
             ("gamma-blocks", "--gamma 0.3"), ("gamma-layers", "--gamma 0.3 --gamma-on layers"),
-            ("adamw", "--optimizer adamw --latent-lr 2e-5 --warm-latent-lr 2e-4"), ("ema", "--ema 0.99"),
-            ("norms", "--train-norms"), ("coupled-to-standard", "--method standard")):
-        g.add(f"training-{name}", f"`{options}`", f"{base} {options}", seeds=seeds[:1])
+            ("adamw", "--optimizer adamw --latent-lr 2e-5 --warm-latent-lr 2e-4"),
+            ("adamw-5e-5", "--optimizer adamw --latent-lr 5e-5 --warm-latent-lr 2e-4"),
+            ("adamw-1e-4", "--optimizer adamw --latent-lr 1e-4 --warm-latent-lr 5e-4"), ("ema", "--ema 0.99"),
+            ("norms", "--train-norms"), ("coupled-to-standard", "--method standard"),
+            ("norms-gamma", "--train-norms --gamma 0.3 --gamma-on layers"),
+            ("norms-rates", "--train-norms --latent-lr 1e-3 --scale-lr 3e-4"),
+            ("norms-gamma-rates", "--train-norms --gamma 0.3 --gamma-on layers --latent-lr 1e-3 --scale-lr 3e-4")):
+        g.add(f"training-{name}", f"`{options}`", f"{base} {options}",
+              seeds=seeds if "norms" in name or name == "gamma-layers" else seeds[:1])
 
     g = group("start", "Parts of the start",
-              "No training by gradients; 131,072 tokens unless an option says more.", "")
+              "No training by gradients; error feedback from 131,072 tokens where no option says else. Importances are "
+              "of 32 windows.", "")
     g.add("start-greedy", "greedy SVID", f"{GREEDY} {NO_TRAINING}")
+    g.add("start-sweeps", "iterative SVID without least squares, weighted",
+          f"{FULL} {NO_TRAINING}".replace("--als-steps 12", "--als-steps 0"))
     g.add("start-full", "iterative SVID, weighted", f"{FULL} {NO_TRAINING}")
     g.add("start-alpha-search", "the same, `--alpha-search`", f"{FULL} {NO_TRAINING} --alpha-search")
     for bits in (2, 3):
@@ -183,15 +196,18 @@ def grid(tokens, seeds):
     for latent, scale in (("5e-4", "1e-4"), ("1e-3", "3e-4"), ("2e-3", "1e-3")):
         name = f"ef-warm-{tokens}" if latent == "5e-4" else f"rates-{latent}"
         options = f"{WARM} --tokens {tokens}"
-        g.add(name, f"`--latent-lr {latent} --scale-lr {scale}`",
-              options if latent == "5e-4" else f"{options} --latent-lr {latent} --scale-lr {scale}",
-              "and warm start", seeds if latent == "5e-4" else seeds[:1])
+        rates = "" if latent == "5e-4" else f" --latent-lr {latent} --scale-lr {scale}"
+        g.add(name, f"`--latent-lr {latent} --scale-lr {scale}`", options + rates, "and warm start",
+              seeds if latent == "5e-4" else seeds[:1])
+        g.add(f"no-ef-warm-{tokens}" if latent == "5e-4" else f"no-ef-{name}",
+              f"`--latent-lr {latent} --scale-lr {scale}`", f"{FULL} {options}{rates}", "warm start alone",
+              seeds if latent == "5e-4" else seeds[:1])
 
     g = group("baseline-rates", "Rates of the baselines",
               f"{tokens:,} tokens of distillation from the start of each method's row above: whether a baseline would "
               "do better at other rates.", "")
     for method, options in (("standard", FULL), ("rabit", FULL), ("mbok", FULL), ("dbllm", "--no-error-feedback")):
-        for latent, scale in (("5e-4", "1e-4"), ("1e-3", "3e-4"), ("2e-3", "1e-3")):
+        for latent, scale in (("5e-4", "1e-4"), ("1e-3", "3e-4"), ("2e-3", "1e-3"), ("4e-3", "2e-3")):
             rates = f"--latent-lr {latent} --scale-lr {scale}"
             if latent == "2e-3":
                 name = method if method in ("mbok", "dbllm") else f"{method}-full"
@@ -354,7 +370,20 @@ class Results:
     def __init__(self, arguments):
         self.out, self.store = Path(arguments.out), Path(arguments.docs).with_suffix(".json")
         self.arguments = arguments
-        self.known = json.loads(self.store.read_text()) if self.store.exists() else {}
+        try:
+            self.known = json.loads(self.store.read_text()) if self.store.exists() else {}
+        except ValueError:
+            raise SystemExit(f"ablation: {self.store}: not JSON; restore it, or name another page with --docs")
+        # Where files are given, results count that were made from them.
+        self.digests = None if arguments.list or arguments.write_only else \
+            [digest(arguments.model), digest(arguments.train), digest(arguments.test)]
+
+    def of_these_files(self, log):
+        if self.digests is None:
+            return True
+        made_from = [log["source"]["sha256"], log["data"]["files"][0]["sha256"]]
+        # The log of an early version does not name the text that it was measured on.
+        return self.digests == made_from + [log["perplexity"].get("text_sha256", self.digests[2])]
 
     def get(self, run):
         """The run's result, or None where there is none that was measured with its options."""
@@ -362,15 +391,19 @@ class Results:
         if path.exists():
             found = compact(json.loads(path.read_text()))
             before = self.known.get(run.key, {})
-            if found.get("asked") == asked and {**before, "machine": ""} != {**found, "machine": ""}:
+            if found.get("asked") == asked and self.of_these_files(found) and {**before, "machine": ""} != {**found, "machine": ""}:
                 self.known[run.key] = {**found, "machine": self.arguments.machine}
         known = self.known.get(run.key, {})
-        return known if known.get("asked") == asked else None
+        return known if known.get("asked") == asked and self.of_these_files(known) else None
 
     def save(self):
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, sort_keys=True)}"
                            for key, value in sorted(self.known.items()))
         self.store.write_text("{" + lines + "}\n")
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def spread(values):
@@ -380,71 +413,6 @@ def spread(values):
     mean = statistics.fmean(values)
     text = f"{mean:.2f}" if mean < 1000 else f"{mean:.3g}"
     return text if len(values) < 2 else f"{text} ± {(max(values) - min(values)) / 2:.2f}"
-
-
-def svg_bars(title, rows):
-    """A bar chart: rows of (label, value, half range). Colours suit light and dark pages."""
-    rows = [row for row in rows if row[1] == row[1]]
-    left, right, height, gap = 250, 70, 18, 8
-    width = 720
-    top = 30
-    most = max(value for _, value, _ in rows)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top + len(rows) * (height + gap) + 6}" '
-             'font-family="system-ui, sans-serif" font-size="13">',
-             f'<text x="0" y="16" font-weight="600" fill="#808890">{escape(title)}</text>']
-    scale = (width - left - right) / most
-    for i, (label, value, half) in enumerate(rows):
-        y = top + i * (height + gap)
-        parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end" fill="#808890">{escape(label)}</text>')
-        parts.append(f'<rect x="{left}" y="{y}" width="{value * scale:.1f}" height="{height}" rx="2" fill="#3b82c4"/>')
-        if half:
-            a, b = left + (value - half) * scale, left + (value + half) * scale
-            parts.append(f'<path d="M{a:.1f} {y + height / 2} H{b:.1f}" stroke="#d6604d" stroke-width="2"/>')
-        parts.append(f'<text x="{left + value * scale + 6:.1f}" y="{y + 13}" fill="#808890">{value:.2f}</text>')
-    return "\n".join(parts) + "\n</svg>\n"
-
-
-def svg_lines(title, x_label, series):
-    """Lines over x; series: {name: [(x, y)]}. y is logarithmic."""
-    colours = ["#3b82c4", "#d6604d", "#2e9a4b", "#9970ab"]
-    points = [p for line in series.values() for p in line]
-    left, right, top, bottom, width, height = 60, 20, 34, 60, 720, 340
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    x0, x1 = min(xs), max(max(xs), min(xs) + 1e-9)
-    y0, y1 = math.log(min(ys) * 0.95), math.log(max(ys) * 1.05)
-
-    def place(x, y):
-        return (left + (x - x0) / (x1 - x0) * (width - left - right),
-                height - bottom - (math.log(y) - y0) / (y1 - y0) * (height - top - bottom))
-
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-             'font-family="system-ui, sans-serif" font-size="13">',
-             f'<text x="0" y="16" font-weight="600" fill="#808890">{escape(title)}</text>']
-    ticks = [t * 10 ** p for p in range(0, 5) for t in (1, 1.5, 2, 3, 4, 5, 7)]
-    for tick in ticks:
-        if y0 <= math.log(tick) <= y1:
-            _, y = place(x0, tick)
-            parts.append(f'<path d="M{left} {y:.1f} H{width - right}" stroke="#808890" stroke-opacity="0.3"/>')
-            parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#808890">{tick:g}</text>')
-    for x in sorted(set(xs)):
-        at, _ = place(x, math.exp(y0))
-        parts.append(f'<text x="{at:.1f}" y="{height - bottom + 18}" text-anchor="middle" fill="#808890">{x:g}</text>')
-    parts.append(f'<text x="{(left + width) / 2}" y="{height - bottom + 36}" text-anchor="middle" '
-                 f'fill="#808890">{escape(x_label)}</text>')
-    for i, (name, line) in enumerate(series.items()):
-        colour = colours[i % len(colours)]
-        where = [place(x, y) for x, y in sorted(line)]
-        path = " L".join(f"{x:.1f} {y:.1f}" for x, y in where)
-        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in where]
-        at = left + i * (width - left) / max(1, len(series))
-        parts.append(f'<rect x="{at:.0f}" y="{height - 14}" width="14" height="4" fill="{colour}"/>')
-        parts.append(f'<text x="{at + 20:.0f}" y="{height - 8}" fill="#808890">{escape(name)}</text>')
-    return "\n".join(parts) + "\n</svg>\n"
-
-
-def escape(text):
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def table(group, results):
@@ -577,7 +545,18 @@ def parse(argv):
     parser.add_argument("--keep-models", action="store_true", help="keep the packed files")
     parser.add_argument("--list", action="store_true", help="print the runs and stop")
     parser.add_argument("--write-only", action="store_true", help="write the page from what is there")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    for name in ("gpus", "jobs", "tokens"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)}: must be 1 or more")
+    default = {name: parser.get_default(name) for name in ("tokens", "docs")}
+    if arguments.tokens != default["tokens"] and arguments.docs == default["docs"] and not arguments.list:
+        parser.error(f"--tokens {arguments.tokens}: a grid of its own; name its page with --docs")
+    try:
+        shlex.split(arguments.extra)
+    except ValueError as error:
+        parser.error(f"--extra {arguments.extra}: {error}")
+    return arguments
 
 
 def main(argv):
@@ -613,7 +592,14 @@ def main(argv):
         value = getattr(arguments, name)
         if not value or not os.path.isfile(value):
             raise SystemExit(f"ablation: --{name} {value or ''}: no such file")
-    os.makedirs(arguments.out, exist_ok=True)
+    if not os.access(arguments.rabit, os.X_OK):
+        raise SystemExit(f"ablation: --rabit {arguments.rabit}: no program; build it first, or name it")
+    if not runs:
+        raise SystemExit(f"ablation: --only {arguments.only}: no such run; --list shows them")
+    try:
+        os.makedirs(arguments.out, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"ablation: --out {arguments.out}: {error.strerror}")
     results = Results(arguments)
     left = [run for run in runs.values() if results.get(run) is None]
     # In the order of --groups, or those that distil longest first, so that the last do not wait for a late start.
@@ -634,4 +620,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:  # of --list, by what reads it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -126,11 +126,14 @@ command="$(printf '%q ' "${arguments[@]}") $(sha256sum "$train_text" | cut -d' '
 if [[ -s $student && $(cat "$made_by" 2>/dev/null) == "$command" ]] && ((!force)); then
   say "reusing $student (--force makes it again)"
 else
-  if [[ -e $student.ckpt && $(cat "$made_by.begun" 2>/dev/null) == "$command" ]] && ((!force)); then
+  if ((force)); then
+    rm -f "$student.ckpt"
+  elif [[ -e $student.ckpt && $(cat "$made_by.begun" 2>/dev/null) == "$command" ]]; then
     say "going on from $student.ckpt, which an interrupted run left (--force starts again)"
     arguments+=(--resume)
-  else
-    rm -f "$student.ckpt"
+  elif [[ -e $student.ckpt ]]; then
+    say "$student.ckpt is what a run with other settings left: remove it, or start again with --force"
+    exit 1
   fi
   echo "$command" >"$made_by.begun"
   rm -f "$made_by"

@@ -6,9 +6,11 @@ Environment: RABIT_BINARY the program, RABIT_SOURCE_DIR the checkout.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import xml.dom.minidom
 from pathlib import Path
@@ -65,6 +67,13 @@ class AblationTest(unittest.TestCase):
         # The page can be made without the logs, from what is kept beside it.
         self.run_script(*chosen, "--write-only", "--out", "none", "--machine", "Another.")
         self.assertEqual((self.folder / "page.md").read_text(), page)
+        # What was measured with another text is no result either.
+        other = self.folder / "other.txt"
+        other.write_text(TEXT * 13)
+        for option in ("--train", "--test"):
+            again = [*self.small("--groups", "method", "--only", "rabit-greedy-s1"), "--rabit", "/bin/false"]
+            again[again.index(option) + 1] = other
+            self.assertIn("0 of 1 runs are there already", self.run_script(*again, code=1).stderr)
         # What was measured with other options is no result of this run.
         self.assertIn("holds no results", self.run_script(*self.small("--write-only", "--eval-ctx", 64), code=1).stderr)
         self.assertIn("rabit-greedy-s1: ", self.run_script(
@@ -72,16 +81,22 @@ class AblationTest(unittest.TestCase):
 
     def test_goes_on_where_it_stopped(self):
         chosen = self.small("--groups", "method", "--only", "rabit-full-s1", tokens=200000)
-        done = self.run_script(*chosen, "--stop-after", 4, code=130)
-        self.assertIn("rabit-full-s1: interrupted", done.stderr)
-        self.assertIn("1 runs are left", done.stderr)
+        script = subprocess.Popen([sys.executable, ROOT / "scripts/ablation.py", *map(str, chosen)], cwd=self.folder,
+                                  stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        err = self.folder / "results/rabit-full-s1.err"
+        while script.poll() is None and not (err.exists() and "checkpoint: " in err.read_text()):
+            time.sleep(0.05)  # until distillation begins
+        script.send_signal(signal.SIGINT)
+        _, told = script.communicate(timeout=60)
+        self.assertEqual(script.returncode, 130, told)
+        self.assertIn("rabit-full-s1: interrupted", told)
+        self.assertIn("1 runs are left", told)
         checkpoint = self.folder / "results/rabit-full-s1.gguf.ckpt"
         self.assertTrue(checkpoint.exists())
         self.assertFalse((self.folder / "page.md").exists())
         self.run_script(*chosen)
         log = json.loads((self.folder / "results/rabit-full-s1.json").read_text())
         self.assertTrue(log["resumed"])
-        self.assertGreater(log["seconds"], 4)
         self.assertFalse(checkpoint.exists())
 
     def test_wrong_input(self):
@@ -92,6 +107,14 @@ class AblationTest(unittest.TestCase):
         done = self.run_script(*self.small("--only", "rabit-full-s1", "--groups", "method", "--rabit", "/bin/false"),
                                code=1)
         self.assertIn("failed: rabit-full-s1", done.stderr)
+        for more, says in ((("--rabit", "none"), "no program"), (("--only", "zzz"), "no such run"),
+                           (("--out", self.text), "File exists")):
+            self.assertIn(says, self.run_script(*self.small(*more), code=1).stderr)
+        for more, says in ((("--jobs", 0), "1 or more"), (("--extra='",), "--extra"), (("--tokens", -8), "1 or more")):
+            self.assertIn(says, self.run_script(*self.small(*more), code=2).stderr)
+        self.assertIn("name its page", self.run_script("--tokens", 1000, "--write-only", code=2).stderr)
+        (self.folder / "page.json").write_text("{")
+        self.assertIn("not JSON", self.run_script(*self.small(), code=1).stderr)
 
     def test_list(self):
         lines = self.run_script("--list", "--device", "cuda").stdout.splitlines()

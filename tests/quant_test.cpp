@@ -265,6 +265,37 @@ TEST(Fit, OnePathMatchesTheBestRankOneOfTheMagnitude) {
   EXPECT_LT(weighted_error(shape, w.data(), scales, {}, {}), 1e-10 * size);
 }
 
+TEST(Fit, TwoBitScalesAreTheBestStepOfTheirGridInEveryRow) {
+  constexpr int64_t kOut = 9, kIn = 37;
+  Layer layer = random_layer(kOut, kIn, 2, 5);
+  std::fill(layer.w.begin() + 3 * kIn, layer.w.begin() + 4 * kIn, 0.0F);
+  layer.w[5 * kIn + 7] = 4.0F;  // far beyond the row's others
+  layer.scales = two_bit_scales(kOut, kIn, layer.w.data());
+  EXPECT_EQ(layer.scales.h, std::vector<float>(2 * kIn, 1.0F));
+  const auto error_of_row = [&](int64_t r) {
+    double error = 0.0;
+    for (int64_t c = 0; c < kIn; ++c) {
+      error += std::pow(layer.w[r * kIn + c] - oracle_entry(layer, r, c).value, 2);
+    }
+    return error;
+  };
+  for (int64_t r = 0; r < kOut; ++r) {
+    const float step = layer.scales.g[r];
+    ASSERT_EQ(layer.scales.g[kOut + r], 0.5F * step);
+    const double error = error_of_row(r);
+    float largest = 0.0F;
+    for (int64_t c = 0; c < kIn; ++c) {
+      largest = std::max(largest, std::fabs(layer.w[r * kIn + c]));
+    }
+    for (int k = 1; k <= 80; ++k) {
+      layer.scales.g[r] = largest / 1.5F * static_cast<float>(k) / 80.0F;
+      layer.scales.g[kOut + r] = 0.5F * layer.scales.g[r];
+      EXPECT_GE(error_of_row(r), error * (1 - 1e-5)) << r << " " << k;
+    }
+    EXPECT_EQ(step == 0.0F, r == 3);
+  }
+}
+
 TEST(Fit, ZeroMatrixGivesFiniteScales) {
   ThreadPool pool(1);
   const Shape shape{4, 8, 2};

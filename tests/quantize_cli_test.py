@@ -253,7 +253,7 @@ class QuantizeTest(unittest.TestCase):
         kept = Path(f"{self.out}.json").read_bytes()
         done = self.run_rabit("report", f"{self.out}.json", "-o", f"{self.out}.json")
         self.assertEqual(done.returncode, FAILURE)
-        self.assertIn("would replace the log", self.one_line(done, "-o LOG"))
+        self.assertIn("would overwrite the input", self.one_line(done, "-o LOG"))
         self.assertEqual(Path(f"{self.out}.json").read_bytes(), kept)
 
     def test_a_report_that_cannot_be_written_loses_no_model(self):
@@ -425,6 +425,7 @@ class QuantizeTest(unittest.TestCase):
         self.fails(*self.start("--minutes", 0.1), code=USAGE, says="too short")
         self.fails(*self.start("--method", "onebit"), code=USAGE, says="give --bits 1")
         self.fails(*self.start("--target-bpw", 1), says=r"takes 2\.9667")
+        self.fails(*self.start("--target-bpw", 16), says=r"at most, it would be 5\.9333")
 
     def test_packed_models_are_refused(self):
         self.succeeds(*self.start("--tokens", 0, "--warm-epochs", 0))
@@ -455,6 +456,84 @@ class QuantizeTest(unittest.TestCase):
         self.assertIn("would overwrite the input", self.one_line(done, "-o TEXT"))
         self.assertEqual(Path(self.text).read_bytes(), kept)
         self.assertEqual(self.model.read_bytes(), before)
+
+    def test_what_is_there_is_kept(self):
+        def refuses(arguments, says, *kept):
+            before = {path: Path(path).read_bytes() for path in kept}
+            done = self.run_rabit(*arguments)
+            self.assertEqual(done.returncode, FAILURE, arguments)
+            self.assertRegex(self.one_line(done, arguments), says)
+            self.assertEqual({path: Path(path).read_bytes() for path in kept}, before)
+
+        # Inputs with the names of our own temporary files.
+        for ending in ("", ".json", ".ckpt", ".unverified", ".unverified.partial", ".partial", ".ckpt.partial",
+                       ".test-write.partial"):
+            mine = self.folder / f"x{ending}"
+            mine.write_bytes(self.model.read_bytes())
+            refuses(("quantize", mine, "-o", self.folder / "x", "--data", self.text, *words(SMALL)),
+                    "would overwrite the input", mine)
+            mine.unlink()
+        page = self.file("p.html.partial", "{}")
+        refuses(("report", page, "-o", self.folder / "p.html"), "would overwrite the input", page)
+        # Files of others.
+        other = self.file("other.gguf", self.model.read_bytes())
+        refuses(("quantize", self.model, "-o", other, "--data", self.text, *words(SMALL)),
+                "no file that rabit quantize wrote", other)
+        refuses(self.start("--report", other), "is there and no page", other)
+        self.succeeds(*self.start("--tokens", 0, "--warm-epochs", 0))
+        refuses(("report", f"{self.out}.json", "-o", other), "is there and no page", other)
+        self.succeeds(*self.start("--tokens", 0, "--warm-epochs", 0))  # its own kind it replaces
+        # A link stays one, and what it points to is written.
+        target, link = self.folder / "target.html", self.folder / "link.html"
+        link.symlink_to(target)
+        self.succeeds("report", f"{self.out}.json", "-o", link)
+        self.assertTrue(link.is_symlink())
+        self.assertIn("<!doctype html", target.read_text())
+
+    def test_damaged_weights_and_checkpoints(self):
+        values = bytearray(self.model.read_bytes())
+        values[-4:] = struct.pack("<f", math.nan)
+        self.fails("quantize", self.file("nan.gguf", bytes(values)), "-o", self.out, "--data", self.text,
+                   *words(SMALL), says="ffn_down.weight holds values that are not finite")
+        checkpoint = Path(f"{self.out}.ckpt")
+        block = Path(f"{self.out}.json.partial")
+        (block / "full").mkdir(parents=True)
+        self.assertEqual(self.run_rabit(*self.start()).returncode, FAILURE)
+        (block / "full").rmdir()
+        block.rmdir()
+        self.out.unlink()  # it was packed before what was in the way
+        whole = checkpoint.read_bytes()
+        self.fails("quantize", checkpoint, "-o", self.folder / "no.gguf", "--data", self.text, *words(SMALL),
+                   says="is the checkpoint of a run", out=self.folder / "no.gguf")
+        diagnose = ("diagnose", checkpoint, "--teacher", self.model, "--data", self.text)
+        source = rb'("source":{"name":"model.gguf","sha256":)"[0-9a-f]{64}"'
+        for old, new, says in (  # of the same lengths, so that the file stays well formed
+            (source, rb"\g<1>" + b"9" * 66, "damaged: what it says of its run"),
+            (rb'"bits":"2"', b'"bits":222', "damaged: the setting bits is 222"),
+        ):
+            changed, count = re.subn(old, new, whole)
+            self.assertGreater(count, 0, old)
+            checkpoint.write_bytes(changed)
+            self.fails(*diagnose, says=says)
+            self.fails(*self.start("--resume"), says="cannot resume: .*ckpt: (damaged|made with --bits 222)")
+        checkpoint.write_bytes(whole[:-64] + struct.pack("<f", math.nan) * 16)
+        self.fails(*self.start("--resume"), says="cannot resume: .*not finite")
+        checkpoint.write_bytes(whole)
+        self.succeeds(*self.start("--resume"))
+
+    def test_settings_without_effect_are_named(self):
+        def told(*arguments):
+            done = self.run_rabit(*self.start(*arguments, "--dry-run"))
+            self.assertEqual(done.returncode, SUCCESS, done.stderr)
+            return re.findall("^note: without effect in this run: (.*)$", done.stderr.decode(), re.MULTILINE)
+
+        distilled = ("--gamma", 0.5, "--ema", 0.9, "--temperature", 2)
+        self.assertEqual(told(*distilled), [])
+        self.assertEqual(told(*distilled, "--tokens", 0), ["--batch, --ema, --gamma"])
+        self.assertEqual(told(*distilled, "--tokens", 0, "--warm-epochs", 0),
+                         ["--temperature, --batch, --ema, --gamma"])
+        self.assertEqual(told("--no-error-feedback", "--ef-rounds", 3, "--gamma-on", "layers"),
+                         ["--ef-rounds, --gamma-on"])
 
     def test_full_disk(self):
         def small_files():

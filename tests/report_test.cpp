@@ -106,6 +106,13 @@ TEST(RunReport, SaysWhatTheLogSays) {
   }
 }
 
+TEST(RunReport, ShowsTheBlockTrainedByTheHeadApart) {
+  json log = whole_log();
+  log["warm_start"].push_back(
+      {{"block", 2}, {"loss", "head"}, {"loss_first", 987.0}, {"loss_last", 654.0}});
+  EXPECT_EQ(*run_report(log), *run_report(whole_log())) << "its losses are no relative errors";
+}
+
 TEST(RunReport, NeedsNothingElseAndTrustsNoText) {
   const auto page = run_report(whole_log());
   ASSERT_TRUE(page);
@@ -146,12 +153,24 @@ TEST(RunReport, DoesWithoutWhatIsMissing) {
       part[item.key()] = wrong;
       const auto page = run_report(part);
       EXPECT_TRUE(page || needed) << item.key() << " " << wrong;
+      EXPECT_TRUE(!page || page->find("nan") == std::string::npos) << item.key() << " " << wrong;
     }
   }
   json huge = whole;
   huge["seconds"] = 1e300;
   huge["distill"][0]["tokens"] = 4e15;
   EXPECT_TRUE(run_report(huge));
+  json bare = whole;
+  bare["seconds"] = 719.7;
+  bare["perplexity"]["student"].erase("perplexity_stderr");
+  bare["diagnostics"]["summary"]["path_correlation"].erase("median");
+  bare["searched"]["bits"] = "2,0.attn_q=3";
+  const auto page = run_report(bare);
+  ASSERT_TRUE(page);
+  EXPECT_EQ(page->find("nan"), std::string::npos);
+  for (const char* part : {"12 min 00 s", "<b>31.20</b>", "<td>-</td>", "--bits 2,0.attn_q=3"}) {
+    EXPECT_NE(page->find(part), std::string::npos) << part;
+  }
   for (const json& foreign : {json(), json(3), json::array(), json::object()}) {
     EXPECT_FALSE(run_report(foreign));
   }

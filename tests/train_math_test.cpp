@@ -468,6 +468,23 @@ TEST(Optimizers, GradientNorm) {
   EXPECT_FALSE(parameters[0].grad().defined());
 }
 
+TEST(Optimizers, GradientsOfScalesAreClippedToTheNormGiven) {
+  for (const double clip : {0.5, 100.0}) {
+    const at::Tensor latent = leaf(random_matrix(3, 4, 1)), scale = leaf(random_matrix(2, 5, 2));
+    Trainer trainer(Optimizer::kMuon, {latent}, {scale}, clip);
+    const at::Tensor slope = random_matrix(2, 5, 3) * 4.0;
+    const at::Tensor loss = (scale * slope).sum() + latent.sum();
+    const auto taken = trainer.step(loss, loss, 0.0, 0.0);
+    ASSERT_TRUE(taken);
+    const double norm = slope.norm().item<double>();
+    EXPECT_GT(norm, 2.0);
+    EXPECT_NEAR(taken->gradient_norm, norm, 1e-5 * norm);
+    // The first mean of AdamW is a tenth of the gradient that it was given.
+    const at::Tensor want = slope * (0.1 * std::min(1.0, clip / norm));
+    EXPECT_LE(relative(trainer.state().scales.mean.view({2, 5}), want), 1e-6);
+  }
+}
+
 TEST(Optimizers, CosineSchedule) {
   EXPECT_EQ(cosine_schedule(0.0, 0.1), 0.0);
   EXPECT_NEAR(cosine_schedule(0.05, 0.1), 0.5, 1e-12);

@@ -204,6 +204,33 @@ TEST_F(TrainMethods, TheAverageGivesTheSigns) {
             log("last.gguf")["distill"].back()["loss"]);
 }
 
+// Step s takes the average towards the new latents by 1 - min(ema, (1 + s) / (10 + s)).
+TEST_F(TrainMethods, TheAverageFollowsItsRecurrence) {
+  options_.tokens = 6 * 4 * kWindow;
+  options_.latent_lr = 1e-2;
+  options_.ema = 0.35;  // reached in the fifth step: both branches count
+  std::vector<float> average;
+  for (int64_t steps = 1; steps < 6; ++steps) {
+    interrupted_run("out.gguf", options_, interrupt_at("distil", steps * 4 * kWindow), true);
+    const auto file = GgufFile::open(path("out.gguf.ckpt"));
+    ASSERT_TRUE(file);
+    const auto read = [&](const char* part) {
+      return *dequantize(*(*file)->find_tensor(std::string("blk.1.ffn_up.") + part));
+    };
+    const std::vector<float> latent = read("latent"), now = read("average");
+    const auto s = static_cast<double>(steps - 1);
+    const double decay = std::min(0.35, (1.0 + s) / (10.0 + s));
+    double moved = 0.0;
+    for (size_t i = 0; i < average.size(); ++i) {
+      ASSERT_NEAR(now[i], average[i] + (latent[i] - average[i]) * (1.0 - decay), 1e-6) << steps;
+      moved = std::max(moved, static_cast<double>(std::fabs(now[i] - average[i])));
+    }
+    EXPECT_TRUE(average.empty() || moved > 1e-4);
+    average = now;
+    std::filesystem::remove(path("out.gguf.ckpt"));
+  }
+}
+
 TEST_F(TrainMethods, BitsByRoleAndBlock) {
   options_.tokens = 4 * kWindow;
   options_.bits = "2,ffn_down=3,1.attn=1";
@@ -259,6 +286,59 @@ TEST_F(TrainMethods, GammaBringsTheLayersOutputsCloser) {
   EXPECT_LT(error("blocks.gguf"), without);
   options_.gamma_on = GammaOn::kLayers;
   EXPECT_LT(error("layers.gguf"), without);
+}
+
+// What --gamma counts in the first step, by its definition from the student that it began with.
+TEST_F(TrainMethods, GammaCountsTheNormalisedErrors) {
+  options_.tokens = 4 * kWindow;
+  options_.gamma = 0.3;
+  for (const GammaOn on : {GammaOn::kBlocks, GammaOn::kLayers}) {
+    options_.gamma_on = on;
+    interrupted_run("out.gguf", options_, interrupt_at("checkpoint: ", 0), true);
+    const Network teacher = *load_network(*model_, at::kCPU, at::kFloat);
+    const auto file = GgufFile::open(path("out.gguf.ckpt"));
+    const auto begun = student_of_checkpoint(**file, teacher.config, *sha256_file(model_->path()));
+    ASSERT_TRUE(begun) << begun.error().message;
+    std::filesystem::remove(path("out.gguf.ckpt"));
+    succeeds("out.gguf", options_);
+
+    struct Seen : LinearTap {
+      std::vector<at::Tensor> outputs;
+      void see(Role, const at::Tensor&, const at::Tensor& y) override { outputs.push_back(y); }
+    };
+    const at::NoGradGuard no_grad;
+    const at::Tensor windows =
+        shuffle_windows(*cut_windows(text_.tokens, kWindow, kSizes.vocab), 1);
+    const at::Tensor ids = windows.index_select(0, WindowOrder(windows.size(0), 7920).batch(0, 4));
+    const Rotary rotary = make_rotary(teacher.config, kWindow, at::kCPU);
+    at::Tensor x = embed(teacher, ids), y = x;
+    double sum = 0.0;
+    int64_t places = 0;
+    const auto add = [&](const at::Tensor& of_student, const at::Tensor& of_teacher) {
+      const at::Tensor t = of_teacher.to(at::kDouble), s = of_student.to(at::kDouble);
+      sum += ((s - t).square().sum(-1) / t.square().sum(-1)).mean().item<double>();
+      ++places;
+    };
+    for (size_t b = 0; b < teacher.blocks.size(); ++b) {
+      Seen of_student, of_teacher;
+      x = block_forward(teacher.config,
+                        student_weights(begun->student.blocks[b], teacher.blocks[b], at::kFloat),
+                        rotary, x, at::kFloat, &of_student);
+      y = block_forward(teacher.config, teacher.blocks[b], rotary, y, at::kFloat, &of_teacher);
+      if (on == GammaOn::kBlocks) {
+        add(x, y);
+      } else {
+        for (size_t i = 0; i < kRoleCount; ++i) {
+          add(of_student.outputs[i], of_teacher.outputs[i]);
+        }
+      }
+    }
+    const double logged = log("out.gguf")["distill"][0]["gamma_error"].get<double>();
+    EXPECT_NEAR(logged, sum / static_cast<double>(places), 1e-5 * logged);
+    EXPECT_GT(logged, 1e-3);
+    std::filesystem::remove(path("out.gguf"));
+    std::filesystem::remove(path("out.gguf.json"));
+  }
 }
 
 // Path moments of the first projection, whose inputs are the same for teacher and student, by the

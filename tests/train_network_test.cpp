@@ -11,6 +11,7 @@
 #include "rabit/engine.h"
 #include "tiny_model.h"
 #include "train/host_tensor.h"
+#include "train/layer_fit.h"
 #include "train/session.h"
 #include "train/torch_logits.h"
 
@@ -180,6 +181,62 @@ TEST_F(TrainStart, StreamsAfterTheBlockAreThoseOfAForwardPass) {
   const auto none = start_block(session_, 1, x_, teacher_x, true);
   ASSERT_TRUE(none);
   EXPECT_FALSE(none->student.defined() || none->teacher.defined());
+}
+
+TEST_F(TrainStart, TheTeachersInputsGiveTheMomentWhereAskedFor) {
+  session_.options.ef_inputs = EfInputs::kTeacher;
+  session_.options.ef_target = EfTarget::kWeight;
+  session_.options.ef_rounds = 0;
+  const at::Tensor teacher_x = at::matmul(x_, at::randn({48, 48}) * 0.2);
+  ASSERT_TRUE(start_block(session_, 0, x_, teacher_x, false));
+  const BlockWeights& weights = session_.teacher.blocks[0];
+  const auto scales_from = [&](const at::Tensor& stream) {
+    const at::Tensor x =
+        norm(session_.config(), stream, weights.attn_norm, at::kFloat).flatten(0, 1);
+    const LayerProblem problem{"q",
+                               weights.linear[index_of(Role::kAttnQ)],
+                               at::matmul(x.t(), x) / static_cast<double>(x.size(0)),
+                               {}};
+    const auto fit = fit_layer(problem, 2, session_.options, session_.pool);
+    EXPECT_TRUE(fit);
+    return to_tensor(fit->scales.g, {2, weights.linear[index_of(Role::kAttnQ)].size(0)});
+  };
+  const at::Tensor got = session_.student.blocks[0][Role::kAttnQ].g.detach();
+  const auto off = [&](const at::Tensor& g) {
+    return ((got - g).norm() / g.norm()).item<double>();
+  };
+  EXPECT_LT(off(scales_from(teacher_x)), 1e-4);
+  EXPECT_GT(off(scales_from(x_)), 1e-2);
+}
+
+TEST_F(TrainStart, EveryShareReachesTheHeadsLoss) {
+  session_.options.reverse_kl = 0.3;
+  session_.options.temperature = 2.5;
+  session_.options.cross_entropy = 0.2;
+  session_.student.output_norm = session_.teacher.output_norm * 1.1;
+  const at::Tensor student = x_.narrow(0, 0, 3), teacher = x_.narrow(0, 4, 3);
+  const at::Tensor ids = session_.windows.narrow(0, 0, 3);
+  const auto hidden = [&](const at::Tensor& x, const at::Tensor& weight) {
+    return norm(session_.config(), x, weight, at::kFloat).flatten(0, 1);
+  };
+  at::Tensor next = at::full({3 * 32}, -1, at::kLong);
+  for (int64_t window = 0; window < 3; ++window) {
+    for (int64_t t = 0; t < 31; ++t) {
+      next[window * 32 + t] = ids[window][t + 1];
+    }
+  }
+  const auto loss_with = [&](const LossShares& shares) {
+    return distillation_loss(hidden(student, session_.student.output_norm),
+                             hidden(teacher, session_.teacher.output_norm), session_.teacher.head,
+                             next, shares)
+        .loss.item<double>();
+  };
+  const double got =
+      head_loss(session_, session_.student, student, teacher, ids).loss.item<double>();
+  const double want = loss_with({.reverse = 0.3, .temperature = 2.5, .cross_entropy = 0.2});
+  EXPECT_NEAR(got, want, 1e-6 * want);
+  EXPECT_GT(std::fabs(loss_with({.reverse = 0.2, .temperature = 2.5, .cross_entropy = 0.3}) - want),
+            1e-3 * want);
 }
 
 TEST_F(TrainStart, Bf16InputsLoseNothingInTheirMoments) {

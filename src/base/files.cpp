@@ -14,8 +14,20 @@
 namespace rabit {
 namespace {
 
+constexpr char kPartial[] = ".partial";
+
 Error system_error(const std::string& what, const std::filesystem::path& path) {
   return Error{what + " " + path.string() + ": " + std::strerror(errno)};
+}
+
+// What a path names when the links that it names are followed, there or not.
+std::filesystem::path behind_links(std::filesystem::path path) {
+  constexpr int kMostLinks = 40;  // as the system follows
+  std::error_code ignored;
+  for (int i = 0; i < kMostLinks && std::filesystem::is_symlink(path, ignored); ++i) {
+    path = path.parent_path() / std::filesystem::read_symlink(path, ignored);
+  }
+  return path;
 }
 
 std::string digest_to_hex(EVP_MD_CTX* context) {
@@ -85,9 +97,9 @@ MappedFile::~MappedFile() {
 
 Result<AtomicFile> AtomicFile::create(const std::filesystem::path& path) {
   AtomicFile file;
-  file.path_ = path;
-  file.partial_ = path;
-  file.partial_ += ".partial";
+  file.path_ = behind_links(path);
+  file.partial_ = file.path_;
+  file.partial_ += kPartial;
   // The final rename would replace even a device such as /dev/null.
   struct stat info {};
   if (::stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode)) {
@@ -159,6 +171,33 @@ Status write_file(const std::filesystem::path& path, std::string_view text) {
   RABIT_ASSIGN(AtomicFile file, AtomicFile::create(path));
   RABIT_CHECK(file.write(text));
   return file.commit();
+}
+
+Status check_written(const std::string& option, const std::filesystem::path& written,
+                     std::span<const std::filesystem::path> inputs) {
+  const std::filesystem::path folder = written.has_parent_path() ? written.parent_path() : ".";
+  std::error_code failed, ignored;
+  if (!std::filesystem::is_directory(folder, failed)) {
+    return Error{option + ": no such folder: " + folder.string() +
+                 (failed ? " (" + failed.message() + ")" : "")};
+  }
+  if (std::filesystem::exists(written, ignored) &&
+      !std::filesystem::is_regular_file(written, ignored)) {
+    return Error{option + ": " + written.string() +
+                 (std::filesystem::is_directory(written, ignored) ? " is a folder"
+                                                                  : " is not a regular file") +
+                 "; name another file"};
+  }
+  std::filesystem::path partial = behind_links(written);
+  partial += kPartial;
+  for (const auto& input : inputs) {
+    if (std::filesystem::equivalent(written, input, ignored) ||
+        std::filesystem::equivalent(partial, input, ignored)) {
+      return Error{option + ": would overwrite the input " + input.string() +
+                   "; name another file"};
+    }
+  }
+  return {};
 }
 
 Result<FileLock> FileLock::take(const std::filesystem::path& path) {

@@ -33,6 +33,7 @@ class MappedFile {
 
 /// Writes to `<path>.partial`, then fsync and rename on `commit`. Dropped without a commit, it
 /// removes the partial file, so a crash, a full disk or Ctrl-C never leaves half a file as `path`.
+/// Where `path` is a link, all that happens to the file that it points to, and the link stays.
 class AtomicFile {
  public:
   static Result<AtomicFile> create(const std::filesystem::path& path);
@@ -54,6 +55,12 @@ class AtomicFile {
 
 /// Writes `text` as the whole file, by an AtomicFile.
 Status write_file(const std::filesystem::path& path, std::string_view text);
+
+/// What `option` names can be written by an AtomicFile: its folder is there, and it would replace
+/// nothing but a regular file that is none of `inputs`, nor would the file that it is written
+/// through.
+Status check_written(const std::string& option, const std::filesystem::path& written,
+                     std::span<const std::filesystem::path> inputs);
 
 /// Holds `<path>.lock` until it goes, so that no two processes write one output. The file vanishes
 /// with it; left by a killed process, it locks nothing.

@@ -33,6 +33,10 @@ Command not_in_this_build(CLI::App& app, const std::string& name);
 /// Writes the page of a run from its log. Errors: no log of a run, a file that cannot be written.
 Status write_report(const nlohmann::json& log, const std::string& out);
 
+/// A page can be written as `page`: its folder takes files, and what is there of that name is a
+/// page or empty.
+Status check_page(const std::string& option, const std::string& page);
+
 /// What the program exits with.
 enum ExitCode { kSuccess = 0, kFailure = 1, kUsageError = 2, kInterrupted = 130 };
 

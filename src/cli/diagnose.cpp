@@ -115,13 +115,19 @@ Command add_diagnose(CLI::App& app) {
   CLI::App* command = app.add_subcommand(
       "diagnose", "Measure how the paths of every layer work together, beside the original");
   command->add_option("FILE", a.student, "A packed file, or the checkpoint of a run (OUT.ckpt)")
-      ->required();
-  command->add_option("--teacher", a.teacher, "GGUF file of the original model")->required();
-  command->add_option("--data", a.text, "UTF-8 text to run both on")->required();
+      ->required()
+      ->type_name("FILE");
+  command->add_option("--teacher", a.teacher, "GGUF file of the original model")
+      ->required()
+      ->type_name("FILE");
+  command->add_option("--data", a.text, "UTF-8 text to run both on")->required()->type_name("FILE");
   add_integer(command, "--tokens", a.options.tokens, 1, int64_t{1} << 24,
               "Tokens of the text, from its start, in whole windows, one at least");
-  add_integer(command, "--seq-len", a.options.seq_len, 1, int64_t{1} << 20, "Tokens a window");
-  command->add_option("--device", a.options.device, "cpu, cuda or cuda:N")->capture_default_str();
+  add_integer(command, "--seq-len", a.options.seq_len, 0, int64_t{1} << 20,
+              "Tokens a window; 0: 512, or the model's context where that is less");
+  command->add_option("--device", a.options.device, "cpu, cuda or cuda:N")
+      ->capture_default_str()
+      ->type_name("NAME");
   add_threads(command, a.options.threads);
   command->add_flag("--json", a.json, "Print one JSON object");
   command->footer(

@@ -5,7 +5,9 @@
 #include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <csignal>
+#include <ctime>
 #include <exception>
 #include <new>
 #include <sstream>
@@ -27,8 +29,20 @@ void occupy_standard_streams() {
   }
 }
 
+int64_t milliseconds() {
+  timespec now{};
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return int64_t{now.tv_sec} * 1000 + now.tv_nsec / 1'000'000;
+}
+
+// Some senders signal the process and its group: signals so close together are one.
+constexpr int64_t kOneSignal = 200;
+std::atomic<int64_t> g_first_signal{0};
+
 extern "C" void on_signal(int signal) {
-  if (set_interrupted(true)) {
+  if (!set_interrupted(true)) {
+    g_first_signal = milliseconds();
+  } else if (milliseconds() - g_first_signal > kOneSignal) {
     // Only what is safe in a handler; nothing can be done if it fails.
     constexpr char kLastWords[] = "\nrabit: stopped at once, by a second signal\n";
     [[maybe_unused]] const auto written = ::write(STDERR_FILENO, kLastWords, sizeof kLastWords - 1);

@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
+#include <cstring>
 #include <map>
 #include <nlohmann/json.hpp>
 
@@ -81,7 +83,17 @@ Status complete_log(const Arguments& arguments, nlohmann::json& log) {
   log["output"] = std::filesystem::path(arguments.out).filename().string();
   log["version"] = RABIT_VERSION;
   const auto quoted = [](const std::string& text) {
-    return text.find_first_of(" '\"") == std::string::npos ? text : "'" + text + "'";
+    const auto plain = [](char c) {
+      return std::isalnum(static_cast<unsigned char>(c)) != 0 || std::strchr("-_./=:,+@%", c);
+    };
+    if (!text.empty() && std::all_of(text.begin(), text.end(), plain)) {
+      return text;
+    }
+    std::string out = "'";
+    for (const char c : text) {
+      out += c == '\'' ? std::string("'\\''") : std::string(1, c);
+    }
+    return out + "'";
   };
   const auto name = [&](const std::string& path) {
     return quoted(std::filesystem::path(path).filename().string());
@@ -154,7 +166,8 @@ Status run(const Arguments& arguments) {
   RABIT_CHECK(train::check_run(options, arguments.out, inputs));
   if (!arguments.report.empty()) {
     const std::string option = "--report " + arguments.report;
-    RABIT_CHECK(train::check_written(option, arguments.report, inputs));
+    RABIT_CHECK(check_written(option, arguments.report, inputs));
+    RABIT_CHECK(check_page(option, arguments.report));
     std::error_code unknown;
     const auto place = [&](const std::string& path) {
       return std::filesystem::weakly_canonical(path, unknown);
@@ -166,6 +179,10 @@ Status run(const Arguments& arguments) {
     }
   }
   RABIT_ASSIGN(const auto model, GgufFile::open(arguments.model));
+  if (model->find_meta("rabit.checkpoint.version") != nullptr) {
+    return Error{arguments.model +
+                 ": is the checkpoint of a run; give the original model, and --resume to go on"};
+  }
   RABIT_ASSIGN(const auto tokenizer, load_tokenizer(*model));
   train::TrainingText text;
   for (const auto& path : arguments.data) {
@@ -179,6 +196,7 @@ Status run(const Arguments& arguments) {
     RABIT_ASSIGN(const std::string content, read_text_file(arguments.eval_text));
     held_out.tokens = tokens_of_text(*tokenizer, content);
     held_out.ctx = arguments.eval_ctx;
+    held_out.sha256 = sha256_hex(content);
   }
 
   std::unique_ptr<Progress> progress;
@@ -288,16 +306,20 @@ Command add_quantize(CLI::App& app) {
   CLI::App* command = app.add_subcommand(
       "quantize",
       "Turn a pretrained model into stacked +-1 matrices and train them to behave like it");
-  command->add_option("MODEL", a.model, "GGUF file of the original model")->required();
+  command->add_option("MODEL", a.model, "GGUF file of the original model")
+      ->required()
+      ->type_name("FILE");
   command
       ->add_option("-o,--output", a.out,
                    "Packed GGUF file to write; OUT.json gets the run's log, OUT.html its report")
-      ->required();
+      ->required()
+      ->type_name("FILE");
   command
       ->add_option("--data", a.data,
                    "UTF-8 text files to train on; documents end at lines that hold only "
                    "<|endoftext|>")
-      ->required();
+      ->required()
+      ->type_name("FILE ...");
 
   std::map<std::string_view, CLI::App*> groups = {{"", command}};
   for (const train::Setting& setting : train::settings()) {
@@ -308,11 +330,14 @@ Command add_quantize(CLI::App& app) {
     add_setting(group, setting, a.options);
   }
   CLI::App* output = groups["Output"];
-  output->add_option("--eval", a.eval_text,
-                     "Text to measure teacher and student on after training, with torch; its time "
-                     "comes on top of --minutes");
+  output
+      ->add_option("--eval", a.eval_text,
+                   "Text to measure teacher and student on after training, with torch; its time "
+                   "comes on top of --minutes")
+      ->type_name("FILE");
   add_integer(output, "--eval-ctx", a.eval_ctx, 2, int64_t{1} << 20, "Window of --eval");
-  output->add_option("--report", a.report, "HTML page of the run (default: OUT.html)");
+  output->add_option("--report", a.report, "HTML page of the run (default: OUT.html)")
+      ->type_name("FILE");
   output
       ->add_option("--sample-prompt", a.prompts,
                    "Prompts that original and result continue in the report")

@@ -141,7 +141,8 @@ class Cursor {
     if (count > remaining() / bytes_each) {
       return fail(std::to_string(count) + " " + std::string(what) + " of at least " +
                   std::to_string(bytes_each) + " bytes each cannot fit in the " +
-                  std::to_string(remaining()) + " bytes after byte " + std::to_string(position_));
+                  std::to_string(remaining()) + " bytes after byte " + std::to_string(position_) +
+                  "; the file is truncated or damaged, get it again");
     }
     return {};
   }

@@ -96,9 +96,14 @@ std::string duration(double seconds) {
   if (seconds < 120.0) {
     return fmt::format("{:.0f} s", seconds);
   }
-  const auto minutes = static_cast<int64_t>(seconds / 60.0);
-  return minutes < 120 ? fmt::format("{} min {:02.0f} s", minutes, seconds - 60.0 * minutes)
+  const auto whole = static_cast<int64_t>(std::llround(seconds));
+  const int64_t minutes = whole / 60;
+  return minutes < 120 ? fmt::format("{} min {:02} s", minutes, whole % 60)
                        : fmt::format("{} h {:02} min", minutes / 60, minutes % 60);
+}
+
+std::string number(double value, int digits) {
+  return std::isfinite(value) ? fmt::format("{:.{}f}", value, digits) : "-";
 }
 
 std::string megabytes(double bytes) {
@@ -121,7 +126,9 @@ class Page {
         "<p class=\"soft\">made by <code>rabit quantize</code> from {}; method {}, --bits {}</p>\n",
         escape_html(text_of(log_["source"].value("name", json("")))),
         escape_html(text_of(at(log_, "/settings/method"))),
-        escape_html(text_of(at(log_, "/settings/bits"))));
+        escape_html(
+            text_of(at(log_, log_.contains("/searched/bits"_json_pointer) ? "/searched/bits"
+                                                                          : "/settings/bits"))));
     tiles();
     curves();
     diagnostics();
@@ -154,7 +161,7 @@ class Page {
       const double value = number_at(log_, (base + "/perplexity").c_str());
       const double error = number_at(log_, (base + "/perplexity_stderr").c_str());
       if (std::isfinite(value)) {
-        tile(fmt::format("{:.2f} ± {:.2f}", value, error), what);
+        tile(number(value, 2) + (std::isfinite(error) ? " ± " + number(error, 2) : ""), what);
       }
     }
     if (const double seconds = number_at(log_, "/seconds"); std::isfinite(seconds)) {
@@ -200,15 +207,22 @@ class Page {
   void curves() {
     const auto same = [](double v) { return v; };
     const json blocks = list("warm_start"), steps = list("distill");
+    json by_error = json::array();  // blocks that were trained by their outputs' error
+    for (const json& block : blocks) {
+      if (block.is_object() && block.value("loss", json()) != "head") {
+        by_error.push_back(block);
+      }
+    }
     charts("Block by block",
            "The error of each block's output, relative to what the original block adds to the "
-           "stream. “First” and “last” are of training batches; the last line is "
-           "measured over the whole calibration text after the block is done.",
+           "stream. “First” and “last” are of training batches, without the last "
+           "block, which is trained by what the head makes of it; the last line is measured over "
+           "the whole calibration text after the block is done.",
            {{"Error of the blocks' outputs",
              "block",
              "relative squared error",
-             {series("first step", blocks, "block", "loss_first", same),
-              series("last steps", blocks, "block", "loss_last", same),
+             {series("first step", by_error, "block", "loss_first", same),
+              series("last steps", by_error, "block", "loss_last", same),
               series("whole text, when done", blocks, "block", "output_error", same)},
              true,
              false,
@@ -227,6 +241,13 @@ class Page {
              "tokens",
              "nats a token",
              {series("loss", steps, "tokens", "loss", same)},
+             true,
+             false,
+             false},
+            {"Error that --gamma counts",
+             "tokens",
+             "relative squared error",
+             {series("last step", steps, "tokens", "gamma_error", same)},
              true,
              false,
              false},
@@ -330,7 +351,7 @@ class Page {
       }
       out_ += fmt::format("<tr><td>{}</td>", name->second);
       for (const char* which : {"/least", "/median", "/largest"}) {
-        out_ += fmt::format("<td>{:.4f}</td>", number_at(value, which));
+        out_ += "<td>" + number(number_at(value, which), 4) + "</td>";
       }
       out_ += "</tr>\n";
     }

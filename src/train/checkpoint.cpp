@@ -162,12 +162,31 @@ std::string differences(const nlohmann::json& before, const nlohmann::json& now)
   return found;
 }
 
+// A tensor of finite values.
+Result<at::Tensor> read_finite(const GgufFile& file, const std::string& name,
+                               at::IntArrayRef sizes) {
+  RABIT_ASSIGN(at::Tensor tensor, read_tensor(file, name, sizes));
+  if (!tensor.isfinite().all().item<bool>()) {
+    return Error{file.path().string() + ": damaged: tensor " + name +
+                 " holds values that are not finite"};
+  }
+  return tensor;
+}
+
+// What `body` returns; metadata of other types than were written are damage.
+template <typename Body>
+auto as_written(const std::string& where, const Body& body) -> decltype(body()) try {
+  return body();
+} catch (const nlohmann::json::exception&) {
+  return Error{where + ": damaged: what it says of its run is not what rabit quantize wrote"};
+}
+
 // The layers of blocks [0, blocks_done) and their norms; the blocks after them stay empty.
 Result<Student> read_student(const GgufFile& file, int64_t blocks_done, const ModelConfig& config,
                              const QuantizeOptions& options, const PathPlan& bits,
                              at::Device device) {
   const auto read_norm = [&](const std::string& name) -> Result<at::Tensor> {
-    RABIT_ASSIGN(const at::Tensor norm, read_tensor(file, name, {config.d_model}));
+    RABIT_ASSIGN(const at::Tensor norm, read_finite(file, name, {config.d_model}));
     return norm.to(device).clone().set_requires_grad(true);
   };
   Student student;
@@ -183,9 +202,9 @@ Result<Student> read_student(const GgufFile& file, int64_t blocks_done, const Mo
       if (has_independent_latents(options.method)) {
         latent_sizes.insert(latent_sizes.begin(), shape.paths);
       }
-      RABIT_ASSIGN(const at::Tensor latent, read_tensor(file, name + ".latent", latent_sizes));
-      RABIT_ASSIGN(const at::Tensor g, read_tensor(file, name + ".g", {shape.paths, shape.d_out}));
-      RABIT_ASSIGN(const at::Tensor h, read_tensor(file, name + ".h", {shape.paths, shape.d_in}));
+      RABIT_ASSIGN(const at::Tensor latent, read_finite(file, name + ".latent", latent_sizes));
+      RABIT_ASSIGN(const at::Tensor g, read_finite(file, name + ".g", {shape.paths, shape.d_out}));
+      RABIT_ASSIGN(const at::Tensor h, read_finite(file, name + ".h", {shape.paths, shape.d_in}));
       RABIT_ASSIGN(std::vector<uint32_t> signs, read_signs(file, name + ".start_sign", shape));
       block[role] = restore_student_linear(options.method, latent, g, h, std::move(signs), device);
     }
@@ -301,11 +320,11 @@ Result<Resumed> read_checkpoint(TrainSession& session) {
       const auto sizes = block[role].latent.sizes();
       latent_count += block[role].latent.numel();
       if (momentum) {
-        RABIT_ASSIGN(at::Tensor tensor, read_tensor(*file, name + ".momentum", sizes));
+        RABIT_ASSIGN(at::Tensor tensor, read_finite(*file, name + ".momentum", sizes));
         resumed.distill.trainer.momentum.push_back(std::move(tensor));
       }
       if (resumed.distilling && session.options.ema > 0.0) {
-        RABIT_ASSIGN(const at::Tensor tensor, read_tensor(*file, name + ".average", sizes));
+        RABIT_ASSIGN(const at::Tensor tensor, read_finite(*file, name + ".average", sizes));
         resumed.distill.average.push_back(tensor.to(session.teacher.device));
       }
     }
@@ -314,8 +333,8 @@ Result<Resumed> read_checkpoint(TrainSession& session) {
   const auto adam = [&](const std::string& part, int64_t count) -> Result<AdamW::State> {
     AdamW::State state;
     RABIT_ASSIGN(state.steps, file->get_int(key(part.c_str())));
-    RABIT_ASSIGN(state.mean, read_tensor(*file, part + ".mean", {count}));
-    RABIT_ASSIGN(state.square, read_tensor(*file, part + ".square", {count}));
+    RABIT_ASSIGN(state.mean, read_finite(*file, part + ".mean", {count}));
+    RABIT_ASSIGN(state.square, read_finite(*file, part + ".square", {count}));
     return state;
   };
   if (optimized) {
@@ -334,7 +353,7 @@ Result<Resumed> load_checkpoint(TrainSession& session) {
   if (!std::filesystem::exists(session.checkpoint_path)) {
     return Error{where + ": no checkpoint to resume from; run without --resume"};
   }
-  auto resumed = read_checkpoint(session);
+  auto resumed = as_written(where, [&] { return read_checkpoint(session); });
   if (!resumed && !resumed.error().interrupted) {
     return Error{"cannot resume: " + resumed.error().message +
                  " (to start anew, remove the checkpoint and run without --resume)"};
@@ -342,8 +361,10 @@ Result<Resumed> load_checkpoint(TrainSession& session) {
   return resumed;
 }
 
-Result<CheckpointStudent> student_of_checkpoint(const GgufFile& file, const ModelConfig& config,
-                                                const std::string& source_sha256) {
+namespace {
+
+Result<CheckpointStudent> read_checkpoint_student(const GgufFile& file, const ModelConfig& config,
+                                                  const std::string& source_sha256) {
   const std::string where = file.path().string();
   RABIT_ASSIGN(const SavedRun run, read_run(file));
   const auto digest = run.fingerprint.value("source", nlohmann::json::object()).value("sha256", "");
@@ -353,7 +374,11 @@ Result<CheckpointStudent> student_of_checkpoint(const GgufFile& file, const Mode
   if (run.blocks_done < 1 || run.blocks_done > config.layers) {
     return Error{where + ": damaged: " + std::to_string(run.blocks_done) + " blocks done"};
   }
-  RABIT_ASSIGN(QuantizeOptions options, from_description(run.fingerprint["settings"]));
+  const auto described = from_description(run.fingerprint["settings"]);
+  if (!described) {
+    return Error{where + ": damaged: " + described.error().message};
+  }
+  QuantizeOptions options = *described;
   RABIT_ASSIGN(PathPlan bits, PathPlan::parse(options.bits));
   RABIT_CHECK(take_searched(run.log, options, bits));
   RABIT_ASSIGN(Student student,
@@ -371,6 +396,14 @@ Result<CheckpointStudent> student_of_checkpoint(const GgufFile& file, const Mode
     }
   }
   return CheckpointStudent{std::move(student), run.blocks_done};
+}
+
+}  // namespace
+
+Result<CheckpointStudent> student_of_checkpoint(const GgufFile& file, const ModelConfig& config,
+                                                const std::string& source_sha256) {
+  return as_written(file.path().string(),
+                    [&] { return read_checkpoint_student(file, config, source_sha256); });
 }
 
 bool is_checkpoint(const GgufFile& file) { return file.find_meta(key("version")) != nullptr; }

@@ -111,7 +111,10 @@ Result<nlohmann::json> measure(const GgufFile& student, const GgufFile& teacher_
     };
   } else {
     RABIT_ASSIGN(const ModelConfig own, read_model_config(student));
-    RABIT_ASSIGN(auto packed, PackedStudent::open(student, config));
+    if (student.find_meta("rabit.source.sha256") == nullptr) {
+      return Error{student.path().string() +
+                   ": is not packed; give a file that rabit quantize wrote, or its checkpoint"};
+    }
     RABIT_ASSIGN(const std::string source, student.get_string("rabit.source.sha256"));
     if (source != teacher_sha256) {
       return Error{student.path().string() + ": was made from another model than --teacher " +
@@ -122,15 +125,19 @@ Result<nlohmann::json> measure(const GgufFile& student, const GgufFile& teacher_
       return Error{student.path().string() + ": its sizes are not those of --teacher " +
                    teacher_file.path().string()};
     }
+    RABIT_ASSIGN(auto packed, PackedStudent::open(student, config));
     reader = [packed = std::move(packed)](int64_t layer) { return packed.block(layer); };
   }
 
-  if (options.seq_len > config.context_length) {
+  const int64_t seq_len = options.seq_len > 0
+                              ? options.seq_len
+                              : std::min(kDefaultDiagnoseWindow, config.context_length);
+  if (seq_len > config.context_length) {
     return Error{fmt::format("--seq-len {}: the model was trained for at most {} positions",
-                             options.seq_len, config.context_length)};
+                             seq_len, config.context_length)};
   }
-  RABIT_ASSIGN(at::Tensor windows, cut_windows(tokens, options.seq_len, config.vocab_size));
-  const int64_t count = std::max<int64_t>(1, options.tokens / options.seq_len);
+  RABIT_ASSIGN(at::Tensor windows, cut_windows(tokens, seq_len, config.vocab_size));
+  const int64_t count = std::max<int64_t>(1, options.tokens / seq_len);
   windows = windows.narrow(0, 0, std::min(count, windows.size(0)));
 
   RABIT_ASSIGN(const Network teacher,
@@ -144,7 +151,7 @@ Result<nlohmann::json> measure(const GgufFile& student, const GgufFile& teacher_
   out["teacher_sha256"] = teacher_sha256;
   out["blocks"] = blocks;
   out["tokens"] = windows.numel();
-  out["seq_len"] = options.seq_len;
+  out["seq_len"] = seq_len;
   out["compute"] = teacher.compute == at::kBFloat16 ? "bf16" : "f32";
   return out;
 }

@@ -14,9 +14,11 @@
 
 namespace rabit::train {
 
+inline constexpr int64_t kDefaultDiagnoseWindow = 512;
+
 struct DiagnoseOptions {
   int64_t tokens = 4096;  // from the start of the text, in whole windows, one at least
-  int64_t seq_len = 512;
+  int64_t seq_len = 0;    // 0: kDefaultDiagnoseWindow, or the model's context where that is less
   std::string device = "cpu";
   int64_t threads = 0;  // 0: as many as the process may use
   Compute compute = Compute::kAuto;

@@ -15,6 +15,7 @@ namespace {
 struct Losses {
   at::Tensor total;
   DistillationLoss head;  // its numbers, without a graph
+  at::Tensor watched;     // what --gamma counts, without a graph; undefined without it
 };
 
 // What --gamma compares in teacher and student: the stream after each block, or the output of each
@@ -80,10 +81,13 @@ Losses distill_loss(const TrainSession& session, const Student& student, const R
   DistillationLoss head = head_loss(session, student, x, x_teacher, ids);
   at::Tensor total = head.loss;
   head.loss = head.loss.detach();
+  at::Tensor watched;
   if (options.gamma > 0.0) {
-    total = total + Watch::error(of_student, of_teacher) * options.gamma;
+    watched = Watch::error(of_student, of_teacher);
+    total = total + watched * options.gamma;
+    watched = watched.detach();
   }
-  return {total, head};
+  return {total, head, watched};
 }
 
 // The teacher's weights as latents: the same sizes, and finite losses.
@@ -193,7 +197,8 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
     return save_checkpoint(session, static_cast<int64_t>(blocks), &now);
   };
   double smoothed = NAN;
-  at::Tensor nll;  // sums of the text's (student, teacher) over `nll_steps` steps
+  at::Tensor nll;      // sums of the text's (student, teacher) over `nll_steps` steps
+  at::Tensor watched;  // of the last step
   int64_t nll_steps = 0;
   const auto note = [&](int64_t after, double loss, double norm, double factor, double rate) {
     // The text's, in the mean of the steps since the last entry, each before its own update.
@@ -208,6 +213,9 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
                                       {"scale_grad_norm", norm},
                                       {"learning_rate_factor", factor},
                                       {"tokens_per_second", rate}});
+    if (watched.defined()) {
+      session.log["distill"].back()["gamma_error"] = watched.item<double>();
+    }
   };
   int64_t step = first_step;
   for (; step < steps; ++step) {
@@ -243,6 +251,7 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
       average[i].lerp_(matrices[i].detach(), 1.0 - decay);
     }
     nll = nll.defined() ? nll + losses.head.nll : losses.head.nll;
+    watched = losses.watched;
     ++nll_steps;
     const double value = taken->loss;
     smoothed = std::isnan(smoothed) ? value : 0.9 * smoothed + 0.1 * value;

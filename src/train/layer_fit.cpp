@@ -30,8 +30,10 @@ Result<at::Tensor> inverse_factor(const at::Tensor& damped_moment, const std::st
                "--calib-tokens"};
 }
 
-double quadratic(const at::Tensor& error, const at::Tensor& moment) {
-  return (at::matmul(error, moment) * error).sum(at::kDouble).item<double>();
+// tr(E H E^T), rows weighted where a weight (d_out) is given.
+double quadratic(const at::Tensor& error, const at::Tensor& moment, const at::Tensor& row_weight) {
+  const at::Tensor rows = (at::matmul(error, moment) * error).sum(1, false, at::kDouble);
+  return (row_weight.defined() ? rows * row_weight : rows).sum().item<double>();
 }
 
 // Signs (k, d_out, d_in) as +-1 float32 on the host.
@@ -130,12 +132,12 @@ Result<LayerFit> fit_layer(const LayerProblem& problem, int64_t paths,
   const at::Tensor u = factor.to(at::kCPU, at::kFloat).contiguous();
   const at::Tensor host_moment = moment.to(at::kCPU).contiguous();
   const at::Tensor host_target = target.to(at::kCPU).contiguous();
-  const double whole = std::max(quadratic(target, moment), 1e-300);
   at::Tensor row_weight;
   if (!problem.out.empty()) {
     row_weight = to_tensor({problem.out.begin(), problem.out.end()}, {shape.d_out}).square();
     row_weight = row_weight.to(device);
   }
+  const double whole = std::max(quadratic(target, moment, row_weight), 1e-300);
 
   const std::vector<float> s_in =
       importance_from(problem.moment.diagonal().sqrt().index_select(0, order), options.alpha_in);
@@ -148,7 +150,7 @@ Result<LayerFit> fit_layer(const LayerProblem& problem, int64_t paths,
     quant::coupled_forward(shape, latent.const_data_ptr<float>(), with.g.data(), with.h.data(), 0,
                            shape.d_out, what.mutable_data_ptr<float>());
     const at::Tensor error = target - what.to(device);
-    const double value = quadratic(error, moment) / whole;
+    const double value = quadratic(error, moment, row_weight) / whole;
     if (value < best.error || !best.latent.defined()) {
       best = {latent.clone(), with, value};
     }

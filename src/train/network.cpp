@@ -13,6 +13,11 @@ Result<at::Tensor> load_tensor(const GgufFile& file, const std::string& name,
   RABIT_CHECK(check_interrupt());
   const std::vector<int64_t> sizes(ne.rbegin(), ne.rend());
   RABIT_ASSIGN(const at::Tensor tensor, read_tensor(file, name, sizes));
+  // Not finite, or more than a scale in a packed file can be.
+  if (!(tensor.abs().max().item<float>() <= 65504.0F)) {
+    return Error{file.path().string() + ": tensor " + name +
+                 " holds values that are not finite or beyond 65504; the file is damaged"};
+  }
   return tensor.to(device, type);
 }
 

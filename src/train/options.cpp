@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "base/files.h"
+#include "io/gguf.h"
 #include "train/session.h"
 
 namespace rabit::train {
@@ -224,6 +225,8 @@ Status check_combination(const QuantizeOptions& o) {
   return {};
 }
 
+constexpr char kProbe[] = ".test-write";  // as long as the longest ending that will be written
+
 // The folder is there and takes files, and what the run writes replaces nothing but its own kind:
 // the rename at the end would replace even a device such as /dev/null.
 Status check_output(const std::filesystem::path& out, std::span<const std::filesystem::path> inputs,
@@ -231,7 +234,7 @@ Status check_output(const std::filesystem::path& out, std::span<const std::files
   if (out.empty()) {
     return Error{"-o is empty; name the packed file to write"};
   }
-  for (const char* ending : {"", ".json", ".html", ".ckpt"}) {
+  for (const char* ending : {"", ".json", ".html", ".ckpt", ".unverified", ".lock", kProbe}) {
     std::filesystem::path written = out;
     written += ending;
     RABIT_CHECK(check_written("-o " + out.string(), written, inputs));
@@ -245,8 +248,16 @@ Status check_output(const std::filesystem::path& out, std::span<const std::files
         " is there, what an earlier run left: add --resume to go on from it, or remove it"};
   }
   std::filesystem::path probe = out;
-  probe += ".test-write";  // as long as the longest name that will be written
+  probe += kProbe;
   RABIT_ASSIGN(const AtomicFile file, AtomicFile::create(probe));  // dropped: leaves nothing
+  if (std::filesystem::exists(out, ignored) && std::filesystem::file_size(out, ignored) > 0) {
+    const auto before = GgufFile::open(out);
+    if (!before || (*before)->find_meta("rabit.format_version") == nullptr) {
+      return Error{"-o " + out.string() +
+                   ": is there and no file that rabit quantize wrote; name another file, or remove "
+                   "it"};
+    }
+  }
   return {};
 }
 
@@ -453,33 +464,32 @@ at::ScalarType pick_compute(Compute compute, at::Device device) {
   return compute == Compute::kBF16 ? at::kBFloat16 : at::kFloat;
 }
 
-Status check_written(const std::string& option, const std::filesystem::path& written,
-                     std::span<const std::filesystem::path> inputs) {
-  const std::filesystem::path folder = written.has_parent_path() ? written.parent_path() : ".";
-  std::error_code failed, ignored;
-  if (!std::filesystem::is_directory(folder, failed)) {
-    return Error{option + ": no such folder: " + folder.string() +
-                 (failed ? " (" + failed.message() + ")" : "")};
-  }
-  if (std::filesystem::exists(written, ignored) &&
-      !std::filesystem::is_regular_file(written, ignored)) {
-    return Error{option + ": " + written.string() +
-                 (std::filesystem::is_directory(written, ignored) ? " is a folder"
-                                                                  : " is not a regular file") +
-                 "; name another file"};
-  }
-  for (const auto& input : inputs) {
-    if (std::filesystem::equivalent(written, input, ignored)) {
-      return Error{option + ": would overwrite the input " + input.string() +
-                   "; name another file"};
-    }
-  }
-  return {};
-}
-
 Status check_options(const Q& options) {
   RABIT_CHECK(check_ranges(options));
   return check_combination(options);
+}
+
+std::vector<std::string> idle_settings(const Q& o, int64_t distill_tokens) {
+  const bool warm = o.warm_epochs > 0.0, distilled = distill_tokens > 0;
+  const json given = describe(o), defaults = describe(Q());
+  std::vector<std::string> idle;
+  const auto note = [&](bool used, std::initializer_list<const char*> keys) {
+    for (const Setting& setting : settings()) {
+      const bool meant = std::find(keys.begin(), keys.end(), setting.key) != keys.end();
+      const std::string key(setting.key);
+      if (!used && meant && given[key] != defaults[key]) {
+        idle.emplace_back(setting.option);
+      }
+    }
+  };
+  note(o.error_feedback,
+       {"ef_damp", "ef_order", "ef_inputs", "ef_target", "ef_rounds", "ef_sweeps"});
+  note(warm, {"warm_blocks", "warm_batch", "warm_latent_lr", "warm_scale_lr"});
+  note(warm || distilled, {"optimizer", "train_norms", "warmup", "reverse_kl", "temperature",
+                           "cross_entropy", "clip"});
+  note(distilled, {"batch", "latent_lr", "scale_lr", "ema", "gamma"});
+  note(distilled && o.gamma > 0.0, {"gamma_on"});
+  return idle;
 }
 
 Status check_run(const QuantizeOptions& options, const std::filesystem::path& out,

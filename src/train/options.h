@@ -162,10 +162,9 @@ std::string arguments_of(const QuantizeOptions& options);
 /// a setting cannot have.
 Result<QuantizeOptions> from_description(const nlohmann::json& description);
 
-/// What `option` names can be written: its folder is there, and it would replace nothing but a
-/// regular file that is none of `inputs`.
-Status check_written(const std::string& option, const std::filesystem::path& written,
-                     std::span<const std::filesystem::path> inputs);
+/// Options that differ from their defaults and change nothing in a run with so many tokens of
+/// distillation.
+std::vector<std::string> idle_settings(const QuantizeOptions& options, int64_t distill_tokens);
 
 /// Settings out of range, or that contradict each other.
 Status check_options(const QuantizeOptions& options);

@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <sys/resource.h>
 
 #include <cmath>
@@ -58,6 +59,9 @@ Status write_log(const json& log, const std::filesystem::path& out) {
 Status evaluate(TrainSession& session, const HeldOut& held_out) {
   if (held_out.tokens.empty()) {
     return {};
+  }
+  if (!held_out.sha256.empty()) {
+    session.log["perplexity"]["text_sha256"] = held_out.sha256;
   }
   for (const bool student : {false, true}) {
     TorchLogits source(session.teacher, student ? &session.student : nullptr);
@@ -220,7 +224,9 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
   const bool distilled = session.log.value("distill_planned", int64_t{0}) >= distill_tokens;
   const bool blocks_left = !resumed.distilling && resumed.blocks_done < layers;
   if (blocks_left) {
-    if (!options.error_feedback || options.alpha_out > 0.0 || options.alpha_search) {
+    const bool weighted =
+        options.alpha_out > 0.0 || (!options.error_feedback && options.alpha_in > 0.0);
+    if (options.alpha_search || (weighted && options.method != Method::kDbllm)) {
       RABIT_CHECK(measure_importance(session));
     }
     const bool searching = options.alpha_search || options.target_bpw > 0.0;
@@ -372,6 +378,20 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
                     "counted; give more",
                     options.target_bpw, options.bits, base)};
   }
+  if (PathPlan most = bits; options.target_bpw > 0.0) {
+    for (int64_t layer = 0; layer < config.layers; ++layer) {
+      for (const Role role : kRoles) {
+        const int64_t paths = bits.paths(layer, role) + kMostExtraPaths;
+        most.set(layer, role, std::min(quant::kMaxPaths, paths));
+      }
+    }
+    if (const double all = plan_size(config, most).bits_per_weight(); options.target_bpw > all) {
+      return Error{
+          fmt::format("--target-bpw {}: with {} paths more everywhere, {} at most, it would "
+                      "be {:.4f}; give less, or more --bits",
+                      options.target_bpw, kMostExtraPaths, quant::kMaxPaths, all)};
+    }
+  }
   RABIT_CHECK(check_held_out(held_out, config.vocab_size));
   RABIT_CHECK(
       check_room(options, model, config, bits, planned_tokens(options, device), out, observer));
@@ -400,6 +420,9 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
     add_output_norm(session.teacher, session.student);
   }
   session.log["settings"] = describe(options);
+  if (const auto idle = idle_settings(options, planned_tokens(options, device)); !idle.empty()) {
+    observer.message(fmt::format("note: without effect in this run: {}", fmt::join(idle, ", ")));
+  }
   json files = json::array();
   for (size_t i = 0; i < text.files.size(); ++i) {
     files.push_back({{"name", text.files[i]}, {"sha256", text.digests[i]}});

@@ -31,6 +31,7 @@ struct TrainObserver {
 struct HeldOut {
   std::vector<int32_t> tokens;
   int64_t ctx = 2048;
+  std::string sha256;  // of the text, for the log; may be empty
 };
 
 struct TrainingText {

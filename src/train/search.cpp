@@ -160,8 +160,6 @@ struct Candidate {
   }
 };
 
-constexpr int64_t kMostExtraPaths = 2;
-
 // The divergence that each layer causes alone, by its number of paths.
 Result<std::vector<Candidate>> measure_sensitivity(TrainSession& session) {
   const at::NoGradGuard no_grad;

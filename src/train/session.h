@@ -111,6 +111,9 @@ QuantizeOptions quick_start(QuantizeOptions options);
 void add_norms(const Network& teacher, int64_t layer, StudentBlock& block);
 void add_output_norm(const Network& teacher, Student& student);
 
+/// More paths than --bits gives that --target-bpw tries for a layer.
+inline constexpr int64_t kMostExtraPaths = 2;
+
 /// Finds what --alpha-search and --target-bpw ask for, and takes it into session.options,
 /// session.bits and the log.
 Status search_settings(TrainSession& session);

@@ -348,6 +348,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       if (windows > kMinWindows &&
           static_cast<double>(affordable) < kTolerance * static_cast<double>(windows)) {
         windows = std::max(kMinWindows, affordable);
+        session.log["calib_tokens_used"] = windows * options.seq_len;
         for (at::Tensor* stream : {&x_student, &x_teacher}) {
           *stream = stream->defined() ? stream->narrow(0, 0, windows).clone() : *stream;
         }
@@ -401,6 +402,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       session.log["warm_start"].push_back({{"block", layer},
                                            {"windows", windows},
                                            {"steps", run.steps},
+                                           {"loss", layer + 1 == config.layers ? "head" : "block"},
                                            {"loss_first", run.first_loss},
                                            {"loss_last", run.last_loss},
                                            {"output_error", output_error},
