@@ -398,11 +398,17 @@ TEST_F(TrainRun, BadCheckpoints) {
 }
 
 TEST_F(TrainRun, LossesThatAreNotFiniteEndTheRun) {
-  // Products past float's range in the first block's teacher.
+  // Squares past float's range in the first block's teacher, of weights as large as they may be.
   SmallModel large(1, false, 0, kSizes);
-  for (const char* name : {"blk.0.ffn_gate.weight", "blk.0.ffn_up.weight"}) {
-    for (float& v : large.dense[name]) {
-      v *= 1e20F;
+  for (const char* name : {"blk.0.ffn_norm.weight", "blk.0.ffn_gate.weight", "blk.0.ffn_up.weight",
+                           "blk.0.ffn_down.weight"}) {
+    std::vector<float>& values = large.dense[name];
+    float largest = 0.0F;
+    for (const float v : values) {
+      largest = std::max(largest, std::fabs(v));
+    }
+    for (float& v : values) {
+      v *= 65000.0F / largest;
     }
   }
   write_model(large);
@@ -410,13 +416,16 @@ TEST_F(TrainRun, LossesThatAreNotFiniteEndTheRun) {
   options.error_feedback = false;
   options.alpha_in = 0;
   fails("out.gguf", options, "block 0: the loss or its gradient is not finite in 5 steps running");
-  // Only distillation sees the head.
+  // Where only distillation sees them.
+  held_out_ = {};
+  options.warm_epochs = 0;
+  options.gamma = 1.0;
+  fails("out.gguf", options, "not finite in 5 steps running; lower --latent-lr");
+  // Weights that are not finite do not even begin.
   SmallModel broken(1, false, 0, kSizes);
   broken.dense["output.weight"][5] = std::numeric_limits<float>::infinity();
   write_model(broken);
-  held_out_ = {};
-  options_.warm_epochs = 0;
-  fails("out.gguf", options_, "not finite in 5 steps running; lower --latent-lr");
+  fails("other.gguf", options_, "tensor output.weight holds values that are not finite");
 }
 
 TEST_F(TrainRun, DevicesThatAreNotThere) {

@@ -188,8 +188,10 @@ Trainer::Trainer(Optimizer optimizer, const std::vector<at::Tensor>& latents,
 Result<Trainer::Step> Trainer::step(const at::Tensor& loss, const at::Tensor& watched,
                                     double latent_rate, double scale_rate) {
   loss.backward();
-  const Step step{true, watched.item<double>(), gradient_norm(scales_)};
-  if (!std::isfinite(step.loss) || !std::isfinite(step.gradient_norm)) {
+  const at::Tensor values = at::stack({loss.detach(), watched.detach()}).to(at::kCPU, at::kDouble);
+  const Step step{true, values[1].item<double>(), gradient_norm(scales_)};
+  if (!std::isfinite(step.loss) || !std::isfinite(values[0].item<double>()) ||
+      !std::isfinite(step.gradient_norm)) {
     clear_gradients(latents_);
     clear_gradients(scales_);
     if (++unusable_ == kMaxUnusableSteps) {
