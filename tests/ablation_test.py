@@ -80,14 +80,14 @@ class AblationTest(unittest.TestCase):
             *self.small("--groups", "method", "--only", "rabit-greedy-s1", tokens=512)).stderr)
 
     def test_goes_on_where_it_stopped(self):
-        chosen = self.small("--groups", "method", "--only", "rabit-full-s1", tokens=200000)
+        chosen = self.small("--groups", "method", "--only", "rabit-full-s1", tokens=400000)
         script = subprocess.Popen([sys.executable, ROOT / "scripts/ablation.py", *map(str, chosen)], cwd=self.folder,
                                   stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         err = self.folder / "results/rabit-full-s1.err"
         while script.poll() is None and not (err.exists() and "checkpoint: " in err.read_text()):
             time.sleep(0.05)  # until distillation begins
         script.send_signal(signal.SIGINT)
-        _, told = script.communicate(timeout=60)
+        _, told = script.communicate(timeout=300)
         self.assertEqual(script.returncode, 130, told)
         self.assertIn("rabit-full-s1: interrupted", told)
         self.assertIn("1 runs are left", told)

@@ -329,17 +329,31 @@ class WithModel(CliTest):
             self.assertEqual(done.returncode, FAILURE, to)
 
     def bench_with_signals(self, between):
-        """Two signals to a program at work, the second `between` seconds after the first."""
+        """Two signals to a program at work, the second `between` seconds after the first, or both as one."""
         process = subprocess.Popen(
             [RABIT, "bench", "-m", MODEL, "-p", "512", "-n", "0", "-r", "1000"],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
+
+        def wait_until(field, has_interrupt):
+            """For a signal set of /proc/PID/status to hold SIGINT, or not."""
+            while process.poll() is None:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                mask = int(re.search(rf"{field}:\s*([0-9a-f]+)", status).group(1), 16)
+                if bool(mask >> (signal.SIGINT - 1) & 1) == has_interrupt:
+                    return
+                time.sleep(0.01)
+
+        wait_until("SigCgt", True)  # it would take it
         time.sleep(2)
-        process.send_signal(signal.SIGINT)
         if between:
-            time.sleep(0.01)  # for the first to arrive
+            process.send_signal(signal.SIGINT)
+            wait_until("ShdPnd", False)  # it has taken it
             process.send_signal(signal.SIGSTOP)
             time.sleep(between)
+        else:
+            process.send_signal(signal.SIGSTOP)  # both are there when it wakes
+            process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGCONT)
         _, error = process.communicate(timeout=60)
