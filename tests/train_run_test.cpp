@@ -519,8 +519,9 @@ TEST_F(TrainRun, TimeBound) {
   succeeds("last.gguf", options_);
   EXPECT_LE(last_only.elapsed(), 0.35 * 60 - 15 + 4);
   EXPECT_EQ(log("last.gguf")["warm_start"][1]["steps"], 0);
-  EXPECT_GT(log("last.gguf")["warm_start"][2]["steps"].get<int>(),
-            told["warm_start"][2]["steps"].get<int>())
+  // Steps in a time are the machine's affair; how much of it a block gets is ours.
+  EXPECT_GT(log("last.gguf")["warm_start"][2]["train_seconds"].get<double>(),
+            1.2 * told["warm_start"][2]["train_seconds"].get<double>())
       << "it has the others' time";
   options_.warm_blocks = 0;
   options_.tokens = int64_t{1} << 40;
