@@ -375,12 +375,13 @@ class Results:
         except ValueError:
             raise SystemExit(f"ablation: {self.store}: not JSON; restore it, or name another page with --docs")
         # Where files are given, results count that were made from them.
-        self.digests = None if arguments.list or arguments.write_only else \
+        self.digests = None if arguments.write_only else \
             [digest(arguments.model), digest(arguments.train), digest(arguments.test)]
 
-    def of_these_files(self, log):
-        if self.digests is None:
-            return True
+    def counts(self, log, asked):
+        """The log is of a run with these options on these files."""
+        if log.get("asked") != asked or self.digests is None:
+            return log.get("asked") == asked
         made_from = [log["source"]["sha256"], log["data"]["files"][0]["sha256"]]
         # The log of an early version does not name the text that it was measured on.
         return self.digests == made_from + [log["perplexity"].get("text_sha256", self.digests[2])]
@@ -391,10 +392,10 @@ class Results:
         if path.exists():
             found = compact(json.loads(path.read_text()))
             before = self.known.get(run.key, {})
-            if found.get("asked") == asked and self.of_these_files(found) and {**before, "machine": ""} != {**found, "machine": ""}:
+            if self.counts(found, asked) and {**before, "machine": ""} != {**found, "machine": ""}:
                 self.known[run.key] = {**found, "machine": self.arguments.machine}
         known = self.known.get(run.key, {})
-        return known if known.get("asked") == asked and self.of_these_files(known) else None
+        return known if self.counts(known, asked) else None
 
     def save(self):
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, sort_keys=True)}"
@@ -464,8 +465,8 @@ def diagnostics_table(results, runs):
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def write_docs(arguments, groups):
-    docs, results = Path(arguments.docs), Results(arguments)
+def write_docs(arguments, groups, results):
+    docs = Path(arguments.docs)
     logs = [log for group in groups for run in group.runs if (log := results.get(run))]
     if not logs:
         raise SystemExit(f"ablation: {arguments.out} holds no results")
@@ -572,7 +573,7 @@ def main(argv):
         raise SystemExit(f"ablation: no group {', '.join(sorted(unknown))}; there are "
                          f"{', '.join(group.name for group in groups)}")
     if arguments.write_only:
-        write_docs(arguments, groups)
+        write_docs(arguments, groups, Results(arguments))
         return 0
     parts = [part for part in arguments.only.split(",") if part]
     runs = {}
@@ -607,10 +608,9 @@ def main(argv):
         left.sort(key=lambda run: -int((run.options.split("--tokens ")[1:] or ["0"])[-1].split()[0]))
     say(f"{len(runs) - len(left)} of {len(runs)} runs are there already")
     failures = runner.all(left)
-    results = Results(arguments)
     missing = [run.key for run in runs.values() if results.get(run) is None]
     if not missing:
-        write_docs(arguments, groups)
+        write_docs(arguments, groups, results)
     if failures:
         raise SystemExit(f"ablation: failed: {', '.join(failures)} (see {arguments.out}/NAME.err)")
     if missing:
