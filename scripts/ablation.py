@@ -234,7 +234,8 @@ def grid(tokens, seeds):
                   seeds if bits == 2 and epochs == 1 else seeds[:1])
 
     g = group("cpu", "What time buys on a CPU",
-              "`--minutes` for the whole run, without a GPU; windows of 512.", "minutes")
+              "`--minutes` for the whole run but its evaluation, without a GPU; windows of 512. In brackets: of how many "
+              "tokens the time allowed, each once; it depends on what else the machine does.", "minutes")
     base = "--seq-len 512 --als-steps 4 --ef-rounds 1"
     for column, name, options, times in (("error feedback", "ef", "--warm-epochs 0", (10, 30)),
                                          ("and the last block", "last", "--warm-blocks 1 --warm-epochs 1", (10, 30)),
@@ -355,8 +356,8 @@ def perplexity(log):
 
 def compact(log):
     """What the page is made from."""
-    kept = {name: log[name] for name in ("bits_per_weight", "perplexity", "seconds", "source", "data", "command",
-                                         "version", "asked") if name in log}
+    kept = {name: log[name] for name in ("bits_per_weight", "calib_tokens_used", "perplexity", "seconds", "source",
+                                         "data", "command", "version", "asked") if name in log}
     layers = [layer for layer in log.get("diagnostics", {}).get("layers", []) if layer["paths"] > 1]
     # In the order of the layers.
     kept["path_correlation"] = [round(layer["path_correlation"], 3) for layer in layers]
@@ -443,6 +444,9 @@ def table(group, results):
         for column in columns:
             values = [value for value, _ in cells[label, column]]
             line.append(spread(values))
+            if values and group.device == "cpu":  # what the time paid for depends on the machine
+                used = {f"{log['calib_tokens_used']:,}" for _, log in cells[label, column] if "calib_tokens_used" in log}
+                line[-1] += f" ({', '.join(sorted(used))} tokens)" if used else ""
             if values:
                 rows.append((label, column, values, [log for _, log in cells[label, column]]))
         lines.append("| " + " | ".join(line) + " |")
