@@ -444,11 +444,12 @@ def table(group, results):
         for column in columns:
             values = [value for value, _ in cells[label, column]]
             line.append(spread(values))
-            if values and group.device == "cpu":  # what the time paid for depends on the machine
-                used = {f"{log['calib_tokens_used']:,}" for _, log in cells[label, column] if "calib_tokens_used" in log}
-                line[-1] += f" ({', '.join(sorted(used))} tokens)" if used else ""
-            if values:
-                rows.append((label, column, values, [log for _, log in cells[label, column]]))
+            if not values:
+                continue
+            logs = [log for _, log in cells[label, column]]
+            if group.device == "cpu":  # what the time paid for depends on the machine
+                line[-1] += f" ({', '.join(format(log['calib_tokens_used'], ',') for log in logs)} tokens)"
+            rows.append((label, column, values, logs))
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines), rows
 
