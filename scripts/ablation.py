@@ -172,6 +172,25 @@ def grid(tokens, seeds):
                 g.add(f"damp-{calib}-{damp}", f"{calib:,}", f"--calib-tokens {calib} --ef-damp {damp} {NO_TRAINING}",
                       damp)
 
+    g = group("windows", "Windows, rounds and least squares",
+              "What a cheaper start gives up: two paths from 131,072 tokens in windows of 512 to 2,048 (`--seq-len`), "
+              "with error feedback alone, and with the warm start of the last block or of all (once over the text); "
+              "perplexity in windows of 2,048 throughout.",
+              "windows, `--ef-rounds`, `--als-steps`")
+    for window in (512, 1024, 2048):
+        for rounds, steps in ((1, 4), (1, 12), (2, 4), (2, 12)):
+            default = (window, rounds, steps) == (1024, 2, 12)
+            options = "" if default else f" --seq-len {window} --ef-rounds {rounds} --als-steps {steps}"
+            name = f"{window}-{rounds}-{steps}"
+            g.add("start-2-all" if default else f"windows-{name}", f"{window}, {rounds}, {steps}",
+                  f"--bits 2 --calib-tokens 131072 {NO_TRAINING}" if default else
+                  f"--calib-tokens 131072{options} {NO_TRAINING}", "error feedback")
+            if (rounds, steps) in ((1, 4), (2, 12)):
+                for column, part, warm in (("and the last block", "last", "--warm-blocks 1 --warm-epochs 1"),
+                                           ("and all blocks", "warm", "--warm-epochs 1")):
+                    g.add(f"windows-{part}-{name}", f"{window}, {rounds}, {steps}",
+                          f"--calib-tokens 131072{options} {warm} --tokens 0", column)
+
     g = group("mixed", "Paths where they help most",
               "`--target-bpw` against plans by role or block of as many bits; error feedback alone on 262,144 tokens.",
               "")
@@ -234,9 +253,9 @@ def grid(tokens, seeds):
                   seeds if bits == 2 and epochs == 1 else seeds[:1])
 
     g = group("cpu", "What time buys on a CPU",
-              "`--minutes` for the whole run but its evaluation, without a GPU; windows of 512. In brackets: of how many "
-              "tokens the time allowed, each once; it depends on what else the machine does.", "minutes")
-    base = "--seq-len 512 --als-steps 4 --ef-rounds 1"
+              "`--minutes` for the whole run but its evaluation, without a GPU. In brackets: of how many tokens the time "
+              "allowed, each once; it depends on what else the machine does.", "minutes")
+    base = "--ef-rounds 1"
     for column, name, options, times in (("error feedback", "ef", "--warm-epochs 0", (10, 30)),
                                          ("and the last block", "last", "--warm-blocks 1 --warm-epochs 1", (10, 30)),
                                          ("and all blocks", "warm", "--warm-epochs 1", (10, 30, 60))):

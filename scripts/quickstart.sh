@@ -120,7 +120,7 @@ sha256sum "$teacher" "$train_text" "$held_out" >>"$log"
 
 step="quantizing"
 arguments=(quantize "$teacher" -o "$student" --data "$train_text" --bits 2 --minutes "$minutes"
-  --threads "$threads" --seq-len 512 --als-steps 4 --ef-rounds 1 --warm-blocks 1 --warm-epochs 1 --report "$out/report.html")
+  --threads "$threads" --ef-rounds 1 --warm-blocks 1 --warm-epochs 1 --report "$out/report.html")
 made_by=$settings/student.command
 command="$(printf '%q ' "${arguments[@]}") $(sha256sum "$train_text" | cut -d' ' -f1)"
 if [[ -s $student && $(cat "$made_by" 2>/dev/null) == "$command" ]] && ((!force)); then
