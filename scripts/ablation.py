@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -39,6 +40,9 @@ COLD = "--warm-epochs 0 --latent-lr 2e-3 --scale-lr 1e-3"  # rates for a start f
 WARM = "--calib-tokens 1048576 --warm-epochs 1"
 PLAINEST = "--ef-target weight --ef-order natural --ef-rounds 0 --ef-sweeps 0"
 NO_TRAINING = "--warm-epochs 0 --tokens 0"
+# What most groups were measured with, where a run says nothing else.
+MUON = {"--optimizer": "muon", "--latent-lr": "5e-4", "--scale-lr": "1e-4", "--warm-latent-lr": "4e-3",
+        "--warm-scale-lr": "1e-3"}
 EDITION = 1  # of the program's defaults and arithmetic: raised, it makes every result stale
 
 
@@ -69,9 +73,13 @@ class Group:
     text: str
     column_head: str = ""
     device: str = "cuda"  # that its figures are of
+    muon: bool = False    # trained with MUON
     runs: list = field(default_factory=list)
 
     def add(self, name, label, options, column="perplexity", seeds=(1,)):
+        if self.muon and NO_TRAINING not in options:
+            given = options.split()
+            options += "".join(f" {key} {value}" for key, value in MUON.items() if key not in given)
         for seed in seeds:
             self.runs.append(Run(self.name, name, label, column, options, seed))
 
@@ -84,11 +92,12 @@ def grid(tokens, seeds):
         groups.append(Group(*args, **kwargs))
         return groups[-1]
 
+    muon = " ".join(f"{key} {value}" for key, value in MUON.items())
     g = group("method", "Method and start",
               f"Distillation alone, {tokens:,} tokens, two paths, no error feedback and no warm start: "
               "independent latents (`standard`) and the coupled form (`rabit`) from four starts, and the other "
               f"baselines. Greedy SVID is `{GREEDY}`, iterative `{ITERATIVE}`, weighted `{WEIGHTED}`, and both "
-              f"`{FULL}`; with each `{COLD}`.")
+              f"`{FULL}`; with each `{COLD}`. With Muon, as every group but the next was measured.", muon=True)
     for method in ("standard", "rabit"):
         for label, options in (("greedy SVID", GREEDY), ("iterative SVID", ITERATIVE),
                                ("greedy, weighted by importance", WEIGHTED), ("iterative, weighted", FULL)):
@@ -101,11 +110,35 @@ def grid(tokens, seeds):
         g.add(name, label, f"--method {method} {options} {COLD} --tokens {tokens}",
               "onebit, one path" if method == "onebit" else method, seeds)
 
+    g = group("optimizer", "Optimizer and rates",
+              f"Error feedback, warm start (`{WARM}`), and {tokens // 2:,} tokens of distillation or none: the default, and "
+              f"with other options. With Muon at the rates that were best for it (`{muon}`) see the row of as many "
+              "tokens in the next table.", "")
+    for name, options, alone in (
+            ("adamw", "", True), ("adamw-scale", "--scale-lr 1e-4", False),
+            ("adamw-l5", "--latent-lr 5e-4 --scale-lr 1e-4", False),
+            ("adamw-l8", "--latent-lr 8e-4 --scale-lr 1e-4", False),
+            ("adamw-w1", "--warm-latent-lr 1e-3 --scale-lr 1e-4", True),
+            ("adamw-l2-w1", "--latent-lr 2e-4 --warm-latent-lr 1e-3 --scale-lr 1e-4", False),
+            ("adamw-l5-w1", "--latent-lr 5e-4 --warm-latent-lr 1e-3 --scale-lr 1e-4", False),
+            ("adamw-w05", "--warm-latent-lr 5e-4 --scale-lr 1e-4", False),
+            ("adamw-l2-w05-s3", "--latent-lr 2e-4 --warm-latent-lr 5e-4 --scale-lr 3e-4", False),
+            ("adamw-ws3", "--scale-lr 1e-4 --warm-scale-lr 3e-4", False),
+            ("adamw-norms", "--scale-lr 1e-4 --train-norms", False),
+            ("adamw-w05-norms-gamma", "--warm-latent-lr 5e-4 --scale-lr 1e-4 --train-norms --gamma 0.3 --gamma-on layers",
+             False),
+            ("muon-l2-w2", "--optimizer muon --latent-lr 2e-4 --scale-lr 1e-4", False)):
+        label = f"`{options}`" if options else "the default"
+        g.add(name, label, f"{WARM} --tokens {tokens // 2} {options}".strip(), f"{tokens // 2:,} tokens")
+        if alone:
+            warm = " ".join(re.findall(r"--warm-latent-lr \S+", options))
+            g.add(f"{name}-0", label, f"{WARM} --tokens 0 {warm}".strip(), "warm start alone")
+
     g = group("warm", "Error feedback, warm start, distillation",
               "The coupled form with two paths from error feedback, with and without the warm start "
-              f"(`{WARM}`), then distillation from more and more text at the default rates; and without error "
+              f"(`{WARM}`), then distillation from more and more text, all with Muon; and without error "
               f"feedback (`{FULL}`). Each column has better rates of its own (\"Rates of distillation\").",
-              "tokens end to end")
+              "tokens end to end", muon=True)
     for share, label in ((0, "0"), (1 / 8, f"{tokens // 8:,}"), (1 / 2, f"{tokens // 2:,}"), (1, f"{tokens:,}")):
         count = int(tokens * share)
         g.add(f"ef-{label.replace(',', '')}", label, f"--calib-tokens 262144 --warm-epochs 0 --tokens {count}",
@@ -116,7 +149,7 @@ def grid(tokens, seeds):
               "warm start, no error feedback", seeds if share in (0, 1) else seeds[:1])
 
     g = group("paths", "Paths",
-              f"Error feedback, warm start (`{WARM}`) and {tokens:,} tokens of distillation.", "paths")
+              f"Error feedback, warm start (`{WARM}`) and {tokens:,} tokens of distillation.", "paths", muon=True)
     for k in (1, 2, 3, 4):
         name = f"ef-warm-{tokens}" if k == 2 else f"paths-{k}"
         options = f"{WARM} --tokens {tokens}" + ("" if k == 2 else f" --bits {k}")
@@ -127,7 +160,7 @@ def grid(tokens, seeds):
 
     g = group("training", "Loss, optimizer and what is trained",
               f"Error feedback, warm start (`{WARM}`) and {tokens // 2:,} tokens of distillation, and one thing "
-              "changed. Rates are the defaults where no option says else.", "")
+              "changed.", "", muon=True)
     base = f"{WARM} --tokens {tokens // 2}"
     g.add(f"ef-warm-{tokens // 2}", "as it is", base, seeds=seeds)
     for name, options in (
@@ -202,7 +235,7 @@ def grid(tokens, seeds):
 
     g = group("rates", "Rates of distillation",
               f"{tokens:,} tokens after error feedback, with and without the warm start (`{WARM}`), and without either "
-              f"(`{FULL}`).", "")
+              f"(`{FULL}`).", "", muon=True)
     for latent, scale in (("5e-4", "1e-4"), ("1e-3", "3e-4"), ("2e-3", "1e-3")):
         rates = f"--latent-lr {latent} --scale-lr {scale}"
         g.add("rabit-full" if latent == "2e-3" else f"rabit-{latent}", f"`{rates}`",
@@ -224,7 +257,7 @@ def grid(tokens, seeds):
 
     g = group("baseline-rates", "Rates of the baselines",
               f"{tokens:,} tokens of distillation from the start of each method's row above: whether a baseline would "
-              "do better at other rates.", "")
+              "do better at other rates.", "", muon=True)
     for method, options in (("standard", FULL), ("rabit", FULL), ("mbok", FULL), ("dbllm", "--no-error-feedback")):
         for latent, scale in (("5e-4", "1e-4"), ("1e-3", "3e-4"), ("2e-3", "1e-3"), ("4e-3", "2e-3")):
             rates = f"--latent-lr {latent} --scale-lr {scale}"
@@ -237,7 +270,7 @@ def grid(tokens, seeds):
 
     g = group("block", "The warm start alone",
               "No end-to-end step. More text, more passes over it and other rates, with and without error feedback "
-              f"(`{FULL}`).", "tokens x epochs")
+              f"(`{FULL}`).", "tokens x epochs", muon=True)
     scale_rates = {"4e-3": "1e-3", "2e-3": "5e-4", "1e-3": "3e-4"}
     for calib, epochs, rate in ((262144, 4, "4e-3"), (1048576, 1, "4e-3"), (1048576, 1, "2e-3"), (1048576, 1, "1e-3"),
                                 (1048576, 2, "2e-3")):
@@ -507,7 +540,7 @@ def write_docs(arguments, groups, results):
             f"by torch, {teacher['protocol']}; the original has {teacher['perplexity']:.2f}. "
             f"± is half the range over {len(arguments.seeds.split(','))} seeds; where there is none, one run was made. "
             "On a GPU even one seed gives other results again, for its sums are not ordered: differences within the "
-            "spreads say nothing. Rates are the program's defaults where no option says else.", "",
+            "spreads say nothing. Of what the commands leave open, the program's defaults hold.", "",
             "    scripts/ablation.py --model MODEL.gguf --train TRAIN.txt --test TEST.txt --device cuda", "",
             "makes it on a GPU, `--device cpu` what is measured without one; `--list` prints the command of every "
             "run.", ""]

@@ -132,6 +132,7 @@ class QuantizeTest(unittest.TestCase):
         self.folder = Path(folder.name)
         self.text = self.file("text.txt", TEXT * 12)
         self.out = self.folder / "out.gguf"
+        self.environment = {**os.environ, "XDG_CACHE_HOME": str(self.folder / "cache")}
 
     def file(self, name, content):
         path = self.folder / name
@@ -142,7 +143,7 @@ class QuantizeTest(unittest.TestCase):
         more = {"stdout": subprocess.PIPE, **more}
         return subprocess.run(
             [RABIT, *map(str, arguments)], cwd=self.folder, stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, timeout=120, check=False, **more
+            stderr=subprocess.PIPE, timeout=120, check=False, env=self.environment, **more
         )
 
     def succeeds(self, *arguments):
@@ -292,19 +293,21 @@ class QuantizeTest(unittest.TestCase):
         values = {
             "--data": self.text, "--method": "standard", "--bits": "3,ffn=2", "--minutes": 5, "--tokens": 64,
             "--calib-tokens": 256, "--warm-epochs": 0.5, "--warm-blocks": 1, "--device": "cpu", "--threads": 2,
-            "--compute": "bf16", "--checkpoint-minutes": 0.5, "--ef-damp": 0.05,
+            "--compute": "bf16", "--checkpoint-minutes": 0.5, "--checkpoint-steps": 1, "--keep-checkpoints": 2,
+            "--data-field": "body", "--data-weights": "2", "--token-cache": self.folder / "tokens",
+            "--metrics": self.folder / "metrics.jsonl", "--momentum": "bf16", "--micro-batch": 1, "--ef-damp": 0.05,
             "--ef-order": "diagonal", "--ef-inputs": "student", "--ef-target": "output",
             "--ef-rounds": 1, "--ef-sweeps": 2,
             "--alpha-in": 0.5, "--alpha-out": 0.25, "--init-sweeps": 2, "--als-steps": 3,
             "--seq-len": 24, "--seed": 7, "--optimizer": "adamw", "--warm-batch": 2, "--warm-latent-lr": 0.003,
             "--warm-scale-lr": 0.002, "--batch": 1, "--latent-lr": 0.0004, "--scale-lr": 0.0003,
-            "--target-bpw": 5.5, "--gamma-on": "layers", "--diagnose-tokens": 48,
+            "--target-bpw": 5.5, "--gamma-on": "blocks", "--diagnose-tokens": 48,
             "--report": self.folder / "page.html", "--sample-prompt": "The sea", "--sample-tokens": 3,
             "--warmup": 0.1, "--ema": 0.5, "--gamma": 0.2, "--reverse-kl": 0.25, "--temperature": 2, "--cross-entropy": 0.1,
             "--clip": 0.9, "--embedding": "f16",
             "--eval": self.text, "--eval-ctx": 24,
         }
-        flags = ["--json", "--no-error-feedback", "--train-norms", "--alpha-search"]
+        flags = ["--json", "--no-error-feedback", "--train-norms", "--alpha-search", "--recompute"]
         help_text = self.succeeds("quantize", "--help")
         options = set(re.findall(r"^ +(?:-\w, ?)?(--[a-z-]+)", help_text, re.MULTILINE))
         self.assertGreater(len(options), 30)
@@ -314,7 +317,8 @@ class QuantizeTest(unittest.TestCase):
         )
         for option, value in values.items():
             key = option[2:].replace("-", "_")
-            if key not in ("data", "eval", "eval_ctx", "report", "sample_prompt", "sample_tokens"):
+            if key not in ("data", "eval", "eval_ctx", "report", "sample_prompt", "sample_tokens", "token_cache",
+                           "metrics"):
                 self.assertEqual(told["settings"][key], value, option)
         self.assertFalse(told["settings"]["error_feedback"])
         self.assertTrue(told["settings"]["train_norms"])
@@ -342,6 +346,67 @@ class QuantizeTest(unittest.TestCase):
         self.assertEqual(tokens(word + b"\n<|endoftext|>"), 42)
         self.assertEqual(tokens(word, word), 82)
         self.assertEqual(tokens(word + b" <|endoftext|>\n"), 41 + 14 + 1)
+
+    def test_texts_of_every_form(self):
+        import gzip
+        import lzma
+        folder = self.folder / "texts"
+        (folder / "more").mkdir(parents=True)
+        words_of = lambda letter: letter * 40  # as many tokens: no merge applies
+        (folder / "a.txt.gz").write_bytes(gzip.compress(words_of("z").encode()))
+        (folder / "more" / "b.jsonl.xz").write_bytes(lzma.compress(
+            "".join(json.dumps({"body": words_of(letter)}) + "\n" for letter in "qx").encode()))
+        (folder / "picture.png").write_bytes(b"\x89PNG")
+        small = {**SMALL, "--seq-len": 16, "--calib-tokens": 16, "--tokens": 0}
+        command = ("quantize", self.model, "-o", self.out, *words(small), "--data", folder, self.text,
+                   "--data-field", "body")
+        said = self.run_rabit(*command, "--dry-run").stderr.decode()
+        self.assertIn("tokens of training text", said)
+        tokens = int(re.search(r"(\d+) tokens of training text", said).group(1))
+        alone = self.run_rabit("quantize", self.model, "-o", self.out, "--data", self.text, "--dry-run").stderr.decode()
+        self.assertEqual(tokens - int(re.search(r"(\d+) tokens of training text", alone).group(1)), 3 * 41)
+        self.assertIn("tokenize", said)
+        again = self.run_rabit(*command, "--dry-run").stderr.decode()
+        self.assertNotIn("tokenize", again)
+        self.assertEqual(len(list((self.folder / "cache" / "rabit" / "tokens").glob("*.tokens"))), 2)
+        told = json.loads(self.succeeds(*command, "--data-weights", "3,0.5", "--json"))
+        self.assertEqual([file["name"] for file in told["data"]["files"]], ["texts", "text.txt"])
+        self.assertEqual(told["data"]["files"][0]["documents"], 3)
+        self.assertEqual(told["data"]["files"][0]["tokens"], 3 * 41)
+        for end in ("", ".json", ".html"):
+            Path(f"{self.out}{end}").unlink()
+        self.fails(*command, "--data-weights", "1", says="1 weights for 2 sources")
+        self.fails(*command[:-1], "text", says="b.jsonl.xz: line 1: has no string \"text\"")
+        self.fails(*command, "--data-weights", "1,x", code=USAGE, says="'x' is not a number")
+        (self.folder / "none").mkdir()
+        self.fails("quantize", self.model, "-o", self.out, "--data", self.folder / "none", says="holds no text")
+        self.fails(*self.start("--token-cache", self.text), says="--token-cache")
+
+    def test_metrics(self):
+        path = self.folder / "metrics.jsonl"
+        self.succeeds(*self.start("--metrics", path, "--tokens", "256"))
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        self.assertEqual([line["phase"] for line in lines], ["block"] * LAYERS + ["distill"] * 4)
+        steps = lines[LAYERS:]
+        self.assertEqual([line["step"] for line in steps], [1, 2, 3, 4])
+        self.assertEqual([line["tokens"] for line in steps], [64, 128, 192, 256])
+        for line in steps:
+            for name in ("loss", "text_nll", "text_nll_teacher", "scale_grad_norm", "latent_grad_norm",
+                         "tokens_per_second", "seconds", "host_bytes"):
+                self.assertGreater(line[name], 0, name)
+            self.assertTrue(0 <= line["signs_turned"] < 0.5)
+        self.assertGreater(sum(line["signs_turned"] for line in steps), 0)
+        kept = self.file("notes.txt", "not metrics\n")
+        self.out = self.folder / "other.gguf"
+        self.fails(*self.start("--metrics", kept), says="holds no metrics")
+        self.assertEqual(kept.read_text(), "not metrics\n")
+        self.fails(*self.start("--metrics", self.text), says="would overwrite the input")
+        for end, option in (("", "-o"), (".json", "-o"), (".ckpt", "-o"), (".html", "--report")):
+            self.fails(*self.start("--metrics", f"{self.out}{end}"), says=f"is what {option} writes")
+        before = path.read_text()
+        self.run_rabit(*self.start("--metrics", path, "--dry-run"))
+        self.assertEqual(path.read_text(), before)
+        self.fails(*self.start("--metrics", self.folder / "no" / "x"), says="no such folder")
 
     def test_several_texts(self):
         other = self.file("other.txt", TEXT)
@@ -400,8 +465,8 @@ class QuantizeTest(unittest.TestCase):
             ((self.text, self.text), "not a GGUF"),
             ((self.folder, self.text), "not a regular file"),
             ((self.model, missing), "missing"),
-            ((self.model, self.folder), "not a regular file"),
-            ((self.model, self.file("empty.txt", b"")), "empty"),
+            ((self.model, Path("/dev/null")), "not a regular file"),
+            ((self.model, self.file("empty.txt", b"")), "holds no text"),
             ((self.model, self.file("latin.txt", b"caf\xe9 " * 99)), "not UTF-8 at byte 3"),
             ((self.model, self.file("short.txt", "Ten words")), "less than one window of 32"),
             ((self.file("cut.gguf", self.model.read_bytes()[:-9]), self.text), "cut.gguf"),
@@ -542,7 +607,7 @@ class QuantizeTest(unittest.TestCase):
 
         self.fails(*self.start(), says="cannot write .*out.gguf", preexec_fn=small_files)
         self.assertFalse(Path(f"{self.out}.ckpt").exists())
-        self.assertEqual({path.name for path in self.folder.iterdir()}, {"text.txt"})
+        self.assertEqual({path.name for path in self.folder.iterdir()}, {"text.txt", "cache"})  # of tokens
 
     def test_wrong_usage(self):
         self.fails("quantize", code=USAGE, says="see rabit quantize --help")
@@ -563,7 +628,8 @@ class QuantizeTest(unittest.TestCase):
             "--latent-lr": ("1,5",), "--scale-lr": ("nan",), "--warmup": (1,), "--ema": (1,), "--gamma": (-1,),
             "--target-bpw": (-1, "x"), "--gamma-on": ("heads",), "--diagnose-tokens": (-1,),
             "--sample-tokens": (-1, "x"), "--reverse-kl": (1.1,), "--temperature": (0,), "--cross-entropy": (-0.1,),
-            "--clip": (0,),
+            "--clip": (0,), "--checkpoint-steps": (-1,), "--keep-checkpoints": (0,), "--micro-batch": (-1,),
+            "--momentum": ("f16",), "--data-weights": ("0", "x", "1,,2"), "--data-field": ("",),
         }.items():
             for value in bad:
                 start = ("quantize", self.model, "-o", self.out, "--data", self.text)
@@ -574,7 +640,7 @@ class QuantizeTest(unittest.TestCase):
         process = subprocess.Popen(
             [RABIT, *map(str, self.start("--warm-epochs", 150, "--checkpoint-minutes", 0.01,
                                          "--tokens", 0, *more))],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.environment
         )
         self.addCleanup(process.stdout.close)
         self.addCleanup(process.stderr.close)
@@ -614,6 +680,63 @@ class QuantizeTest(unittest.TestCase):
         _, error = process.communicate(timeout=60)
         self.assertEqual(process.returncode, SUCCESS, error)
         self.assertTrue(self.out.read_bytes() == resumed, "not the file of a run in one piece")
+
+    def test_sigterm_saves_and_is_no_failure(self):
+        checkpoint = Path(f"{self.out}.ckpt")
+        process = self.begin("--compute", "f32")
+        until = time.monotonic() + 60
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, SUCCESS, error)
+        self.assertIn(b"stopped by SIGTERM", error)
+        self.assertFalse(self.out.exists())
+        process = self.begin("--compute", "f32", "--resume")
+        _, error = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, SUCCESS, error)
+        self.assertTrue(self.out.exists())
+
+    def test_killed_at_any_time_a_run_ends_with_the_very_same_file(self):
+        options = ("--compute", "f32", "--tokens", "8192", "--checkpoint-steps", "1", "--checkpoint-minutes", "1000",
+                   "--keep-checkpoints", "3")
+        self.succeeds(*self.start(*options))
+        whole = self.out.read_bytes()
+        self.out.unlink()
+        checkpoint, older = Path(f"{self.out}.ckpt"), Path(f"{self.out}.ckpt.2")
+
+        def step(path):
+            try:
+                data, key = path.read_bytes(), b"rabit.checkpoint.distill_step"
+            except FileNotFoundError:
+                return 0
+            at = data.find(key)
+            return 0 if at < 0 else struct.unpack_from("<Q", data, at + len(key) + 4)[0]
+
+        draw = random.Random(5)
+        in_order = 0
+        for kill in range(10):
+            until = step(checkpoint) + draw.randint(1, 8)  # of 128 steps
+            more = ("--resume",) if checkpoint.exists() else ()
+            process = subprocess.Popen([RABIT, *map(str, self.start(*options, *more))], cwd=self.folder,
+                                       env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL)
+            while step(checkpoint) < until:
+                self.assertIsNone(process.poll(), f"ended before kill {kill}")
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0.0, 0.02))
+            process.kill()
+            self.assertEqual(process.wait(), -signal.SIGKILL, "ended before it was killed")
+            kept = [path for path in (checkpoint, Path(f"{checkpoint}.1"), older) if path.exists()]
+            steps = [step(path) for path in kept]
+            if len(steps) == 3 and not os.path.samefile(*kept[:2]):
+                self.assertEqual(steps, [steps[0], steps[0] - 1, steps[0] - 2])
+                in_order += 1
+        self.assertGreater(in_order, 0)
+        self.succeeds(*self.start(*options, "--resume"))
+        self.assertTrue(self.out.read_bytes() == whole, "another file than without the kills")
+        self.assertFalse(checkpoint.exists())
+        self.assertFalse(older.exists())
 
     def test_two_runs_on_one_output(self):
         process = self.begin()

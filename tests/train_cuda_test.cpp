@@ -3,6 +3,7 @@
 
 #include <ATen/Context.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "train/diagnose.h"
@@ -58,11 +59,10 @@ TEST_F(TrainCuda, EveryPhaseGivesWhatTheCpuGives) {
       return std::log(log["perplexity"][of]["perplexity"].get<double>());
     };
     expect_near(cross_entropy(cuda, "teacher"), cross_entropy(cpu, "teacher"), 1e-5, "teacher");
-    const auto lost = [&](const json& log) -> json {
-      return cross_entropy(log, "student").get<double>() -
-             cross_entropy(log, "teacher").get<double>();
-    };
-    expect_near(lost(cuda), lost(cpu), 0.15, "student");
+    // Error feedback amplifies a rounding into another student; each must be what it was measured
+    // as.
+    expect_near(std::log(engine_perplexity(path("cuda.gguf"), held_out_)),
+                cross_entropy(cuda, "student"), 3e-3, "student");
   }
 }
 
@@ -80,7 +80,66 @@ TEST_F(TrainCuda, EveryKindOfTrainingRuns) {
   }
 }
 
-TEST_F(TrainCuda, FirstLossesWithoutAStartThatMayDiffer) {
+// What bf16 alone goes through: the fused operations, against float32 on the CPU.
+TEST_F(TrainCuda, FusedOperationsInBf16GiveWhatFloatsGive) {
+  options_.error_feedback = false;
+  options_.warm_epochs = 0;
+  options_.train_norms = true;
+  options_.cross_entropy = 0.2;
+  options_.device = "cpu";
+  succeeds("cpu.gguf", options_);
+  const json want = log("cpu.gguf");
+  options_.device = "cuda";
+  options_.compute = Compute::kBF16;
+  for (const bool recompute : {false, true}) {
+    for (const int64_t micro_batch : {0, 1}) {
+      for (const MomentumType momentum : {MomentumType::kF32, MomentumType::kBF16}) {
+        options_.recompute = recompute;
+        options_.micro_batch = micro_batch;
+        options_.momentum = momentum;
+        succeeds("cuda.gguf", options_);
+        const json got = log("cuda.gguf");
+        expect_near(got["distill"][0]["loss"], want["distill"][0]["loss"], 0.02, "first");
+        expect_near(got["distill"][0]["scale_grad_norm"], want["distill"][0]["scale_grad_norm"],
+                    0.05, "gradient");
+        expect_near(got["distill"].back()["loss"], want["distill"].back()["loss"], 0.1, "last");
+      }
+    }
+  }
+}
+
+TEST_F(TrainCuda, SensitivitiesInBf16AreThoseOfFloats) {
+  options_.warm_epochs = 0;
+  options_.tokens = 0;
+  options_.target_bpw = 3.6;
+  options_.device = "cpu";
+  succeeds("cpu.gguf", options_);
+  options_.device = "cuda";
+  options_.compute = Compute::kBF16;
+  succeeds("cuda.gguf", options_);
+  const json want = log("cpu.gguf")["searched"]["sensitivity"],
+             got = log("cuda.gguf")["searched"]["sensitivity"];
+  for (size_t i = 0; i < want.size(); ++i) {
+    expect_near(got[i]["divergences"][0], want[i]["divergences"][0], 0.3, want[i]["layer"]);
+  }
+}
+
+TEST_F(TrainCuda, CountsTheSignsThatTurn) {
+  options_.device = "cuda";
+  std::vector<double> shares;
+  TrainObserver observer;
+  observer.metrics = [&](const json& line) {
+    if (line["phase"] == "distill") {
+      shares.push_back(line["signs_turned"]);
+    }
+  };
+  succeeds("out.gguf", options_, observer);
+  ASSERT_EQ(shares.size(), 6U);
+  EXPECT_GT(*std::max_element(shares.begin(), shares.end()), 0.0);
+  EXPECT_LT(*std::max_element(shares.begin(), shares.end()), 0.2);
+}
+
+TEST_F(TrainCuda, DistillationWithoutAStartThatMayDiffer) {
   options_.error_feedback = false;
   options_.warm_epochs = 0;
   for (const auto& [method, bits] :
@@ -90,6 +149,12 @@ TEST_F(TrainCuda, FirstLossesWithoutAStartThatMayDiffer) {
     options_.bits = bits;
     const auto [cpu, cuda] = on_both(options_);
     expect_near(cuda["distill"][0]["loss"], cpu["distill"][0]["loss"], 1e-3, bits);
+    const auto lost = [](const json& log) -> json {
+      const json& perplexity = log["perplexity"];
+      return std::log(perplexity["student"]["perplexity"].get<double>() /
+                      perplexity["teacher"]["perplexity"].get<double>());
+    };
+    expect_near(lost(cuda), lost(cpu), 0.02, std::string("at the end, ") + bits);
   }
 }
 
@@ -133,7 +198,7 @@ TEST_F(TrainCuda, DiagnosesWhatTheCpuDiagnoses) {
   options.seq_len = kWindow;
   const auto diagnosis = [&](const char* device) {
     options.device = device;
-    return diagnose_file(**student, *model_, text_.tokens, options, [](int64_t, int64_t) {});
+    return diagnose_file(**student, *model_, tokens_, options, [](int64_t, int64_t) {});
   };
   const auto cpu = diagnosis("cpu"), cuda = diagnosis("cuda");
   ASSERT_TRUE(cpu) << cpu.error().message;

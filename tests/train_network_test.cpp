@@ -50,6 +50,14 @@ at::Tensor ids_of(const std::vector<int32_t>& tokens, int64_t sequences) {
   return ids.view({sequences, -1});
 }
 
+// The tokens as windows, in their order.
+TextWindows cut(std::vector<int32_t> tokens, int64_t length, int64_t vocab) {
+  auto windows = TextWindows::cut({{source_of(std::move(tokens), "text.txt", "")}}, {}, length,
+                                  vocab, std::nullopt);
+  EXPECT_TRUE(windows);
+  return std::move(*windows);
+}
+
 at::Tensor logits_of(const Network& network, const at::Tensor& ids) {
   const at::NoGradGuard no_grad;
   const Rotary rotary = make_rotary(network.config, ids.size(1), at::kCPU);
@@ -136,7 +144,7 @@ class TrainStart : public TrainNetwork {
  protected:
   TrainStart() {
     session_.student.blocks.resize(2);
-    session_.windows = at::randint(small_.sizes.vocab, {20, 32}, at::kLong);
+    session_.windows = cut(random_tokens(20 * 32, 9, small_.sizes.vocab), 32, small_.sizes.vocab);
     // Inputs that lie near a space of 8 dimensions of 48, as those of real layers lie near few.
     at::manual_seed(1);
     const at::Tensor mix = at::randn({8, small_.sizes.width});
@@ -215,7 +223,7 @@ TEST_F(TrainStart, EveryShareReachesTheHeadsLoss) {
   session_.options.cross_entropy = 0.2;
   session_.student.output_norm = session_.teacher.output_norm * 1.1;
   const at::Tensor student = x_.narrow(0, 0, 3), teacher = x_.narrow(0, 4, 3);
-  const at::Tensor ids = session_.windows.narrow(0, 0, 3);
+  const at::Tensor ids = session_.windows.distinct_range(0, 3);
   const auto hidden = [&](const at::Tensor& x, const at::Tensor& weight) {
     return norm(session_.config(), x, weight, at::kFloat).flatten(0, 1);
   };
@@ -306,9 +314,14 @@ TEST_F(TrainNetwork, ImportanceIsWhatItSays) {
   const std::vector<int32_t> tokens = random_tokens(windows * length, 8, small.sizes.vocab);
   const auto file = GgufFile::open(write(small));
   ASSERT_TRUE(file);
-  TrainSession session{
-      **file,        options, observer, load(write(small)), {}, ids_of(tokens, windows),
-      ThreadPool(1), Clock()};
+  TrainSession session{**file,
+                       options,
+                       observer,
+                       load(write(small)),
+                       {},
+                       cut(tokens, length, small.sizes.vocab),
+                       ThreadPool(1),
+                       Clock()};
   const Status measured = measure_importance(session);
   ASSERT_TRUE(measured) << measured.error().message;
   const auto importance = [&](size_t layer, Role role) {
@@ -334,7 +347,7 @@ TEST_F(TrainNetwork, ImportanceIsWhatItSays) {
   const Network& network = session.teacher;
   const Rotary rotary = make_rotary(network.config, length, at::kCPU);
   const at::NoGradGuard no_grad;
-  at::Tensor stream = embed(network, session.windows);
+  at::Tensor stream = embed(network, ids_of(tokens, windows));
   for (const auto& block : network.blocks) {
     stream = block_forward(network.config, block, rotary, stream, at::kFloat);
   }

@@ -9,6 +9,8 @@
 
 #include "base/files.h"
 #include "base/interrupt.h"
+#include "cli/engine_logits.h"
+#include "eval/perplexity.h"
 #include "tiny_model.h"
 #include "train/session.h"
 
@@ -20,6 +22,17 @@ inline constexpr TinySizes kSizes{
     .layers = 3, .width = 64, .heads = 4, .kv_heads = 2, .hidden = 96, .vocab = 80, .context = 64};
 inline constexpr int64_t kWindow = 32, kTokens = 40 * kWindow;
 
+/// Of a file, by the runtime.
+inline double engine_perplexity(const std::filesystem::path& path, const HeldOut& held_out) {
+  const auto model = Model::load(path, {1, true, ""});
+  EXPECT_TRUE(model) << (model ? "" : model.error().message);
+  const auto source = cli::EngineLogitSource::create(*model, held_out.ctx);
+  EXPECT_TRUE(source);
+  const auto result = perplexity(**source, held_out.tokens, {held_out.ctx, 0}, {});
+  EXPECT_TRUE(result);
+  return result->perplexity;
+}
+
 class TrainRun : public testing::Test {
  protected:
   TrainRun()
@@ -28,7 +41,7 @@ class TrainRun : public testing::Test {
                  testing::UnitTest::GetInstance()->current_test_info()->name())) {
     std::filesystem::create_directories(folder_);
     write_model(SmallModel(1, true, 0, kSizes));
-    text_ = {random_tokens(kTokens, 2, kSizes.vocab), {"text.txt"}, {std::string(64, 'a')}};
+    set_text(random_tokens(kTokens, 2, kSizes.vocab));
     held_out_ = {random_tokens(4 * kWindow, 3, kSizes.vocab), kWindow};
     options_.threads = 1;
     options_.compute = Compute::kF32;
@@ -49,6 +62,11 @@ class TrainRun : public testing::Test {
     auto model = GgufFile::open(folder_ / "model.gguf");
     ASSERT_TRUE(model);
     model_ = std::move(model).value();
+  }
+
+  void set_text(std::vector<int32_t> tokens) {
+    tokens_ = tokens;
+    text_ = {{source_of(std::move(tokens), "text.txt", std::string(64, 'a'))}};
   }
 
   std::filesystem::path path(const std::string& name) const { return folder_ / name; }
@@ -133,6 +151,7 @@ class TrainRun : public testing::Test {
 
   std::filesystem::path folder_;
   std::shared_ptr<GgufFile> model_;
+  std::vector<int32_t> tokens_;  // text_'s
   TrainingText text_;
   HeldOut held_out_;
   QuantizeOptions options_;

@@ -10,23 +10,11 @@
 #include <cmath>
 #include <thread>
 
-#include "cli/engine_logits.h"
-#include "eval/perplexity.h"
 #include "io/dequant.h"
 #include "train/torch_logits.h"
 
 namespace rabit::train {
 namespace {
-
-double engine_perplexity(const std::filesystem::path& path, const HeldOut& held_out) {
-  const auto model = Model::load(path, {1, true, ""});
-  EXPECT_TRUE(model) << (model ? "" : model.error().message);
-  const auto source = cli::EngineLogitSource::create(*model, held_out.ctx);
-  EXPECT_TRUE(source);
-  const auto result = perplexity(**source, held_out.tokens, {held_out.ctx, 0}, {});
-  EXPECT_TRUE(result);
-  return result->perplexity;
-}
 
 TEST_F(TrainRun, PackedFileScoresAsTheStudent) {
   for (int64_t paths = 1; paths <= 4; ++paths) {
@@ -327,8 +315,8 @@ void change(const Setting& setting, QuantizeOptions& options) {
     value += (number->high - value) * 1e-3;
   } else if (const auto* flag = std::get_if<Setting::Flag>(&setting.value)) {
     options.*flag->member = !(options.*flag->member);
-  } else if (setting.option == "--bits") {
-    options.bits = "3";
+  } else if (const auto* text = std::get_if<Setting::Text>(&setting.value)) {
+    options.*text->member = setting.option == "--data-field" ? "body" : "3";
   } else if (const auto* choice = std::get_if<Setting::Choice>(&setting.value)) {
     choice->set(options, (choice->get(options) + 1) % static_cast<int>(choice->names.size()));
   }
@@ -344,13 +332,14 @@ TEST_F(TrainRun, OtherSettingsDoNotResume) {
     }
     QuantizeOptions other = options_;
     change(setting, other);
+    ASSERT_NE(describe(other), describe(options_)) << setting.option;
     fails("out.gguf", other, std::string(setting.option));
     EXPECT_TRUE(std::filesystem::exists(path("out.gguf.ckpt"))) << setting.option;
     ++tried;
   }
   EXPECT_GT(tried, 15);
   const TrainingText kept = text_;
-  text_.digests = {std::string(64, 'b')};
+  text_.sources[0].sha256 = std::string(64, 'b');
   fails("out.gguf", options_, "other texts of --data");
   text_ = kept;
   write_model(SmallModel(11, true, 0, kSizes));
@@ -360,6 +349,7 @@ TEST_F(TrainRun, OtherSettingsDoNotResume) {
 }
 
 TEST_F(TrainRun, BadCheckpoints) {
+  options_.optimizer = Optimizer::kMuon;
   options_.resume = true;
   fails("out.gguf", options_, "no checkpoint to resume from");
   options_.resume = false;
@@ -463,10 +453,23 @@ TEST_F(TrainRun, BadInput) {
   with([](auto& o) { o.warm_latent_lr = 11; }, "--warm-latent-lr");
   with([](auto& o) { o.scale_lr = NAN; }, "--scale-lr");
   with([](auto& o) { o.batch = 0; }, "--batch");
-  with([&](auto&) { text_.tokens.resize(kWindow - 1); }, "less than one window of 32");
-  with([&](auto&) { text_.tokens.clear(); }, "less than one window of 32");
-  with([&](auto&) { text_.tokens[70] = 80; }, "token 70 of the text is 80");
-  with([&](auto&) { text_.tokens[0] = -1; }, "token 0 of the text is -1");
+  const auto with_text = [&](const auto& change, const std::string& says) {
+    with(
+        [&](auto&) {
+          std::vector<int32_t> tokens = tokens_;
+          change(tokens);
+          text_ = {{source_of(std::move(tokens), "text.txt", "")}};
+        },
+        says);
+  };
+  with_text([](auto& tokens) { tokens.resize(kWindow - 1); }, "less than one window of 32");
+  with_text([](auto& tokens) { tokens.clear(); }, "less than one window of 32");
+  with_text([](auto& tokens) { tokens[70] = 80; }, "token 70 of the text is 80");
+  with_text([](auto& tokens) { tokens[0] = -1; }, "token 0 of the text is -1");
+  with([](auto& o) { o.data_weights = "1,2"; }, "2 weights for 1 sources");
+  with([](auto& o) { o.data_weights = "0.001"; }, "leaves not one of the 40 windows");
+  with([](auto& o) { o.data_weights = "1,"; }, "'' is not a number");
+  with([](auto& o) { o.data_field = ""; }, "--data-field");
   with([&](auto&) { held_out_.tokens.resize(kWindow - 1); }, "held-out text has 31 tokens");
   with([&](auto&) { held_out_.tokens[3] = 80; }, "held-out text has the token 80");
   std::filesystem::create_directories(path("folder"));
@@ -481,7 +484,8 @@ TEST_F(TrainRun, BadInput) {
 }
 
 TEST_F(TrainRun, OneWindowIsEnough) {
-  text_.tokens.resize(kWindow + 5);
+  tokens_.resize(kWindow + 5);
+  set_text(tokens_);
   succeeds("out.gguf", options_);
 }
 
@@ -503,9 +507,9 @@ TEST_F(TrainRun, TimeBound) {
   fails("out.gguf", options_, "at least 15 s are needed");
   options_.minutes = 0.25 + 1e-5;
   fails("out.gguf", options_, "too short for this machine, which needs about 0.");
-  options_.minutes = 0.35;  // six seconds beyond what is kept for packing
-  options_.warm_epochs = 100;
-  options_.tokens = -1;  // on a CPU with a bound: none
+  options_.minutes = 0.35;     // six seconds beyond what is kept for packing
+  options_.warm_epochs = 300;  // more than there is time for
+  options_.tokens = -1;        // on a CPU with a bound: none
   const Clock clock;
   succeeds("out.gguf", options_);
   EXPECT_LE(clock.elapsed(), 0.35 * 60 - 15 + 4);

@@ -8,8 +8,12 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <cstring>
+#include <thread>
 #include <utility>
+
+#include "base/interrupt.h"
 
 namespace rabit {
 namespace {
@@ -30,25 +34,12 @@ std::filesystem::path behind_links(std::filesystem::path path) {
   return path;
 }
 
-std::string digest_to_hex(EVP_MD_CTX* context) {
-  unsigned char digest[EVP_MAX_MD_SIZE];
-  unsigned int size = 0;
-  EVP_DigestFinal_ex(context, digest, &size);
-  static constexpr char kHex[] = "0123456789abcdef";
-  std::string out;
-  for (unsigned int i = 0; i < size; ++i) {
-    out += kHex[digest[i] >> 4];
-    out += kHex[digest[i] & 15];
-  }
-  return out;
-}
+EVP_MD_CTX* evp(void* context) { return static_cast<EVP_MD_CTX*>(context); }
 
 std::string sha256_of(std::span<const std::byte> bytes) {
-  std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context(EVP_MD_CTX_new(),
-                                                                  &EVP_MD_CTX_free);
-  EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr);
-  EVP_DigestUpdate(context.get(), bytes.data(), bytes.size());
-  return digest_to_hex(context.get());
+  Sha256 sum;
+  sum.add(bytes);
+  return sum.hex();
 }
 
 }  // namespace
@@ -200,7 +191,7 @@ Status check_written(const std::string& option, const std::filesystem::path& wri
   return {};
 }
 
-Result<FileLock> FileLock::take(const std::filesystem::path& path) {
+Result<std::optional<FileLock>> FileLock::try_take(const std::filesystem::path& path) {
   FileLock lock;
   lock.lock_ = path;
   lock.lock_ += ".lock";
@@ -211,9 +202,7 @@ Result<FileLock> FileLock::take(const std::filesystem::path& path) {
     }
     if (::flock(lock.fd_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
       ::close(std::exchange(lock.fd_, -1));
-      return Error{path.string() +
-                   ": another process is writing it; wait for it, or name another "
-                   "file"};
+      return std::optional<FileLock>();
     }
     // Its former holder may have removed the file between the two calls: then it locks nothing.
     struct stat held {
@@ -225,9 +214,34 @@ Result<FileLock> FileLock::take(const std::filesystem::path& path) {
         return Error{lock.lock_.string() +
                      ": is no lock of ours, it holds something; name another file"};
       }
-      return lock;
+      return std::optional(std::move(lock));
     }
     ::close(std::exchange(lock.fd_, -1));
+  }
+}
+
+Result<FileLock> FileLock::take(const std::filesystem::path& path) {
+  RABIT_ASSIGN(auto lock, try_take(path));
+  if (!lock) {
+    return Error{path.string() +
+                 ": another process is writing it; wait for it, or name another file"};
+  }
+  return std::move(*lock);
+}
+
+Result<FileLock> FileLock::wait(const std::filesystem::path& path,
+                                const std::function<void()>& held) {
+  constexpr auto kPause = std::chrono::milliseconds(100);
+  for (bool first = true;; first = false) {
+    RABIT_CHECK(check_interrupt());
+    RABIT_ASSIGN(auto lock, try_take(path));
+    if (lock) {
+      return std::move(*lock);
+    }
+    if (first) {
+      held();
+    }
+    std::this_thread::sleep_for(kPause);
   }
 }
 
@@ -285,6 +299,29 @@ size_t first_invalid_utf8(std::string_view text) {
     }
   }
   return text.size();
+}
+
+Sha256::Sha256() : context_(EVP_MD_CTX_new()) {
+  EVP_DigestInit_ex(evp(context_.get()), EVP_sha256(), nullptr);
+}
+
+void Sha256::Free::operator()(void* context) const { EVP_MD_CTX_free(evp(context)); }
+
+void Sha256::add(std::span<const std::byte> bytes) {
+  EVP_DigestUpdate(evp(context_.get()), bytes.data(), bytes.size());
+}
+
+std::string Sha256::hex() {
+  unsigned char digest[EVP_MAX_MD_SIZE];
+  unsigned int size = 0;
+  EVP_DigestFinal_ex(evp(context_.get()), digest, &size);
+  static constexpr char kHex[] = "0123456789abcdef";
+  std::string out;
+  for (unsigned int i = 0; i < size; ++i) {
+    out += kHex[digest[i] >> 4];
+    out += kHex[digest[i] & 15];
+  }
+  return out;
 }
 
 Result<std::string> sha256_file(const std::filesystem::path& path) {

@@ -4,7 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -68,12 +70,18 @@ class FileLock {
  public:
   /// Errors: another process holds it; a folder that takes no files.
   static Result<FileLock> take(const std::filesystem::path& path);
+  /// Calls `held` once and waits where another process holds it. Errors: a folder that takes no
+  /// files, an interrupt.
+  static Result<FileLock> wait(const std::filesystem::path& path,
+                               const std::function<void()>& held);
   FileLock(FileLock&& other) noexcept;
   FileLock& operator=(FileLock&&) = delete;
   ~FileLock();
 
  private:
   FileLock() = default;
+  // None where another process holds it.
+  static Result<std::optional<FileLock>> try_take(const std::filesystem::path& path);
   std::filesystem::path lock_;
   int fd_ = -1;
 };
@@ -88,6 +96,21 @@ Result<std::string> read_text_file(const std::filesystem::path& path);
 /// Offset of the first byte that does not begin or continue a well-formed UTF-8 sequence
 /// (Unicode 15, table 3-7), or text.size() if there is none.
 size_t first_invalid_utf8(std::string_view text);
+
+/// SHA-256 of bytes that come one after the other.
+class Sha256 {
+ public:
+  Sha256();
+  void add(std::span<const std::byte> bytes);
+  /// 64 lower-case hex digits; nothing may be added after it.
+  std::string hex();
+
+ private:
+  struct Free {
+    void operator()(void* context) const;
+  };
+  std::unique_ptr<void, Free> context_;
+};
 
 /// SHA-256 of a whole file, 64 lower-case hex digits.
 Result<std::string> sha256_file(const std::filesystem::path& path);

@@ -6,12 +6,13 @@ namespace rabit {
 namespace {
 
 // Lock-free, so that a signal handler may set it while any thread looks at it.
-std::atomic<int> g_interrupted{0};
+enum Wish { kNone, kInterrupt, kTerminate };
+std::atomic<int> g_interrupted{kNone};
 static_assert(std::atomic<int>::is_always_lock_free);
 
 }  // namespace
 
-bool interrupted() { return g_interrupted != 0; }
+bool interrupted() { return g_interrupted != kNone; }
 
 Status check_interrupt() {
   if (interrupted()) {
@@ -20,6 +21,10 @@ Status check_interrupt() {
   return {};
 }
 
-bool set_interrupted(bool value) { return g_interrupted.exchange(value ? 1 : 0) != 0; }
+bool set_interrupted(bool value, bool terminated) {
+  return g_interrupted.exchange(!value ? kNone : terminated ? kTerminate : kInterrupt) != kNone;
+}
+
+bool terminated() { return g_interrupted == kTerminate; }
 
 }  // namespace rabit

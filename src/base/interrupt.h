@@ -12,7 +12,11 @@ bool interrupted();
 /// An Error with `interrupted` set if interrupted(), else success.
 Status check_interrupt();
 
-/// Sets or clears the flag and returns what it was. Safe in a signal handler.
-bool set_interrupted(bool value);
+/// Sets or clears the flag and returns what it was. Safe in a signal handler. `terminated`: it is
+/// the system that asks, which wants the machine; the work is to go on elsewhere.
+bool set_interrupted(bool value, bool terminated = false);
+
+/// Whether the wish to stop came with `terminated`.
+bool terminated();
 
 }  // namespace rabit

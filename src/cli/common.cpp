@@ -197,11 +197,11 @@ Progress::Progress(std::string what, int64_t done)
 void Progress::update(int64_t done, int64_t total, const std::string& detail) {
   const double now = now_seconds(), elapsed = now - started_;
   const double rate = elapsed > 0 ? static_cast<double>(done - first_) / elapsed : 0;
-  std::string line = fmt::format("{}: {}/{}", what_, done, total);
+  std::string line = fmt::format("{}: {}", what_, done);
   if (total > 0) {
-    line += fmt::format(" ({}%)", 100 * done / total);
+    line += fmt::format("/{} ({}%)", total, 100 * done / total);
   }
-  if (rate > 0) {
+  if (rate > 0 && total > 0) {
     line += fmt::format(", {}, ", rate_text(rate));
     line += done < total ? "ETA " + clock_text(static_cast<double>(total - done) / rate)
                          : "took " + clock_text(elapsed);
@@ -211,7 +211,7 @@ void Progress::update(int64_t done, int64_t total, const std::string& detail) {
   }
   // A terminal takes ten lines a second at most and the first at once, a log one in ten seconds.
   const bool due = now - last_ >= (terminal_ ? 0.1 : 10.0) || (terminal_ && !drawn_);
-  if (!due && done < total) {
+  if (!due && (total <= 0 || done < total)) {
     pending_ = line;
     return;
   }

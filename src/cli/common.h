@@ -89,6 +89,7 @@ class Progress {
   ~Progress() { finish(); }
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
+  /// `total` 0: unknown.
   void update(int64_t done, int64_t total, const std::string& detail);
   void finish();
 

@@ -40,7 +40,7 @@ constexpr int64_t kOneSignal = 200;
 std::atomic<int64_t> g_first_signal{0};
 
 extern "C" void on_signal(int signal) {
-  if (!set_interrupted(true)) {
+  if (!set_interrupted(true, signal == SIGTERM)) {
     g_first_signal = milliseconds();
   } else if (milliseconds() - g_first_signal > kOneSignal) {
     // Only what is safe in a handler; nothing can be done if it fails.
@@ -89,7 +89,9 @@ int run_program(int argc, char** argv) {
       "  rabit inspect model.gguf\n"
       "  rabit run -m model.gguf -p \"The capital of France is\" -n 32 --temp 0\n"
       "  rabit eval --help\n\n"
-      "Exit codes: 0 success, 1 error, 2 wrong usage, 130 interrupted.");
+      "Exit codes: 0 success (also a quantize that SIGTERM stopped and that saved its work), 1 "
+      "error,\n"
+      "2 wrong usage, 130 interrupted.");
   const std::array commands = {add_quantize(app), add_diagnose(app), add_report(app), add_eval(app),
                                add_run(app),      add_bench(app),    add_inspect(app)};
   for (const Command& command : commands) {

@@ -11,7 +11,9 @@
 
 #include "base/files.h"
 #include "base/interrupt.h"
+#include "base/threads.h"
 #include "cli/common.h"
+#include "cli/metrics_file.h"
 #include "cli/samples.h"
 #include "cli/size_report.h"
 #include "model/config.h"
@@ -30,7 +32,7 @@ Command add_quantize(CLI::App& app) { return not_in_this_build(app, "quantize");
 namespace {
 
 struct Arguments {
-  std::string model, out, eval_text, report;
+  std::string model, out, eval_text, report, token_cache, metrics;
   std::vector<std::string> data;
   std::vector<std::string> prompts = {"The capital of France is", "Water boils when",
                                       "The children went down to the river, and"};
@@ -38,38 +40,6 @@ struct Arguments {
   bool json = false;
   train::QuantizeOptions options;
 };
-
-constexpr char kDocumentEnd[] = "<|endoftext|>";
-
-// Documents end at lines that hold only <|endoftext|>, and with the file; the token of that name,
-// or the end-of-sequence token, takes such a line's place. All other text is plain text.
-Status append_documents(const Tokenizer& tokenizer, std::string_view text,
-                        std::vector<int32_t>& ids) {
-  const std::vector<int32_t> parsed = tokenizer.encode(kDocumentEnd, true);
-  const int32_t end_id =
-      parsed.size() == 1 ? parsed[0] : static_cast<int32_t>(tokenizer.spec().eos_id);
-  size_t begin = 0;  // of the document
-  for (size_t line = 0; line < text.size();) {
-    const size_t next = std::min(text.find('\n', line), text.size() - 1) + 1;
-    std::string_view content = text.substr(line, next - line);
-    while (!content.empty() && (content.back() == '\n' || content.back() == '\r')) {
-      content.remove_suffix(1);
-    }
-    const bool marker = content == kDocumentEnd;
-    if (marker || next == text.size()) {
-      RABIT_CHECK(check_interrupt());
-      const auto document =
-          tokenizer.encode(text.substr(begin, (marker ? line : next) - begin), false);
-      ids.insert(ids.end(), document.begin(), document.end());
-      if (end_id >= 0) {
-        ids.push_back(end_id);
-      }
-      begin = next;
-    }
-    line = next;
-  }
-  return {};
-}
 
 // What the packed file and the runtime add to the log of training.
 Status complete_log(const Arguments& arguments, nlohmann::json& log) {
@@ -95,8 +65,8 @@ Status complete_log(const Arguments& arguments, nlohmann::json& log) {
     }
     return out + "'";
   };
-  const auto name = [&](const std::string& path) {
-    return quoted(std::filesystem::path(path).filename().string());
+  const auto name = [&](const std::filesystem::path& path) {
+    return quoted((path.has_filename() ? path : path.parent_path()).filename().string());
   };
   std::string command =
       "rabit quantize " + name(arguments.model) + " -o " + name(arguments.out) + " --data";
@@ -150,6 +120,28 @@ Status report(const Arguments& arguments) {
   return {};
 }
 
+Result<train::TrainingText> tokenize(const Arguments& arguments, const Tokenizer& tokenizer) {
+  train::TokenizeOptions options{arguments.options.data_field, arguments.token_cache};
+  if (options.cache.empty()) {
+    options.cache = train::default_token_cache();
+  }
+  ThreadPool pool(arguments.options.threads > 0 ? static_cast<int>(arguments.options.threads)
+                                                : usable_threads());
+  train::TrainingText text;
+  for (const auto& path : arguments.data) {
+    Progress progress("tokenize");
+    options.waiting = [&] {
+      progress.update(0, 0, "waiting for another process that tokenizes " + one_line(path));
+    };
+    RABIT_ASSIGN(train::TokenSource source,
+                 train::tokenize_source(tokenizer, path, options, pool, [&](int64_t tokens) {
+                   progress.update(tokens, 0, "tokens of " + one_line(path));
+                 }));
+    text.sources.push_back(std::move(source));
+  }
+  return text;
+}
+
 Status run(const Arguments& arguments) {
   const train::QuantizeOptions& options = arguments.options;
   std::vector<std::filesystem::path> inputs = {arguments.model};
@@ -164,19 +156,38 @@ Status run(const Arguments& arguments) {
     throw CLI::ValidationError(consistent.error().message);
   }
   RABIT_CHECK(train::check_run(options, arguments.out, inputs));
+  // Files that the run writes, and the option that names them.
+  std::vector<std::pair<std::string, std::string> > written;
+  const auto apart = [&](const std::string& option, const std::string& path) -> Status {
+    std::error_code unknown;
+    const auto place = [&](const std::string& name) {
+      return std::filesystem::weakly_canonical(name, unknown);
+    };
+    for (const auto& [other, by] : written) {
+      if (place(path) == place(other)) {
+        return Error{option + " " + path + ": is what " + by + " writes; name another file"};
+      }
+    }
+    return {};
+  };
+  const std::string& out = arguments.out;
+  for (const char* tail : {"", ".json", ".ckpt", ".lock", ".unverified"}) {
+    written.emplace_back(out + tail, "-o");
+  }
+  for (int64_t older = 1; older < options.keep_checkpoints; ++older) {
+    written.emplace_back(fmt::format("{}.ckpt.{}", out, older), "-o");
+  }
   if (!arguments.report.empty()) {
     const std::string option = "--report " + arguments.report;
     RABIT_CHECK(check_written(option, arguments.report, inputs));
     RABIT_CHECK(check_page(option, arguments.report));
-    std::error_code unknown;
-    const auto place = [&](const std::string& path) {
-      return std::filesystem::weakly_canonical(path, unknown);
-    };
-    for (const char* ending : {"", ".json", ".ckpt", ".lock", ".unverified"}) {
-      if (place(arguments.report) == place(arguments.out + ending)) {
-        return Error{option + ": is what -o writes; name another file"};
-      }
-    }
+    RABIT_CHECK(apart("--report", arguments.report));
+  }
+  MetricsFile metrics(arguments.metrics, options.resume);
+  if (!arguments.metrics.empty()) {
+    RABIT_CHECK(metrics.check(inputs));
+    written.emplace_back(arguments.report.empty() ? out + ".html" : arguments.report, "--report");
+    RABIT_CHECK(apart("--metrics", arguments.metrics));
   }
   RABIT_ASSIGN(const auto model, GgufFile::open(arguments.model));
   if (model->find_meta("rabit.checkpoint.version") != nullptr) {
@@ -184,13 +195,7 @@ Status run(const Arguments& arguments) {
                  ": is the checkpoint of a run; give the original model, and --resume to go on"};
   }
   RABIT_ASSIGN(const auto tokenizer, load_tokenizer(*model));
-  train::TrainingText text;
-  for (const auto& path : arguments.data) {
-    RABIT_ASSIGN(const std::string content, read_text_file(path));
-    RABIT_CHECK(append_documents(*tokenizer, content, text.tokens));
-    text.files.push_back(std::filesystem::path(path).filename().string());
-    text.digests.push_back(sha256_hex(content));
-  }
+  RABIT_ASSIGN(const train::TrainingText text, tokenize(arguments, *tokenizer));
   train::HeldOut held_out;
   if (!arguments.eval_text.empty()) {
     RABIT_ASSIGN(const std::string content, read_text_file(arguments.eval_text));
@@ -221,7 +226,14 @@ Status run(const Arguments& arguments) {
     phase.clear();
     write_stderr(line + "\n");
   };
-  observer.message(fmt::format("{} tokens of training text", text.tokens.size()));
+  if (!arguments.metrics.empty()) {
+    observer.metrics = [&](const nlohmann::json& line) {
+      if (const Status added = metrics.add(line); !added) {
+        observer.message("no metrics: " + added.error().message + "; going on without");
+      }
+    };
+  }
+  observer.message(fmt::format("{} tokens of training text", text.tokens()));
   std::filesystem::path checkpoint = arguments.out;
   checkpoint += ".ckpt";
   const Status status = train::quantize(*model, text, held_out, arguments.out, options, observer);
@@ -229,6 +241,11 @@ Status run(const Arguments& arguments) {
   if (!status) {
     std::error_code unknown;
     if (status.error().interrupted && std::filesystem::exists(checkpoint, unknown)) {
+      if (terminated()) {  // as asked: nothing is lost, and nothing went wrong
+        note("stopped by SIGTERM; " + checkpoint.string() +
+             " holds what was done, go on with the same command and --resume");
+        return {};
+      }
       return Error{"interrupted; " + checkpoint.string() +
                        " holds what was done, go on with the same command and --resume",
                    true};
@@ -316,10 +333,16 @@ Command add_quantize(CLI::App& app) {
       ->type_name("FILE");
   command
       ->add_option("--data", a.data,
-                   "UTF-8 text files to train on; documents end at lines that hold only "
-                   "<|endoftext|>")
+                   "UTF-8 texts to train on, or folders of them; .jsonl: one document an object; "
+                   "else documents end at lines that hold only <|endoftext|>; .gz, .xz, .zst as "
+                   "they are")
       ->required()
       ->type_name("FILE ...");
+  command
+      ->add_option("--token-cache", a.token_cache,
+                   "Folder that keeps tokenized texts for further runs; may be removed (default: "
+                   "rabit/tokens in $XDG_CACHE_HOME or ~/.cache)")
+      ->type_name("FOLDER");
 
   std::map<std::string_view, CLI::App*> groups = {{"", command}};
   for (const train::Setting& setting : train::settings()) {
@@ -344,6 +367,12 @@ Command add_quantize(CLI::App& app) {
       ->capture_default_str();
   add_integer(output, "--sample-tokens", a.sample_tokens, 0, 4096,
               "Tokens of each continuation; 0: none; their time comes on top of --minutes");
+  output
+      ->add_option(
+          "--metrics", a.metrics,
+          "JSON Lines to write while training: an object for every block and every step; a "
+          "run that goes on with --resume adds to it")
+      ->type_name("FILE");
   output->add_flag("--json", a.json, "Print the run's log as one JSON object");
   command->footer(
       "Examples:\n"

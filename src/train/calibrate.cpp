@@ -362,10 +362,10 @@ Status measure_importance(TrainSession& session) {
   const ModelConfig& config = session.config();
   const Rotary rotary = make_rotary(config, session.options.seq_len, teacher.device);
   std::vector<ImportanceTap> taps(teacher.blocks.size());
-  const int64_t windows = std::min(kImportanceWindows, session.windows.size(0));
+  const int64_t windows = std::min(kImportanceWindows, session.windows.distinct());
   for (int64_t i = 0; i < windows; ++i) {
     RABIT_CHECK(check_interrupt());
-    const at::Tensor ids = session.windows.narrow(0, i, 1).to(teacher.device);
+    const at::Tensor ids = session.windows.distinct_range(i, 1).to(teacher.device);
     at::Tensor x = embed(teacher, ids).set_requires_grad(true);
     for (size_t layer = 0; layer < teacher.blocks.size(); ++layer) {
       x = block_forward(config, teacher.blocks[layer], rotary, x, teacher.compute, &taps[layer]);

@@ -18,6 +18,33 @@ constexpr char kPrefix[] = "rabit.checkpoint.";
 
 std::string key(const char* name) { return std::string(kPrefix) + name; }
 
+// Writes the checkpoint whole, then gives the earlier ones that are to be kept the names of older
+// ones. The last keeps its own name until the new one takes it, where the file system has hard
+// links.
+Status replace_checkpoint(const GgufWriter& writer, const std::filesystem::path& checkpoint,
+                          int64_t kept) {
+  const auto path = [&](int64_t age) { return earlier_checkpoint(checkpoint, age); };
+  std::error_code failed;
+  if (kept == 1 || !std::filesystem::exists(checkpoint, failed)) {
+    return writer.write(checkpoint);
+  }
+  std::filesystem::path made = checkpoint;
+  made += ".new";
+  RABIT_CHECK(writer.write(made));
+  // A kill may have left the last under two names.
+  if (!std::filesystem::equivalent(path(0), path(1), failed)) {
+    for (int64_t age = kept - 1; age > 1; --age) {
+      std::filesystem::rename(path(age - 1), path(age), failed);
+    }
+    std::filesystem::create_hard_link(path(0), path(1), failed);
+    if (failed) {
+      std::filesystem::rename(path(0), path(1), failed);
+    }
+  }
+  std::filesystem::rename(made, checkpoint, failed);
+  return failed ? Error{"cannot rename " + made.string() + ": " + failed.message()} : Status();
+}
+
 // Host copies that stay alive until the writer has written them.
 class Tensors {
  public:
@@ -35,6 +62,31 @@ class Tensors {
 };
 
 }  // namespace
+
+std::filesystem::path earlier_checkpoint(const std::filesystem::path& checkpoint, int64_t age) {
+  std::filesystem::path path = checkpoint;
+  if (age > 0) {
+    path += "." + std::to_string(age);
+  }
+  return path;
+}
+
+std::vector<std::filesystem::path> checkpoints_beside(const std::filesystem::path& checkpoint) {
+  const std::string prefix = checkpoint.filename().string();
+  const auto folder = checkpoint.has_parent_path() ? checkpoint.parent_path() : ".";
+  std::vector<std::filesystem::path> found;
+  std::error_code failed;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, failed)) {
+    const std::string name = entry.path().filename().string();
+    const bool numbered = name.size() > prefix.size() + 1 && name[prefix.size()] == '.' &&
+                          name.find_first_not_of("0123456789", prefix.size() + 1) == name.npos;
+    if (name == prefix || (name.compare(0, prefix.size(), prefix) == 0 && numbered)) {
+      found.push_back(entry.path());
+    }
+  }
+  std::sort(found.begin(), found.end());
+  return found;
+}
 
 std::string settings_fingerprint(const TrainSession& session) {
   nlohmann::json out = session.log["settings"];
@@ -104,7 +156,8 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
       }
     }
   }
-  RABIT_CHECK(writer.write(session.checkpoint_path));
+  RABIT_CHECK(
+      replace_checkpoint(writer, session.checkpoint_path, session.options.keep_checkpoints));
   if (session.observer.message) {
     session.observer.message("checkpoint: " + session.checkpoint_path.string());
   }
@@ -142,12 +195,14 @@ std::string differences(const nlohmann::json& before, const nlohmann::json& now)
     add("other texts of --data");
   }
   const auto old_settings = before.value("settings", nlohmann::json::object());
+  const nlohmann::json defaults = describe(QuantizeOptions());
   for (const Setting& setting : settings()) {
     if (setting.may_change) {
       continue;
     }
     const std::string key(setting.key);
-    const auto old_value = old_settings.value(key, nlohmann::json());
+    // What an earlier version did not know, it did as by default.
+    const auto old_value = old_settings.value(key, defaults[key]);
     const auto new_value = now["settings"].value(key, nlohmann::json());
     if (old_value == new_value) {
       continue;

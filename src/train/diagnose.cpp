@@ -136,9 +136,10 @@ Result<nlohmann::json> measure(const GgufFile& student, const GgufFile& teacher_
     return Error{fmt::format("--seq-len {}: the model was trained for at most {} positions",
                              seq_len, config.context_length)};
   }
-  RABIT_ASSIGN(at::Tensor windows, cut_windows(tokens, seq_len, config.vocab_size));
+  RABIT_ASSIGN(const TextWindows text, TextWindows::cut({{{.name = "the text", .tokens = tokens}}},
+                                                        {}, seq_len, config.vocab_size, {}));
   const int64_t count = std::max<int64_t>(1, options.tokens / seq_len);
-  windows = windows.narrow(0, 0, std::min(count, windows.size(0)));
+  const at::Tensor windows = text.distinct_range(0, std::min(count, text.distinct()));
 
   RABIT_ASSIGN(const Network teacher,
                load_network(teacher_file, device, pick_compute(options.compute, device)));

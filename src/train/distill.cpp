@@ -3,11 +3,15 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "base/interrupt.h"
 #include "train/optimizer.h"
+#include "train/recompute.h"
 #include "train/session.h"
+#include "train/sign_watch.h"
 
 namespace rabit::train {
 namespace {
@@ -73,9 +77,16 @@ Losses distill_loss(const TrainSession& session, const Student& student, const R
   }
   at::Tensor x = x0;
   for (size_t b = 0; b < teacher.blocks.size(); ++b) {
-    const BlockWeights weights =
-        student_weights(student.blocks[b], teacher.blocks[b], teacher.compute);
-    x = block_forward(config, weights, rotary, x, teacher.compute, of_student.tap());
+    // May be called after this function has returned.
+    const auto block = [&student, &teacher, &config, &rotary, b,
+                        tap = of_student.tap()](const at::Tensor& in) {
+      const BlockWeights weights =
+          student_weights(student.blocks[b], teacher.blocks[b], teacher.compute);
+      return block_forward(config, weights, rotary, in, teacher.compute, tap);
+    };
+    // What a tap sees would be gone by then.
+    TORCH_CHECK(!options.recompute || of_student.tap() == nullptr);
+    x = options.recompute ? recomputed(block, x, student.blocks[b].linear[0].latent) : block(x);
     of_student.see_stream(x);
   }
   DistillationLoss head = head_loss(session, student, x, x_teacher, ids);
@@ -88,6 +99,37 @@ Losses distill_loss(const TrainSession& session, const Student& student, const R
     watched = watched.detach();
   }
   return {total, head, watched};
+}
+
+// A step's numbers, without a graph; as in Losses.
+struct StepLosses {
+  at::Tensor loss, nll, watched;
+};
+
+// Adds the gradients of a step's loss, --micro-batch windows after the others. ids (windows, T) on
+// the host. Errors: an interrupt.
+Result<StepLosses> accumulate(const TrainSession& session, const Student& student,
+                              const Rotary& rotary, const at::Tensor& ids, Trainer& trainer) {
+  const int64_t windows = ids.size(0);
+  const int64_t at_once = session.options.micro_batch > 0 ? session.options.micro_batch : windows;
+  StepLosses sum;
+  const auto add = [](at::Tensor& total, const at::Tensor& part, double share) {
+    if (part.defined()) {
+      total = total.defined() ? total + part * share : part * share;
+    }
+  };
+  for (int64_t begin = 0; begin < windows; begin += at_once) {
+    RABIT_CHECK(check_interrupt());
+    const int64_t count = std::min(at_once, windows - begin);
+    const double share = static_cast<double>(count) / static_cast<double>(windows);
+    const Losses losses = distill_loss(session, student, rotary,
+                                       ids.narrow(0, begin, count).to(session.teacher.device));
+    trainer.accumulate(losses.total * share);
+    add(sum.loss, losses.head.loss, share);
+    add(sum.nll, losses.head.nll, share);
+    add(sum.watched, losses.watched, share);
+  }
+  return sum;
 }
 
 // The teacher's weights as latents: the same sizes, and finite losses.
@@ -144,14 +186,17 @@ Result<double> measure_distill(const TrainSession& session, int64_t tokens) {
   const Rotary rotary = make_rotary(session.config(), options.seq_len, session.teacher.device);
   const Student student = stand_in(session);
   const std::vector<at::Tensor> matrices = latents(student.blocks);
-  Trainer trainer(options.optimizer, matrices, scales_and_norms(student), options.clip);
+  Trainer trainer(options, matrices, scales_and_norms(student));
   const auto seconds_of = [&](int64_t windows) -> Result<double> {
     RABIT_CHECK(check_interrupt());
     const Clock clock;
-    const at::Tensor picks = at::arange(windows) % session.windows.size(0);
-    const at::Tensor ids = session.windows.index_select(0, picks).to(session.teacher.device);
-    const Losses losses = distill_loss(session, student, rotary, ids);
-    RABIT_CHECK(trainer.step(losses.total, losses.head.loss, 1e-6, 1e-6));
+    std::vector<int64_t> picks;  // the first ones, as often as it takes
+    for (int64_t i = 0; i < windows; ++i) {
+      picks.push_back(i % session.windows.count());
+    }
+    RABIT_ASSIGN(const StepLosses losses,
+                 accumulate(session, student, rotary, session.windows.pick(picks), trainer));
+    RABIT_CHECK(trainer.step(losses.loss, 1e-6, 1e-6));
     wait_for(matrices.back());
     return clock.elapsed();
   };
@@ -175,12 +220,12 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   const QuantizeOptions& options = session.options;
   const size_t blocks = session.student.blocks.size();
   const std::vector<at::Tensor> matrices = latents(session.student.blocks);
-  Trainer trainer(options.optimizer, matrices, scales_and_norms(session.student), options.clip);
+  Trainer trainer(options, matrices, scales_and_norms(session.student));
   trainer.load_state(state.trainer);
   const Rotary rotary = make_rotary(session.config(), options.seq_len, session.teacher.device);
   const int64_t step_tokens = options.batch * options.seq_len;
   const int64_t steps = distill_steps(options, tokens);
-  WindowOrder order(session.windows.size(0), static_cast<uint64_t>(options.seed) * 7919 + 1);
+  WindowOrder order(session.windows.count(), static_cast<uint64_t>(options.seed) * 7919 + 1);
   const int64_t first_step = state.step;
   const double time_budget = session.clock.limited() ? session.clock.left() : 0.0;
   const Clock clock(time_budget);
@@ -217,12 +262,12 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
       session.log["distill"].back()["gamma_error"] = watched.item<double>();
     }
   };
+  std::optional<SignWatch> watch;
+  if (session.observer.metrics) {
+    watch.emplace(session.student);
+  }
   int64_t step = first_step;
   for (; step < steps; ++step) {
-    if (interrupted()) {
-      RABIT_CHECK(save(step));
-      return check_interrupt();
-    }
     const double by_steps = (static_cast<double>(step) + 0.5) / static_cast<double>(steps);
     const double by_time =
         clock.limited() ? static_cast<double>(clock.elapsed()) / time_budget : 0.0;
@@ -230,17 +275,24 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
     if (progress >= 1.0) {
       break;
     }
-    const at::Tensor ids = session.windows.index_select(0, order.batch(step, options.batch));
-    const Losses losses =
-        distill_loss(session, session.student, rotary, ids.to(session.teacher.device));
+    const at::Tensor ids = session.windows.pick(order.batch(step, options.batch));
+    const auto accumulated = accumulate(session, session.student, rotary, ids, trainer);
+    if (!accumulated) {  // the step is not taken
+      RABIT_CHECK(save(step));
+      return accumulated.error();
+    }
+    const StepLosses& losses = *accumulated;
     const double factor = cosine_schedule(progress, options.warmup);
-    const auto taken = trainer.step(losses.total, losses.head.loss, options.latent_lr * factor,
-                                    options.scale_lr * factor);
+    const auto taken =
+        trainer.step(losses.loss, options.latent_lr * factor, options.scale_lr * factor);
     if (!taken) {
       return Error{fmt::format("step {}: {}; lower --latent-lr and --scale-lr", step,
                                taken.error().message)};
     }
     if (!taken->taken) {
+      if (session.observer.metrics) {
+        session.observer.metrics({{"phase", "distill"}, {"step", step + 1}, {"taken", false}});
+      }
       continue;
     }
     const at::NoGradGuard no_grad;
@@ -250,7 +302,7 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
           options.ema, (1.0 + static_cast<double>(step)) / (10.0 + static_cast<double>(step)));
       average[i].lerp_(matrices[i].detach(), 1.0 - decay);
     }
-    nll = nll.defined() ? nll + losses.head.nll : losses.head.nll;
+    nll = nll.defined() ? nll + losses.nll : losses.nll;
     watched = losses.watched;
     ++nll_steps;
     const double value = taken->loss;
@@ -258,6 +310,27 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
 
     const int64_t done = step + 1 - first_step;
     const double rate = static_cast<double>(done * step_tokens) / clock.elapsed();
+    if (session.observer.metrics) {
+      const at::Tensor text = losses.nll.to(at::kCPU);
+      nlohmann::json line = {{"phase", "distill"},
+                             {"step", step + 1},
+                             {"taken", true},
+                             {"tokens", (step + 1) * step_tokens},
+                             {"loss", value},
+                             {"text_nll", text[0].item<double>()},
+                             {"text_nll_teacher", text[1].item<double>()},
+                             {"scale_grad_norm", taken->gradient_norm},
+                             {"latent_grad_norm", taken->latent_gradient_norm},
+                             {"learning_rate_factor", factor},
+                             {"signs_turned", watch->turned()},
+                             {"tokens_per_second", rate},
+                             {"seconds", session.seconds()}};
+      if (losses.watched.defined()) {
+        line["gamma_error"] = losses.watched.item<double>();
+      }
+      line.update(peak_memory(session.teacher.device));
+      session.observer.metrics(line);
+    }
     if (session.observer.progress) {
       // Where time will end the phase first, the total is what it will reach.
       const double share = std::max(static_cast<double>(step + 1) / static_cast<double>(steps),
@@ -269,7 +342,9 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
     if (step % std::max<int64_t>(1, steps / 200) == 0 || step + 1 == steps) {
       note(step + 1, value, taken->gradient_norm, factor, rate);
     }
-    if (since_checkpoint.elapsed() > options.checkpoint_minutes * 60.0) {
+    const bool by_count =
+        options.checkpoint_steps > 0 && (step + 1) % options.checkpoint_steps == 0;
+    if (by_count || since_checkpoint.elapsed() > options.checkpoint_minutes * 60.0) {
       const DistillState now = state_at(step + 1);
       save_or_say(session, static_cast<int64_t>(blocks), &now);
       since_checkpoint = Clock();

@@ -4,8 +4,12 @@
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <array>
 #include <bit>
 
+#ifdef RABIT_CUDA
+#include "train/gpu_ops.h"
+#endif
 #include "train/host_tensor.h"
 
 namespace rabit::train {
@@ -110,8 +114,41 @@ namespace {
 
 at::Tensor coupled_weight(const at::Tensor& latent, const at::Tensor& g, const at::Tensor& h,
                           at::ScalarType compute) {
-  return latent.is_cpu() ? CoupledBinarize<HostArithmetic>::apply(latent, g, h, compute)
-                         : CoupledBinarize<OperationArithmetic>::apply(latent, g, h, compute);
+  if (latent.is_cpu()) {
+    return CoupledBinarize<HostArithmetic>::apply(latent, g, h, compute);
+  }
+#ifdef RABIT_CUDA
+  return gpu_coupled_weights(std::array{CoupledLeaves{latent, g, h}}, compute);
+#else
+  return CoupledBinarize<OperationArithmetic>::apply(latent, g, h, compute);
+#endif
+}
+
+// Layers that share an input, one below the other, where all are coupled layers on a GPU; else
+// undefined. The layers' own weights become views of it.
+at::Tensor joined_weights(const StudentBlock& student, std::span<const Role> roles,
+                          at::ScalarType compute, BlockWeights& weights) {
+#ifdef RABIT_CUDA
+  std::vector<CoupledLeaves> leaves;
+  for (const Role role : roles) {
+    const StudentLinear& linear = student[role];
+    if (!linear.defined() || linear.independent() || linear.latent.is_cpu()) {
+      return {};
+    }
+    leaves.push_back({linear.latent, linear.g, linear.h});
+  }
+  at::Tensor all = gpu_coupled_weights(leaves, compute);
+  int64_t row = 0;
+  for (const Role role : roles) {
+    const int64_t rows = student[role].shape.d_out;
+    weights.linear[index_of(role)] = all.narrow(0, row, rows);
+    row += rows;
+  }
+  return all;
+#else
+  (void)student, (void)roles, (void)compute, (void)weights;
+  return {};
+#endif
 }
 
 }  // namespace
@@ -216,9 +253,14 @@ BlockWeights student_weights(const StudentBlock& student, const BlockWeights& te
   };
   BlockWeights weights{
       {}, own(student.attn_norm, teacher.attn_norm), own(student.ffn_norm, teacher.ffn_norm)};
+  weights.qkv = joined_weights(student, kJoinedQkv, compute, weights);
+  weights.gate_up = joined_weights(student, kJoinedGateUp, compute, weights);
   for (size_t i = 0; i < kRoleCount; ++i) {
-    weights.linear[i] = student.linear[i].defined() ? fake_quant_weight(student.linear[i], compute)
-                                                    : teacher.linear[i];
+    if (!weights.linear[i].defined()) {
+      weights.linear[i] = student.linear[i].defined()
+                              ? fake_quant_weight(student.linear[i], compute)
+                              : teacher.linear[i];
+    }
   }
   return weights;
 }

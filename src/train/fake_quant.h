@@ -41,11 +41,6 @@ struct StudentBlock {
   const StudentLinear& operator[](Role role) const { return linear[index_of(role)]; }
 };
 
-/// Each path has a latent of its own.
-constexpr bool has_independent_latents(Method method) {
-  return method == Method::kStandard || method == Method::kMbok;
-}
-
 /// What a method makes of a start: a coupled latent (d_out, d_in) and scales g (k, d_out), h (k,
 /// d_in), float32 on any device. Independent latents begin as what is left for each path.
 StudentLinear make_student_linear(Method method, const at::Tensor& latent, const at::Tensor& g,
@@ -58,8 +53,8 @@ StudentLinear restore_student_linear(Method method, const at::Tensor& latent, co
                                      at::Device device);
 
 /// What (d_out, d_in) in `compute`, with gradients for latent (straight-through), g and h
-/// (docs/training.md). The CPU runs quant/'s own code, other devices the same
-/// arithmetic in torch operations, equal to the bit in float32. Independent paths are k layers of
+/// (docs/training.md). The CPU runs quant/'s own code, a GPU a kernel with the same
+/// arithmetic, equal to the bit in float32. Independent paths are k layers of
 /// one path, added.
 at::Tensor fake_quant_weight(const StudentLinear& linear, at::ScalarType compute);
 

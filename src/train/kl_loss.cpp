@@ -4,6 +4,10 @@
 
 #include <algorithm>
 
+#ifdef RABIT_CUDA
+#include "train/gpu_ops.h"
+#endif
+
 namespace rabit::train {
 namespace {
 
@@ -25,8 +29,28 @@ class ChunkedLoss : public torch::autograd::Function<ChunkedLoss> {
     at::Tensor nll = at::zeros({2}, student.options().dtype(at::kDouble));
     at::Tensor loss = at::zeros({}, student.options().dtype(at::kDouble));
     at::Tensor grad = backward ? at::empty_like(student) : at::Tensor();
+    [[maybe_unused]] const double entropy_weight =
+        c > 0.0 ? c / std::max(1.0, known.sum().item<double>()) : 0.0;
     for (int64_t begin = 0; begin < tokens; begin += chunk) {
       const int64_t count = std::min(chunk, tokens - begin);
+#ifdef RABIT_CUDA
+      if (student.is_cuda() && student.scalar_type() == at::kBFloat16) {
+        const auto logits_of = [&](const at::Tensor& hidden) {
+          return at::matmul(hidden.narrow(0, begin, count), head.t());
+        };
+        const at::Tensor logits = logits_of(student);
+        const at::Tensor sums =
+            gpu_kl_backward(logits, logits_of(teacher), next.narrow(0, begin, count), shares,
+                            divergence_weight, entropy_weight)
+                .to(at::kDouble);
+        loss += sums.select(1, 0).sum() * (t * t * divergence_weight);
+        nll += (sums.narrow(1, 1, 2) * share.narrow(0, begin, count).unsqueeze(1)).sum(0);
+        if (backward) {
+          grad.narrow(0, begin, count).copy_(at::matmul(logits, head));
+        }
+        continue;
+      }
+#endif
       const auto logits_of = [&](const at::Tensor& hidden) {
         return at::matmul(hidden.narrow(0, begin, count), head.t()).to(at::kFloat);
       };
@@ -74,7 +98,7 @@ class ChunkedLoss : public torch::autograd::Function<ChunkedLoss> {
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const at::Tensor grad = context->get_saved_variables()[0];
-    return {grad * grads[0].to(grad.scalar_type()),
+    return {(grad.to(at::kFloat) * grads[0]).to(grad.scalar_type()),
             at::Tensor(),
             at::Tensor(),
             at::Tensor(),

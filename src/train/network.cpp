@@ -3,6 +3,9 @@
 #include <cmath>
 
 #include "base/interrupt.h"
+#ifdef RABIT_CUDA
+#include "train/gpu_ops.h"
+#endif
 #include "train/host_tensor.h"
 
 namespace rabit::train {
@@ -19,6 +22,23 @@ Result<at::Tensor> load_tensor(const GgufFile& file, const std::string& name,
                  " holds values that are not finite or beyond 65504; the file is damaged"};
   }
   return tensor.to(device, type);
+}
+
+// The weights of these layers one below the other; they become views of it.
+at::Tensor join(BlockWeights& block, std::span<const Role> roles) {
+  std::vector<at::Tensor> parts;
+  for (const Role role : roles) {
+    parts.push_back(block.linear[index_of(role)]);
+  }
+  at::Tensor all = at::cat(parts);
+  int64_t row = 0;
+  for (const Role role : roles) {
+    at::Tensor& part = block.linear[index_of(role)];
+    const int64_t rows = part.size(0);
+    part = all.narrow(0, row, rows);
+    row += rows;
+  }
+  return all;
 }
 
 }  // namespace
@@ -55,6 +75,10 @@ Result<Network> load_network(const GgufFile& file, at::Device device, at::Scalar
       RABIT_ASSIGN(block.linear[index_of(role)],
                    load(name + ".weight", {shape.d_in, shape.d_out}, compute));
     }
+    if (device.is_cuda()) {
+      block.qkv = join(block, kJoinedQkv);
+      block.gate_up = join(block, kJoinedGateUp);
+    }
     network.blocks.push_back(std::move(block));
   }
   return network;
@@ -75,6 +99,11 @@ at::Tensor embed(const Network& network, const at::Tensor& ids) {
 
 at::Tensor norm(const ModelConfig& config, const at::Tensor& x, const at::Tensor& weight,
                 at::ScalarType compute) {
+#ifdef RABIT_CUDA
+  if (x.is_cuda() && compute == at::kBFloat16) {
+    return gpu_norm(x, weight, config.norm_epsilon);
+  }
+#endif
   return at::rms_norm(x, {config.d_model}, weight, config.norm_epsilon).to(compute);
 }
 
@@ -119,6 +148,11 @@ at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) { return at::sil
 
 at::Tensor block_forward(const ModelConfig& config, const BlockWeights& block, const Rotary& rotary,
                          const at::Tensor& x, at::ScalarType compute, LinearTap* tap) {
+#ifdef RABIT_CUDA
+  if (x.is_cuda() && compute == at::kBFloat16 && tap == nullptr) {
+    return gpu_block_forward(config, block, rotary, x);
+  }
+#endif
   const auto linear = [&](Role role, const at::Tensor& input) {
     at::Tensor output = at::matmul(input, block.linear[index_of(role)].t());
     if (tap != nullptr) {

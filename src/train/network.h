@@ -23,7 +23,19 @@ struct BlockWeights {
   std::array<at::Tensor, kRoleCount> linear;
   at::Tensor attn_norm;
   at::Tensor ffn_norm;
+  // Weights of layers that share an input one below the other, where they were made so.
+  at::Tensor qkv, gate_up;
+
+  /// Another weight in one layer's place.
+  void replace(Role role, const at::Tensor& weight) {
+    linear[index_of(role)] = weight;
+    qkv = gate_up = at::Tensor();
+  }
 };
+
+/// The layers of BlockWeights::qkv and gate_up, in their order.
+inline constexpr std::array kJoinedQkv = {Role::kAttnQ, Role::kAttnK, Role::kAttnV};
+inline constexpr std::array kJoinedGateUp = {Role::kFfnGate, Role::kFfnUp};
 
 /// The original model, dequantized.
 struct Network {

@@ -43,8 +43,8 @@ at::Tensor orthogonalize(const at::Tensor& x) {
   return y;
 }
 
-Muon::Muon(const std::vector<at::Tensor>& parameters, double momentum)
-    : parameters_(parameters), momentum_(momentum) {
+Muon::Muon(const std::vector<at::Tensor>& parameters, double momentum, at::ScalarType momentum_type)
+    : parameters_(parameters), decay_(momentum), momentum_type_(momentum_type) {
   std::map<std::pair<int64_t, int64_t>, std::vector<Slice>> by_size;
   for (size_t i = 0; i < parameters_.size(); ++i) {
     const at::Tensor& p = parameters_[i];
@@ -53,8 +53,14 @@ Muon::Muon(const std::vector<at::Tensor>& parameters, double momentum)
       by_size[std::minmax(p.size(-2), p.size(-1))].push_back({i, s});
     }
   }
-  for (auto& [size, members] : by_size) {
-    groups_.push_back({std::move(members), {}});
+  for (const auto& [size, slices] : by_size) {
+    const auto at_once =
+        static_cast<size_t>(std::max<int64_t>(1, kMuonElements / (size.first * size.second)));
+    for (size_t begin = 0; begin < slices.size(); begin += at_once) {
+      const auto first = slices.begin() + static_cast<std::ptrdiff_t>(begin);
+      const size_t count = std::min(at_once, slices.size() - begin);
+      batches_.emplace_back(first, first + static_cast<std::ptrdiff_t>(count));
+    }
   }
 }
 
@@ -62,60 +68,53 @@ at::Tensor Muon::matrix(const at::Tensor& parameter, const Slice& slice) {
   return parameter.dim() == 3 ? parameter.select(0, slice.index) : parameter;
 }
 
-void Muon::step(double learning_rate) {
-  const at::NoGradGuard no_grad;
-  for (auto& group : groups_) {
-    std::vector<at::Tensor> grads;
-    for (const Slice& slice : group.members) {
-      grads.push_back(wide(matrix(parameters_[slice.parameter].grad(), slice)));
-    }
-    const at::Tensor grad = at::stack(grads);
-    if (!group.momentum.defined()) {
-      group.momentum = at::zeros_like(grad);
-    }
-    group.momentum.lerp_(grad, 1.0 - momentum_);
-    const at::Tensor direction = at::lerp(grad, group.momentum, momentum_);  // Nesterov
-    const double scale = 0.2 * std::sqrt(static_cast<double>(grad.size(2)));
-    const at::Tensor update =
-        orthogonalize(direction.to(at::kBFloat16)).to(at::kFloat).mul_(-learning_rate * scale);
-    for (size_t m = 0; m < group.members.size(); ++m) {
-      const Slice& slice = group.members[m];
-      at::Tensor parameter = matrix(parameters_[slice.parameter], slice);
-      const at::Tensor delta = update[static_cast<int64_t>(m)];
-      parameter.add_(parameter.size(0) > parameter.size(1) ? delta.t() : delta);
+void Muon::step_together(const std::vector<Slice>& slices, double learning_rate) {
+  std::vector<at::Tensor> matrices, grads, momentum, directions;
+  for (const Slice& slice : slices) {
+    const at::Tensor& parameter = parameters_[slice.parameter];
+    matrices.push_back(matrix(parameter, slice));
+    grads.push_back(matrix(parameter.grad(), slice));
+    momentum.push_back(matrix(momentum_[slice.parameter], slice).to(at::kFloat));
+  }
+  at::_foreach_lerp_(momentum, grads, 1.0 - decay_);
+  for (const at::Tensor& direction : at::_foreach_lerp(grads, momentum, decay_)) {  // Nesterov
+    directions.push_back(wide(direction));
+  }
+  if (momentum_type_ != at::kFloat) {
+    for (size_t i = 0; i < slices.size(); ++i) {
+      at::Tensor kept = matrix(momentum_[slices[i].parameter], slices[i]);
+      kept.copy_(momentum[i]);
     }
   }
-  for (auto& parameter : parameters_) {
-    parameter.mutable_grad().reset();
+  const at::Tensor update = orthogonalize(at::stack(directions).to(at::kBFloat16)).to(at::kFloat);
+  const double scale = 0.2 * std::sqrt(static_cast<double>(update.size(2)));
+  std::vector<at::Tensor> deltas;
+  for (size_t i = 0; i < slices.size(); ++i) {
+    const at::Tensor delta = update[static_cast<int64_t>(i)];
+    deltas.push_back(matrices[i].size(0) > matrices[i].size(1) ? delta.t() : delta);
   }
+  at::_foreach_add_(matrices, deltas, -learning_rate * scale);
 }
 
-std::vector<at::Tensor> Muon::state() const {
-  std::vector<at::Tensor> momentum(parameters_.size());
-  for (const auto& group : groups_) {
-    for (size_t m = 0; m < group.members.size() && group.momentum.defined(); ++m) {
-      const Slice& slice = group.members[m];
-      const at::Tensor& parameter = parameters_[slice.parameter];
-      at::Tensor& whole = momentum[slice.parameter];
-      if (!whole.defined()) {
-        whole = at::empty(parameter.sizes(), parameter.options().requires_grad(false));
-      }
-      const at::Tensor part = group.momentum[static_cast<int64_t>(m)];
-      at::Tensor place = matrix(whole, slice);
-      place.copy_(place.size(0) > place.size(1) ? part.t() : part);
+void Muon::step(double learning_rate) {
+  const at::NoGradGuard no_grad;
+  if (momentum_.empty()) {
+    for (const at::Tensor& parameter : parameters_) {
+      momentum_.push_back(at::zeros_like(parameter, parameter.options().dtype(momentum_type_)));
     }
   }
-  return momentum;
+  for (const auto& slices : batches_) {
+    step_together(slices, learning_rate);
+  }
+  clear_gradients(parameters_);
 }
 
 void Muon::load_state(const std::vector<at::Tensor>& momentum) {
-  for (auto& group : groups_) {
-    std::vector<at::Tensor> parts;
-    for (const Slice& slice : group.members) {
-      parts.push_back(
-          wide(matrix(momentum[slice.parameter], slice)).to(parameters_[slice.parameter].device()));
-    }
-    group.momentum = at::stack(parts);
+  momentum_.clear();
+  for (size_t i = 0; i < momentum.size(); ++i) {
+    momentum_.push_back(momentum[i].to(parameters_[i].device(), momentum_type_,
+                                       /*non_blocking=*/false,
+                                       /*copy=*/true));
   }
 }
 
@@ -124,45 +123,47 @@ AdamW::AdamW(std::vector<at::Tensor> parameters, const Options& options)
 
 void AdamW::step(double learning_rate) {
   const at::NoGradGuard no_grad;
-  std::vector<at::Tensor> flat_grads;
-  for (const auto& parameter : parameters_) {
-    flat_grads.push_back(parameter.grad().flatten());
-  }
-  const at::Tensor grad = at::cat(flat_grads);
   if (!state_.mean.defined()) {
-    state_.mean = at::zeros_like(grad);
-    state_.square = at::zeros_like(grad);
+    int64_t count = 0;
+    for (const auto& parameter : parameters_) {
+      count += parameter.numel();
+    }
+    state_.mean = at::zeros({count}, parameters_.front().options().requires_grad(false));
+    state_.square = at::zeros_like(state_.mean);
   }
   ++state_.steps;
-  state_.mean.lerp_(grad, 1.0 - options_.beta1);
-  state_.square.mul_(options_.beta2).addcmul_(grad, grad, 1.0 - options_.beta2);
-  const double steps = static_cast<double>(state_.steps);
-  const double correction1 = 1.0 - std::pow(options_.beta1, steps);
-  const double correction2 = 1.0 - std::pow(options_.beta2, steps);
-  const at::Tensor denominator = (state_.square / correction2).sqrt_().add_(options_.epsilon);
-  const at::Tensor update = (state_.mean / denominator).mul_(-learning_rate / correction1);
+  std::vector<at::Tensor> grads, means, squares;
   int64_t offset = 0;
-  for (auto& parameter : parameters_) {
-    if (options_.weight_decay != 0.0) {
-      parameter.mul_(1.0 - learning_rate * options_.weight_decay);
-    }
-    parameter.add_(update.narrow(0, offset, parameter.numel()).view(parameter.sizes()));
+  for (const auto& parameter : parameters_) {
+    const auto part = [&](const at::Tensor& flat) {
+      return flat.narrow(0, offset, parameter.numel()).view(parameter.sizes());
+    };
+    grads.push_back(parameter.grad().contiguous());
+    means.push_back(part(state_.mean));
+    squares.push_back(part(state_.square));
     offset += parameter.numel();
-    parameter.mutable_grad().reset();
   }
+  const std::vector<at::Tensor> steps(
+      parameters_.size(), at::full({}, static_cast<double>(state_.steps), state_.mean.options()));
+  at::_fused_adamw_(parameters_, grads, means, squares, /*max_exp_avg_sqs=*/{}, steps,
+                    learning_rate, options_.beta1, options_.beta2, options_.weight_decay,
+                    options_.epsilon, /*amsgrad=*/false, /*maximize=*/false);
+  clear_gradients(parameters_);
 }
 
 void AdamW::load_state(State state) {
   const at::Device device = parameters_.front().device();
-  state_ = {state.mean.to(device), state.square.to(device), state.steps};
+  // Copies: what was given may be kept by others.
+  const auto own = [&](const at::Tensor& x) { return x.to(device, x.scalar_type(), false, true); };
+  state_ = {own(state.mean), own(state.square), state.steps};
 }
 
-double gradient_norm(const std::vector<at::Tensor>& parameters) {
+at::Tensor gradient_norm(const std::vector<at::Tensor>& parameters) {
   std::vector<at::Tensor> norms;
   for (const auto& norm : at::_foreach_norm(gradients(parameters), 2)) {
     norms.push_back(norm);
   }
-  return at::linalg_vector_norm(at::stack(norms)).item<double>();
+  return at::linalg_vector_norm(at::stack(norms));
 }
 
 void scale_gradients(const std::vector<at::Tensor>& parameters, double factor) {
@@ -175,30 +176,41 @@ void clear_gradients(const std::vector<at::Tensor>& parameters) {
   }
 }
 
-Trainer::Trainer(Optimizer optimizer, const std::vector<at::Tensor>& latents,
-                 const std::vector<at::Tensor>& scales, double clip)
-    : scale_adam_(scales, {}), latents_(latents), scales_(scales), clip_(clip) {
-  if (optimizer == Optimizer::kMuon) {
-    muon_.emplace(latents);
+Trainer::Trainer(const QuantizeOptions& options, const std::vector<at::Tensor>& latents,
+                 const std::vector<at::Tensor>& scales)
+    : scale_adam_(scales, {}), latents_(latents), scales_(scales), clip_(options.clip) {
+  if (options.optimizer == Optimizer::kMuon) {
+    muon_.emplace(latents, 0.95,
+                  options.momentum == MomentumType::kBF16 ? at::kBFloat16 : at::kFloat);
   } else {
     latent_adam_.emplace(latents, AdamW::Options());
   }
 }
 
-Result<Trainer::Step> Trainer::step(const at::Tensor& loss, const at::Tensor& watched,
-                                    double latent_rate, double scale_rate) {
+void Trainer::accumulate(const at::Tensor& loss) {
   loss.backward();
-  const at::Tensor values = at::stack({loss.detach(), watched.detach()}).to(at::kCPU, at::kDouble);
-  const Step step{true, values[1].item<double>(), gradient_norm(scales_)};
+  const at::Tensor value = loss.detach();
+  accumulated_ = accumulated_.defined() ? accumulated_ + value : value;
+}
+
+Result<Trainer::Step> Trainer::step(const at::Tensor& watched, double latent_rate,
+                                    double scale_rate) {
+  const at::Tensor values =
+      at::stack({std::exchange(accumulated_, at::Tensor()).to(at::kDouble),
+                 watched.detach().to(at::kDouble), gradient_norm(scales_).to(at::kDouble),
+                 gradient_norm(latents_).to(at::kDouble)})
+          .to(at::kCPU);
+  const Step step{true, values[1].item<double>(), values[2].item<double>(),
+                  values[3].item<double>()};
   if (!std::isfinite(step.loss) || !std::isfinite(values[0].item<double>()) ||
-      !std::isfinite(step.gradient_norm)) {
+      !std::isfinite(step.gradient_norm) || !std::isfinite(step.latent_gradient_norm)) {
     clear_gradients(latents_);
     clear_gradients(scales_);
     if (++unusable_ == kMaxUnusableSteps) {
       return Error{"the loss or its gradient is not finite in " +
                    std::to_string(kMaxUnusableSteps) + " steps running"};
     }
-    return Step{false, step.loss, step.gradient_norm};
+    return Step{false, step.loss, step.gradient_norm, step.latent_gradient_norm};
   }
   unusable_ = 0;
   if (step.gradient_norm > clip_) {

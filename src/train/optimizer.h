@@ -14,16 +14,19 @@ namespace rabit::train {
 
 /// Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) with Nesterov momentum and
 /// five Newton-Schulz steps, updates scaled by 0.2 sqrt(max(d_out, d_in)) so that their RMS is that
-/// of AdamW (Liu et al., arXiv 2502.16982). Matrices of equal sizes go through together.
+/// of AdamW (Liu et al., arXiv 2502.16982). Matrices of equal sizes go through together, as many as
+/// `kMuonElements` hold.
 class Muon {
  public:
   /// parameters: leaves float32, matrices (d_out, d_in) or stacks of them (k, d_out, d_in).
-  explicit Muon(const std::vector<at::Tensor>& parameters, double momentum = 0.95);
+  /// momentum_type: that the momentum is kept in, float32 or, in half of the memory, bf16.
+  explicit Muon(const std::vector<at::Tensor>& parameters, double momentum = 0.95,
+                at::ScalarType momentum_type = at::kFloat);
 
   void step(double learning_rate);
 
-  /// Momentum in the parameters' order and sizes, for checkpoints. Undefined before the first step.
-  std::vector<at::Tensor> state() const;
+  /// Momentum in the parameters' order and sizes, for checkpoints. Empty before the first step.
+  std::vector<at::Tensor> state() const { return momentum_; }
   void load_state(const std::vector<at::Tensor>& momentum);
 
  private:
@@ -32,14 +35,16 @@ class Muon {
     int64_t index;  // of the matrix in its stack
   };
   static at::Tensor matrix(const at::Tensor& parameter, const Slice& slice);
-  struct Group {
-    std::vector<Slice> members;
-    at::Tensor momentum;  // (members, min side, max side)
-  };
-  std::vector<at::Tensor> parameters_;
-  std::vector<Group> groups_;
-  double momentum_;
+  void step_together(const std::vector<Slice>& slices, double learning_rate);
+
+  std::vector<at::Tensor> parameters_, momentum_;
+  std::vector<std::vector<Slice>> batches_;  // of equal sizes
+  double decay_;
+  at::ScalarType momentum_type_;
 };
+
+/// Elements of the matrices that Newton-Schulz takes at once.
+inline constexpr int64_t kMuonElements = int64_t{1} << 26;
 
 /// Newton-Schulz iteration: X (batch, m, n), m <= n -> about U V^T of X = U S V^T, in X's type.
 at::Tensor orthogonalize(const at::Tensor& x);
@@ -67,8 +72,8 @@ class AdamW {
   State state_;
 };
 
-/// Square root of the sum of squares of all gradients, one synchronisation.
-double gradient_norm(const std::vector<at::Tensor>& parameters);
+/// Square root of the sum of squares of all gradients, a number on their device.
+at::Tensor gradient_norm(const std::vector<at::Tensor>& parameters);
 /// Multiplies all gradients by a factor.
 void scale_gradients(const std::vector<at::Tensor>& parameters, double factor);
 void clear_gradients(const std::vector<at::Tensor>& parameters);
@@ -85,18 +90,20 @@ struct TrainerState {
 /// not finite.
 class Trainer {
  public:
-  Trainer(Optimizer optimizer, const std::vector<at::Tensor>& latents,
-          const std::vector<at::Tensor>& scales, double clip);
+  Trainer(const QuantizeOptions& options, const std::vector<at::Tensor>& latents,
+          const std::vector<at::Tensor>& scales);
 
   struct Step {
     bool taken = false;
     double loss = 0.0;           // of `watched`
     double gradient_norm = 0.0;  // of the scales, before it was bounded
+    double latent_gradient_norm = 0.0;
   };
-  /// Backward from `loss`, then a step of both. `watched`: the number to report, often the loss
-  /// itself. Errors: the fifth unusable step running.
-  Result<Step> step(const at::Tensor& loss, const at::Tensor& watched, double latent_rate,
-                    double scale_rate);
+  /// Adds the gradients of `loss`, a number, to those of the step to come.
+  void accumulate(const at::Tensor& loss);
+  /// A step of both from the gradients accumulated. `watched`: the number to report, often the
+  /// loss. Errors: the fifth unusable step running.
+  Result<Step> step(const at::Tensor& watched, double latent_rate, double scale_rate);
 
   TrainerState state() const;
   void load_state(const TrainerState& state);
@@ -106,6 +113,7 @@ class Trainer {
   std::optional<AdamW> latent_adam_;
   AdamW scale_adam_;
   std::vector<at::Tensor> latents_, scales_;
+  at::Tensor accumulated_;  // the losses since the last step
   double clip_;
   int unusable_ = 0;
 };

@@ -2,9 +2,12 @@
 
 #include <ATen/Context.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/AllocatorConfig.h>
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <charconv>
+#include <cstdlib>
 
 #include "base/files.h"
 #include "io/gguf.h"
@@ -43,6 +46,15 @@ Setting::Choice choice(std::vector<std::string> names) {
 
 Status check_bits(const std::string& text) {
   RABIT_CHECK(PathPlan::parse(text));
+  return {};
+}
+
+Status check_field(const std::string& text) {
+  return text.empty() ? Status(Error{"--data-field is empty; name a field"}) : Status();
+}
+
+Status check_weights(const std::string& text) {
+  RABIT_CHECK(parse_weights(text));
   return {};
 }
 
@@ -92,6 +104,17 @@ std::vector<Setting> make_settings() {
        "Go on from OUT.ckpt, which an interrupted run left", kMayChange},
       {"checkpoint_minutes", "--checkpoint-minutes", "Where",
        Number{&Q::checkpoint_minutes, 0.01, 1e6}, "Time between checkpoints", kMayChange},
+      {"checkpoint_steps", "--checkpoint-steps", "Where",
+       Integer{&Q::checkpoint_steps, 0, int64_t{1} << 40},
+       "Also write one after so many steps end to end; 0: by time alone", kMayChange},
+      {"keep_checkpoints", "--keep-checkpoints", "Where", Integer{&Q::keep_checkpoints, 1, 1000},
+       "Checkpoints to keep while the run lasts: OUT.ckpt, before it OUT.ckpt.1, and so on",
+       kMayChange},
+
+      {"data_field", "--data-field", "Text", Text{&Q::data_field, check_field},
+       "Of JSON Lines, the field that holds a document"},
+      {"data_weights", "--data-weights", "Text", Text{&Q::data_weights, check_weights},
+       "How often a pass sees each of --data, a number for every one: 2,1,0.5; not given: once"},
 
       {"error_feedback", "--no-error-feedback", "Start", Flag{&Q::error_feedback, false},
        "Fit the scales by importance alone, without error feedback"},
@@ -126,6 +149,8 @@ std::vector<Setting> make_settings() {
        "Seed of every random choice"},
       {"optimizer", "--optimizer", "Training", choice<&Q::optimizer>({"muon", "adamw"}),
        "What updates the latents: muon or adamw (scales: always adamw)"},
+      {"momentum", "--momentum", "Training", choice<&Q::momentum>({"f32", "bf16"}),
+       "What Muon keeps its momentum in: f32, or bf16 in half of the memory"},
       {"warm_batch", "--warm-batch", "Training", Integer{&Q::warm_batch, 1, 1 << 20},
        "Windows a step in the warm start"},
       {"warm_latent_lr", "--warm-latent-lr", "Training", Number{&Q::warm_latent_lr, 0, 10},
@@ -133,6 +158,13 @@ std::vector<Setting> make_settings() {
       {"warm_scale_lr", "--warm-scale-lr", "Training", Number{&Q::warm_scale_lr, 0, 10},
        "The scales' rate in the warm start"},
       {"batch", "--batch", "Training", Integer{&Q::batch, 1, 1 << 20}, "Windows a step end to end"},
+      {"micro_batch", "--micro-batch", "Training", Integer{&Q::micro_batch, 0, 1 << 20},
+       "Windows of a step that go through the model at once, to save memory; 0: all", kMayChange},
+      {"recompute", "--recompute", "Training", Flag{&Q::recompute, true},
+       "Keep only the stream between blocks end to end and compute a block again for its "
+       "gradients: "
+       "far less memory, up to a third more work",
+       kMayChange},
       {"latent_lr", "--latent-lr", "Training", Number{&Q::latent_lr, 0, 10},
        "The latents' rate end to end"},
       {"scale_lr", "--scale-lr", "Training", Number{&Q::scale_lr, 0, 10},
@@ -202,6 +234,9 @@ Status check_combination(const QuantizeOptions& o) {
   if (o.alpha_search && o.method == Method::kDbllm) {
     return Error{"--alpha-search: --method dbllm has a start without importances"};
   }
+  if (o.recompute && o.gamma > 0.0 && o.gamma_on == GammaOn::kLayers) {
+    return Error{"--recompute keeps no outputs of layers: give --gamma-on blocks"};
+  }
   if (o.tokens > 0 && o.tokens < o.batch * o.seq_len) {
     return Error{
         fmt::format("--tokens {}: less than one step of {} windows of {}; give 0, or at least "
@@ -242,10 +277,12 @@ Status check_output(const std::filesystem::path& out, std::span<const std::files
   std::filesystem::path checkpoint = out;
   checkpoint += ".ckpt";
   std::error_code ignored;
-  if (fresh && std::filesystem::exists(checkpoint, ignored)) {
-    return Error{
-        checkpoint.string() +
-        " is there, what an earlier run left: add --resume to go on from it, or remove it"};
+  if (const auto left = checkpoints_beside(checkpoint); fresh && !left.empty()) {
+    return Error{left.front().string() + " is there, what an earlier run left: " +
+                 (left.front() == checkpoint
+                      ? "add --resume to go on from it, or remove it"
+                      : "rename it to " + checkpoint.string() +
+                            " and add --resume to go on from it, or remove it")};
   }
   std::filesystem::path probe = out;
   probe += kProbe;
@@ -262,6 +299,23 @@ Status check_output(const std::filesystem::path& out, std::span<const std::files
 }
 
 }  // namespace
+
+Result<std::vector<double>> parse_weights(const std::string& text) {
+  std::vector<double> weights;
+  for (size_t begin = 0; !text.empty() && begin <= text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    double weight = 0.0;
+    const auto [stop, status] = std::from_chars(text.data() + begin, text.data() + end, weight);
+    constexpr double kMost = 1000.0;
+    if (status != std::errc() || stop != text.data() + end || !(weight > 0.0 && weight <= kMost)) {
+      return Error{"--data-weights " + text + ": '" + text.substr(begin, end - begin) +
+                   "' is not a number above 0 and up to 1000"};
+    }
+    weights.push_back(weight);
+    begin = end + 1;
+  }
+  return weights;
+}
 
 Result<PathPlan> PathPlan::parse(const std::string& text) {
   PathPlan plan;
@@ -447,6 +501,11 @@ Result<at::Device> pick_device(const std::string& name) {
     return Error{fmt::format("--device {}: this machine has {} CUDA device{}, numbered from 0",
                              name, devices, devices == 1 ? "" : "s")};
   }
+  // What one phase has freed serves the next in other sizes.
+  if (std::getenv("PYTORCH_CUDA_ALLOC_CONF") == nullptr &&
+      std::getenv("PYTORCH_ALLOC_CONF") == nullptr) {
+    c10::CachingAllocator::setAllocatorSettings("expandable_segments:True");
+  }
   return at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
 }
 
@@ -487,7 +546,9 @@ std::vector<std::string> idle_settings(const Q& o, int64_t distill_tokens) {
   note(warm, {"warm_blocks", "warm_batch", "warm_latent_lr", "warm_scale_lr"});
   note(warm || distilled, {"optimizer", "train_norms", "warmup", "reverse_kl", "temperature",
                            "cross_entropy", "clip"});
-  note(distilled, {"batch", "latent_lr", "scale_lr", "ema", "gamma"});
+  note((warm || distilled) && o.optimizer == Optimizer::kMuon, {"momentum"});
+  note(distilled, {"batch", "micro_batch", "recompute", "checkpoint_steps", "latent_lr", "scale_lr",
+                   "ema", "gamma"});
   note(distilled && o.gamma > 0.0, {"gamma_on"});
   return idle;
 }

@@ -20,6 +20,8 @@ namespace rabit::train {
 enum class Method { kRabit, kStandard, kDbllm, kMbok, kOnebit };
 /// What updates the latents.
 enum class Optimizer { kMuon, kAdamW };
+/// What Muon keeps its momentum in.
+enum class MomentumType { kF32, kBF16 };
 enum class Compute { kAuto, kBF16, kF32 };
 /// Columns as they stand, or those with the largest inputs first.
 enum class ColumnOrder { kNatural, kDiagonal };
@@ -50,6 +52,8 @@ struct QuantizeOptions {
   bool dry_run = false;
   bool resume = false;
   double checkpoint_minutes = 10.0;
+  int64_t checkpoint_steps = 0;  // 0: by time alone
+  int64_t keep_checkpoints = 1;
 
   bool error_feedback = true;
   double ef_damp = 0.1;
@@ -64,15 +68,21 @@ struct QuantizeOptions {
   int64_t init_sweeps = 8;
   int64_t als_steps = 12;
 
+  std::string data_field = "text";
+  std::string data_weights;
+
   int64_t seq_len = 1024;
   int64_t seed = 1;
-  Optimizer optimizer = Optimizer::kMuon;
+  Optimizer optimizer = Optimizer::kAdamW;
+  MomentumType momentum = MomentumType::kF32;
   int64_t warm_batch = 4;
-  double warm_latent_lr = 4e-3;
+  double warm_latent_lr = 2e-3;
   double warm_scale_lr = 1e-3;
   int64_t batch = 16;
-  double latent_lr = 5e-4;
-  double scale_lr = 1e-4;
+  int64_t micro_batch = 0;  // 0: all of a step
+  bool recompute = false;
+  double latent_lr = 3e-4;
+  double scale_lr = 3e-5;
   double ema = 0.0;
   bool train_norms = false;
   double warmup = 0.03;
@@ -86,6 +96,11 @@ struct QuantizeOptions {
   EmbeddingType embedding = EmbeddingType::kQ8_0;
   int64_t diagnose_tokens = 4096;
 };
+
+/// Each path has a latent of its own.
+constexpr bool has_independent_latents(Method method) {
+  return method == Method::kStandard || method == Method::kMbok;
+}
 
 /// Paths of every linear layer: a default, and exceptions by block and role.
 class PathPlan {
@@ -147,6 +162,9 @@ struct Setting {
   /// A continuation may have another value than the run that it continues.
   bool may_change = false;
 };
+
+/// Numbers with commas between, none for an empty text. Errors: what is no positive number.
+Result<std::vector<double>> parse_weights(const std::string& text);
 
 /// All settings, in the order of the help.
 std::span<const Setting> settings();

@@ -16,6 +16,7 @@
 #include "eval/diagnostics.h"
 #include "eval/perplexity.h"
 #include "train/guard.h"
+#include "train/memory_plan.h"
 #include "train/path_diagnosis.h"
 #include "train/session.h"
 #include "train/torch_logits.h"
@@ -94,36 +95,23 @@ Status diagnose_student(TrainSession& session) {
     return {};
   }
   const int64_t windows =
-      std::clamp<int64_t>(options.diagnose_tokens / options.seq_len, 1, session.windows.size(0));
+      std::clamp<int64_t>(options.diagnose_tokens / options.seq_len, 1, session.windows.distinct());
   const int64_t blocks = session.config().layers;
   const auto reader = [&](int64_t layer) -> Result<BlockPaths> {
     return block_paths(session.student.blocks[static_cast<size_t>(layer)]);
   };
-  RABIT_ASSIGN(const auto layers,
-               diagnose(session.teacher, blocks, reader,
-                        session.windows.narrow(0, session.windows.size(0) - windows, windows),
-                        [&](int64_t done) {
-                          if (session.observer.progress) {
-                            session.observer.progress({"diagnosis", done, blocks, NAN, 0.0});
-                          }
-                        }));
+  RABIT_ASSIGN(
+      const auto layers,
+      diagnose(session.teacher, blocks, reader,
+               session.windows.distinct_range(session.windows.distinct() - windows, windows),
+               [&](int64_t done) {
+                 if (session.observer.progress) {
+                   session.observer.progress({"diagnosis", done, blocks, NAN, 0.0});
+                 }
+               }));
   session.log["diagnostics"] = to_json(layers);
   session.log["diagnostics"]["tokens"] = windows * options.seq_len;
   return {};
-}
-
-// The most memory that the run has held: of the process, and on the device if there is one.
-json peak_memory(at::Device device) {
-  json out;
-  rusage usage{};
-  if (getrusage(RUSAGE_SELF, &usage) == 0) {
-    out["host_bytes"] = static_cast<int64_t>(usage.ru_maxrss) * 1024;
-  }
-  if (device.is_cuda()) {
-    const auto stats = c10::getDeviceAllocator(device.type())->getDeviceStats(device.index());
-    out["device_bytes"] = stats.reserved_bytes.front().peak;
-  }
-  return out;
 }
 
 // Gives the student these latents, if any, and returns those that it had.
@@ -191,14 +179,52 @@ Status check_room(const QuantizeOptions& options, const GgufFile& model, const M
                     "{:.0f}; make room or write elsewhere",
                     out.string(), megabytes(space.available), megabytes(packed))};
   }
-  // The last checkpoint stays until the next is whole.
-  if (space.available < packed + 2 * checkpoint) {
+  // The last checkpoints stay until the next is whole.
+  const uint64_t needed = static_cast<uint64_t>(options.keep_checkpoints + 1) * checkpoint;
+  if (space.available < packed + needed) {
     observer.message(
         fmt::format("warning: {:.0f} MB are free on the disk of {}, and checkpoints "
                     "need up to {:.0f}: some may not be written",
-                    megabytes(space.available), out.string(), megabytes(2 * checkpoint)));
+                    megabytes(space.available), out.string(), megabytes(needed)));
   }
   return {};
+}
+
+// What the run will need on a GPU, before it needs it.
+Status check_memory(const QuantizeOptions& options, const ModelConfig& config, const PathPlan& bits,
+                    const TextWindows& windows, at::Device device, at::ScalarType compute,
+                    const TrainObserver& observer) {
+  // Only what goes through the fused operations has been measured.
+  const bool taps = options.gamma > 0.0 && options.gamma_on == GammaOn::kLayers;
+  if (!device.is_cuda() || compute != at::kBFloat16 || taps) {
+    return {};
+  }
+  (void)at::empty({1}, device);  // wakes it
+  const int64_t calib = std::min(options.calib_tokens, windows.distinct_tokens());
+  const int64_t distilled = planned_tokens(options, device);
+  const auto phases = plan_memory(config, bits, options, calib, distilled);
+  const auto [free, total] = c10::getDeviceAllocator(device.type())->getMemoryInfo(device.index());
+  const auto gigabytes = [](auto bytes) { return static_cast<double>(bytes) / 1e9; };
+  for (const MemoryPhase& phase : phases) {
+    observer.message(fmt::format("memory of {}: {}", device.str(), phase.describe()));
+  }
+  const int64_t needed = peak_bytes(phases);
+  const auto available = static_cast<int64_t>(free);
+  if (needed <= available) {
+    return {};
+  }
+  const auto fitting = options_within(config, bits, options, calib, distilled, available);
+  return Error{fmt::format(
+      "{} has {:.1f} GB free of {:.1f}, and this run needs about {:.1f}; {}", device.str(),
+      gigabytes(free), gigabytes(total), gigabytes(needed),
+      fitting ? "it would fit with " + *fitting : std::string("no setting known would fit"))};
+}
+
+// What earlier phases have left in the allocator's hands, the next may use in other sizes.
+void release_memory(at::Device device) {
+  if (device.is_cuda()) {
+    c10::getDeviceAllocator(device.type())->emptyCache();
+  }
 }
 
 Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out,
@@ -241,6 +267,7 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
   double distill_seconds = 0.0;
   if (!distilled && resumed.blocks_done == 0) {
     RABIT_ASSIGN(distill_seconds, measure_distill(session, distill_tokens));
+    release_memory(session.teacher.device);
     const auto tokens = static_cast<double>(distill_steps(options, distill_tokens) * options.batch *
                                             options.seq_len);
     session.observer.message(
@@ -265,7 +292,7 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     session.observer.message(fmt::format(
         "plan: {} blocks from {}{} tokens, {}, warm start of {} epochs{}{}",
         layers - resumed.blocks_done, bounded ? "at most " : "",
-        std::min(options.calib_tokens, session.windows.numel()),
+        std::min(options.calib_tokens, session.windows.distinct_tokens()),
         options.error_feedback ? "error feedback" : "no error feedback", options.warm_epochs,
         options.warm_blocks > 0
             ? fmt::format(" for the last {}", std::min(options.warm_blocks, layers))
@@ -276,11 +303,11 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     session.observer.message(fmt::format("plan: {} tokens end to end{}", distill_tokens,
                                          within(blocks_left ? distill_share : 1.0)));
   }
-  if (options.calib_tokens > session.windows.numel()) {
+  if (options.calib_tokens > session.windows.distinct_tokens()) {
     session.observer.message(
         fmt::format("the text has {} tokens in whole windows, fewer than "
                     "--calib-tokens {}: all are taken",
-                    session.windows.numel(), options.calib_tokens));
+                    session.windows.distinct_tokens(), options.calib_tokens));
   }
   if (options.dry_run && !blocks_left) {
     return {};
@@ -290,9 +317,7 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     if (options.dry_run) {
       return {};
     }
-    if (session.teacher.device.is_cuda()) {  // what the streams took, others may use
-      c10::getDeviceAllocator(session.teacher.device.type())->emptyCache();
-    }
+    release_memory(session.teacher.device);
     if (!distilled) {
       save_or_say(session, layers, nullptr);  // whatever distillation may meet, this is kept
     }
@@ -340,11 +365,27 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
         status.error().interrupted};
   }
   std::error_code ignored;
-  std::filesystem::remove(session.checkpoint_path, ignored);
+  for (const auto& path : checkpoints_beside(session.checkpoint_path)) {
+    std::filesystem::remove(path, ignored);
+  }
   return {};
 }
 
 }  // namespace
+
+json peak_memory(at::Device device) {
+  json out;
+  rusage usage{};
+  if (getrusage(RUSAGE_SELF, &usage) == 0) {
+    out["host_bytes"] = static_cast<int64_t>(usage.ru_maxrss) * 1024;
+  }
+  if (device.is_cuda()) {
+    const auto stats = c10::getDeviceAllocator(device.type())->getDeviceStats(device.index());
+    out["device_bytes"] = stats.reserved_bytes.front().peak;
+    out["device_allocated_bytes"] = stats.allocated_bytes.front().peak;
+  }
+  return out;
+}
 
 Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& held_out,
                 const std::filesystem::path& out, const QuantizeOptions& options,
@@ -395,26 +436,22 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
   RABIT_CHECK(check_held_out(held_out, config.vocab_size));
   RABIT_CHECK(
       check_room(options, model, config, bits, planned_tokens(options, device), out, observer));
-  RABIT_ASSIGN(const at::Tensor windows,
-               cut_windows(text.tokens, options.seq_len, config.vocab_size));
+  RABIT_ASSIGN(const auto weights, parse_weights(options.data_weights));
+  RABIT_ASSIGN(TextWindows windows,
+               TextWindows::cut(text, weights, options.seq_len, config.vocab_size,
+                                static_cast<uint64_t>(options.seed)));
   Network teacher;
   RABIT_CHECK(without_exceptions([&]() -> Status {
+    RABIT_CHECK(check_memory(options, config, bits, windows, device, compute, observer));
     RABIT_ASSIGN(teacher, load_network(model, device, compute));
     return {};
   }));
 
   std::filesystem::path checkpoint = out;
   checkpoint += ".ckpt";
-  TrainSession session{model,
-                       options,
-                       observer,
-                       std::move(teacher),
-                       {},
-                       shuffle_windows(windows, static_cast<uint64_t>(options.seed)),
-                       ThreadPool(threads),
-                       clock,
-                       json(),
-                       checkpoint};
+  TrainSession session{
+      model, options, observer,  std::move(teacher), {}, std::move(windows), ThreadPool(threads),
+      clock, json(),  checkpoint};
   session.student.blocks.resize(static_cast<size_t>(config.layers));
   if (options.train_norms) {
     add_output_norm(session.teacher, session.student);
@@ -424,10 +461,13 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
     observer.message(fmt::format("note: without effect in this run: {}", fmt::join(idle, ", ")));
   }
   json files = json::array();
-  for (size_t i = 0; i < text.files.size(); ++i) {
-    files.push_back({{"name", text.files[i]}, {"sha256", text.digests[i]}});
+  for (const TokenSource& source : text.sources) {
+    files.push_back({{"name", source.name},
+                     {"sha256", source.sha256},
+                     {"documents", source.documents},
+                     {"tokens", source.tokens.size()}});
   }
-  session.log["data"] = {{"files", files}, {"tokens", text.tokens.size()}};
+  session.log["data"] = {{"files", files}, {"tokens", text.tokens()}};
   RABIT_ASSIGN(const std::string digest, sha256_file(model.path()));
   session.log["source"] = {{"name", model.path().filename().string()}, {"sha256", digest}};
   session.log["compute"] = compute == at::kBFloat16 ? "bf16" : "f32";

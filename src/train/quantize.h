@@ -5,11 +5,13 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
 
 #include "io/gguf.h"
 #include "rabit/result.h"
+#include "train/corpus.h"
 #include "train/options.h"
 
 namespace rabit::train {
@@ -25,6 +27,8 @@ struct TrainProgress {
 struct TrainObserver {
   std::function<void(const TrainProgress&)> progress;
   std::function<void(const std::string&)> message;  // one line
+  /// An object for every block and every step of distillation; docs/training.md, "Metrics".
+  std::function<void(const nlohmann::json&)> metrics;
 };
 
 /// A text to measure perplexity on after training, with torch on the training device.
@@ -32,12 +36,6 @@ struct HeldOut {
   std::vector<int32_t> tokens;
   int64_t ctx = 2048;
   std::string sha256;  // of the text, for the log; may be empty
-};
-
-struct TrainingText {
-  std::vector<int32_t> tokens;
-  std::vector<std::string> files;    // names without folders
-  std::vector<std::string> digests;  // SHA-256 of each
 };
 
 /// Runs everything and writes the packed model to `out`, a log of all settings and losses to

@@ -25,13 +25,13 @@ struct Sample {
   at::Tensor fit, score;  // (count, seq_len) int64 on the device
 
   explicit Sample(const TrainSession& session) {
-    const at::Tensor& windows = session.windows;
+    const TextWindows& windows = session.windows;
     const auto count = [&](int64_t tokens) {
-      return std::clamp<int64_t>(tokens / session.options.seq_len, 1, windows.size(0));
+      return std::clamp<int64_t>(tokens / session.options.seq_len, 1, windows.distinct());
     };
-    fit = windows.narrow(0, 0, count(kFitTokens)).to(session.teacher.device);
+    fit = windows.distinct_range(0, count(kFitTokens)).to(session.teacher.device);
     const int64_t scored = count(kScoreTokens);
-    score = windows.narrow(0, windows.size(0) - scored, scored).to(session.teacher.device);
+    score = windows.distinct_range(windows.distinct() - scored, scored).to(session.teacher.device);
   }
 };
 
@@ -197,7 +197,7 @@ Result<std::vector<Candidate>> measure_sensitivity(TrainSession& session) {
             Method::kRabit, fit.latent, to_tensor(fit.scales.g, {paths, sizes.d_out}),
             to_tensor(fit.scales.h, {paths, sizes.d_in}), {}, teacher.device);
         BlockWeights weights = teacher.blocks[block];
-        weights.linear[index_of(role)] = fake_quant_weight(linear, teacher.compute);
+        weights.replace(role, fake_quant_weight(linear, teacher.compute));
         at::Tensor x = block_forward(config, weights, rotary, streams[block], teacher.compute);
         for (size_t next = block + 1; next < teacher.blocks.size(); ++next) {
           x = block_forward(config, teacher.blocks[next], rotary, x, teacher.compute);

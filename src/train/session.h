@@ -44,10 +44,10 @@ struct TrainSession {
   const TrainObserver& observer;
   Network teacher;
   Student student;
-  at::Tensor windows;  // (count, seq_len) int64 on the host: the text, cut
-  ThreadPool pool;     // for quant/; torch has its own threads
-  Clock clock;         // the whole run's
-  nlohmann::json log;  // settings, phases, losses
+  TextWindows windows;  // the text, cut and shuffled
+  ThreadPool pool;      // for quant/; torch has its own threads
+  Clock clock;          // the whole run's
+  nlohmann::json log;   // settings, phases, losses
   std::filesystem::path checkpoint_path;
   Clock whole = clock;           // since the run began, whatever bounds `clock` gets
   double earlier_seconds = 0.0;  // of the runs that this one continues
@@ -90,8 +90,13 @@ struct BlockOutputs {
 };
 
 /// Windows computed at once where no gradient is kept. One for all passes: a stream that a resumed
-/// run computes again must equal to the bit the one that error feedback went through.
+/// run computes again must equal the one that error feedback went through, to the bit on a CPU (on
+/// a GPU the two differ by rounding).
 inline constexpr int64_t kForwardWindows = 8;
+
+/// The most memory that the run has held so far: of the process (host_bytes), and on the device if
+/// that has its own (device_bytes).
+nlohmann::json peak_memory(at::Device device);
 
 /// A GPU only queues its work: returns once it has this tensor.
 inline void wait_for(const at::Tensor& x) { (void)x.flatten().select(0, 0).item(); }
@@ -155,6 +160,11 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state);
 /// Seconds that distillation from `tokens` tokens takes, by a few steps of a stand-in student of
 /// the same size.
 Result<double> measure_distill(const TrainSession& session, int64_t tokens);
+
+/// The name of the checkpoint that was written `age` ones before the last.
+std::filesystem::path earlier_checkpoint(const std::filesystem::path& checkpoint, int64_t age);
+/// All files with such a name.
+std::vector<std::filesystem::path> checkpoints_beside(const std::filesystem::path& checkpoint);
 
 /// What a continuation must share with the run that it continues, as JSON text.
 std::string settings_fingerprint(const TrainSession& session);

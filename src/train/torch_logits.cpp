@@ -5,7 +5,7 @@
 namespace rabit::train {
 namespace {
 
-constexpr int64_t kChunk = 512;  // positions whose logits exist at once
+constexpr int64_t kChunk = 128;  // positions whose logits exist at once
 
 }  // namespace
 

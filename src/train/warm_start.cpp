@@ -82,7 +82,7 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
   if (last && session.student.output_norm.defined()) {
     others.push_back(session.student.output_norm);
   }
-  Trainer trainer(options.optimizer, latents(trained), others, options.clip);
+  Trainer trainer(options, latents(trained), others);
 
   const int64_t windows = x.size(0);
   const int64_t batch = std::min(options.warm_batch, windows);
@@ -102,8 +102,11 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
     if (progress >= 1.0) {
       break;
     }
-    const at::Tensor drawn = order.batch(step, batch);
-    const at::Tensor picks = drawn.to(x.device());
+    std::vector<int64_t> drawn = order.batch(step, batch);
+    for (int64_t& place : drawn) {
+      place %= windows;  // the same in every epoch
+    }
+    const at::Tensor picks = at::tensor(drawn, at::kLong).to(x.device());
     const at::Tensor x_batch = x.index_select(0, picks);
     const at::Tensor target_batch = target.index_select(0, picks);
     const BlockWeights weights = student_weights(
@@ -112,12 +115,13 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
         block_forward(session.config(), weights, rotary, x_batch, session.teacher.compute);
     const at::Tensor loss =
         last ? head_loss(session, session.student, y, target_batch,
-                         session.windows.index_select(0, drawn).to(x.device()))
+                         session.windows.pick_distinct(drawn).to(x.device()))
                    .loss
              : block_loss(y, target_batch, target_batch - teacher_x.index_select(0, picks));
     const double factor = cosine_schedule(progress, options.warmup);
+    trainer.accumulate(loss);
     const auto taken =
-        trainer.step(loss, loss, options.warm_latent_lr * factor, options.warm_scale_lr * factor);
+        trainer.step(loss, options.warm_latent_lr * factor, options.warm_scale_lr * factor);
     if (!taken) {
       return Error{fmt::format("block {}: {}; lower --warm-latent-lr and --warm-scale-lr", layer,
                                taken.error().message)};
@@ -229,7 +233,7 @@ Result<BlockSeconds> measure_block(TrainSession& session, const Rotary& rotary,
       const Clock head_clock;
       const at::Tensor y = out.narrow(0, 0, 1).detach().clone().set_requires_grad(true);
       const DistillationLoss loss = head_loss(session, session.student, y, out.narrow(0, 0, 1),
-                                              session.windows.narrow(0, 0, 1).to(x.device()));
+                                              session.windows.distinct_range(0, 1).to(x.device()));
       loss.loss.backward();
       wait_for(y.grad());
       cost.head = head_clock.elapsed();
@@ -256,7 +260,7 @@ Result<Plan> make_plan(TrainSession& session, const Rotary& rotary, int64_t firs
   const at::Tensor sample = [&] {
     const at::NoGradGuard no_grad;
     const int64_t count = std::min(windows, kMeasuredWindows);
-    return embed(teacher, session.windows.narrow(0, 0, count).to(teacher.device));
+    return embed(teacher, session.windows.distinct_range(0, count).to(teacher.device));
   }();
   RABIT_ASSIGN(const BlockSeconds cost, measure_block(session, rotary, sample));
   BlockWork work = work_from(session, first_block, first_block, options.warm_epochs);
@@ -304,7 +308,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   const int64_t first_trained = first_trained_block(options, config.layers);
   RABIT_ASSIGN(const Plan plan,
                make_plan(session, rotary, first_block,
-                         std::min(session.windows.size(0),
+                         std::min(session.windows.distinct(),
                                   std::max<int64_t>(1, options.calib_tokens / options.seq_len))));
   if (options.dry_run) {
     return {};
@@ -312,7 +316,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   int64_t windows = plan.windows;
   session.log["calib_tokens_used"] = windows * options.seq_len;
 
-  const at::Tensor ids = session.windows.narrow(0, 0, windows).to(teacher.device);
+  const at::Tensor ids = session.windows.distinct_range(0, windows).to(teacher.device);
   at::Tensor x_teacher;
   at::Tensor x_student = [&] {
     const at::NoGradGuard no_grad;
@@ -410,6 +414,13 @@ Status warm_start(TrainSession& session, int64_t first_block) {
                                            {"init_seconds", init_seconds},
                                            {"train_seconds", train_seconds},
                                            {"tokens_per_second", run.tokens_per_second}});
+      if (session.observer.metrics) {
+        nlohmann::json line = session.log["warm_start"].back();
+        line["phase"] = "block";
+        line["seconds"] = session.seconds();
+        line.update(peak_memory(teacher.device));
+        session.observer.metrics(line);
+      }
       if (session.observer.progress) {
         session.observer.progress({options.warm_epochs > 0.0 ? "warm start" : "initialise",
                                    layer + 1, config.layers, output_error, run.tokens_per_second});

@@ -1,0 +1,216 @@
+#include "train/memory_plan.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <numeric>
+
+namespace rabit::train {
+namespace {
+
+constexpr int64_t kFloat = 4, kBf16 = 2;
+constexpr int64_t kChunkLogits = int64_t{1} << 26;  // as distillation_loss
+// What torch's allocator holds beyond what it hands out, measured: docs/results/training.md.
+constexpr double kSlack = 1.04;
+
+struct Sizes {
+  int64_t linear = 0;  // weights of all linear layers
+  int64_t latents = 0;
+  int64_t scales = 0;
+  int64_t largest_block = 0;  // linear weights of one
+};
+
+Sizes sizes_of(const ModelConfig& config, const PathPlan& bits, const QuantizeOptions& options) {
+  Sizes sizes;
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    int64_t block = 0;
+    for (const Role role : kRoles) {
+      const LinearShape shape = linear_shape(config, role);
+      const int64_t weights = shape.d_out * shape.d_in, paths = bits.paths(layer, role);
+      block += weights;
+      sizes.latents += weights * (has_independent_latents(options.method) ? paths : 1);
+      sizes.scales += paths * (shape.d_out + shape.d_in);
+    }
+    sizes.linear += block;
+    sizes.largest_block = std::max(sizes.largest_block, block);
+  }
+  return sizes;
+}
+
+// What a block keeps of a token for its gradients; see gpu_block_forward.
+int64_t block_activations(const ModelConfig& config) {
+  const int64_t d = config.d_model, d_q = config.d_q(), d_kv = config.d_kv();
+  const int64_t norms = 2 * (kFloat * d + kFloat + kBf16 * d);  // stream, inverse, normed
+  const int64_t attention = kBf16 * (d_q + 2 * d_kv) + kBf16 * d_q + kFloat * config.heads;
+  const int64_t feed_forward = kBf16 * 2 * config.d_ff + kBf16 * config.d_ff;
+  return norms + attention + feed_forward;
+}
+
+// What the head's loss holds for `tokens` at once.
+int64_t head_bytes(const ModelConfig& config, int64_t tokens) {
+  const int64_t hidden = 3 * kBf16 * config.d_model * tokens;  // both models', and the gradient
+  return hidden + 2 * kBf16 * std::min(kChunkLogits, tokens * config.vocab_size);
+}
+
+int64_t with_slack(int64_t bytes) {
+  return static_cast<int64_t>(kSlack * static_cast<double>(bytes));
+}
+
+MemoryPhase blocks_phase(const ModelConfig& config, const QuantizeOptions& options,
+                         const Sizes& sizes, int64_t teacher, int64_t tokens) {
+  const int64_t d = config.d_model;
+  // Both models' streams before and after the attention, and what the attention gave.
+  const int64_t a_token =
+      options.error_feedback ? 4 * kFloat * d + 2 * kBf16 * config.d_q() : 3 * kFloat * d;
+  const int64_t trained = std::min(tokens, options.warm_batch * options.seq_len);
+  const int64_t training = options.warm_epochs > 0.0
+                               ? sizes.largest_block * (3 * kFloat + kBf16) +
+                                     trained * (2 * block_activations(config) + 4 * kFloat * d) +
+                                     head_bytes(config, trained)
+                               : 0;
+  // The systems of equations of the widest layer, in double.
+  const int64_t widest = std::max(config.d_ff, config.d_q());
+  return {"start and warm start",
+          {{"original", teacher},
+           {"latents and scales", kFloat * (sizes.latents + sizes.scales)},
+           {"streams of the text", tokens * a_token},
+           {"a block's fit or training", std::max(training, 6 * kFloat * widest * widest)}}};
+}
+
+MemoryPhase distill_phase(const ModelConfig& config, const QuantizeOptions& options,
+                          const Sizes& sizes, int64_t teacher) {
+  const int64_t windows =
+      options.micro_batch > 0 ? std::min(options.micro_batch, options.batch) : options.batch;
+  const int64_t tokens = windows * options.seq_len, d = config.d_model;
+  const bool muon = options.optimizer == Optimizer::kMuon;
+  const int64_t moments =
+      muon ? (options.momentum == MomentumType::kBF16 ? kBf16 : kFloat) : 2 * kFloat;
+  const int64_t of_block = tokens * block_activations(config);
+  int64_t kept = config.layers * of_block;
+  if (options.recompute) {
+    kept = config.layers * tokens * kFloat * d + of_block;
+  }
+  if (options.gamma > 0.0 && options.gamma_on == GammaOn::kBlocks) {
+    kept += config.layers * tokens * kFloat * d;  // the teacher's
+  }
+  MemoryPhase phase{
+      "distillation",
+      {{"original", teacher},
+       {"latents and scales", kFloat * (sizes.latents + sizes.scales)},
+       {"their gradients", kFloat * (sizes.latents + sizes.scales)},
+       {"optimizer", moments * sizes.latents + 2 * kFloat * sizes.scales},
+       {"weights of the paths", kBf16 * (options.recompute ? sizes.largest_block : sizes.linear)},
+       {"activations", kept},
+       {"a block's gradients", of_block + 2 * tokens * kFloat * d},
+       {"head", head_bytes(config, tokens)}}};
+  if (options.ema > 0.0) {
+    phase.parts.push_back({"average of the latents", kFloat * sizes.latents});
+  }
+  return phase;
+}
+
+}  // namespace
+
+int64_t MemoryPhase::bytes() const {
+  return std::accumulate(parts.begin(), parts.end(), int64_t{0},
+                         [](int64_t sum, const MemoryPart& part) { return sum + part.bytes; });
+}
+
+std::string MemoryPhase::describe() const {
+  const auto gigabytes = [](int64_t bytes) { return static_cast<double>(bytes) / 1e9; };
+  std::string text = fmt::format("{} {:.2f} GB:", name, gigabytes(bytes()));
+  const char* separator = " ";
+  for (const MemoryPart& part : parts) {
+    text += fmt::format("{}{} {:.2f}", separator, part.what, gigabytes(part.bytes));
+    separator = ", ";
+  }
+  return text;
+}
+
+std::vector<MemoryPhase> plan_memory(const ModelConfig& config, const PathPlan& bits,
+                                     const QuantizeOptions& options, int64_t calib_tokens,
+                                     int64_t distill_tokens) {
+  const Sizes sizes = sizes_of(config, bits, options);
+  const int64_t teacher =
+      kBf16 * (sizes.linear + config.vocab_size * config.d_model * (config.tied_head ? 1 : 2)) +
+      kFloat * config.d_model * (2 * config.layers + 1);
+  std::vector<MemoryPhase> phases;
+  if (calib_tokens > 0) {
+    phases.push_back(blocks_phase(config, options, sizes, teacher, calib_tokens));
+  }
+  if (distill_tokens > 0) {
+    phases.push_back(distill_phase(config, options, sizes, teacher));
+  }
+  for (MemoryPhase& phase : phases) {
+    phase.parts.push_back({"allocator", with_slack(phase.bytes()) - phase.bytes()});
+  }
+  return phases;
+}
+
+int64_t peak_bytes(const std::vector<MemoryPhase>& phases) {
+  int64_t most = 0;
+  for (const MemoryPhase& phase : phases) {
+    most = std::max(most, phase.bytes());
+  }
+  return most;
+}
+
+std::optional<std::string> options_within(const ModelConfig& config, const PathPlan& bits,
+                                          const QuantizeOptions& options, int64_t calib_tokens,
+                                          int64_t distill_tokens, int64_t bytes) {
+  QuantizeOptions tried = options;
+  std::string written;
+  const auto fits = [&] {
+    return peak_bytes(plan_memory(config, bits, tried, calib_tokens, distill_tokens)) <= bytes;
+  };
+  const auto start_fits = [&] {
+    return peak_bytes(plan_memory(config, bits, tried, calib_tokens, 0)) <= bytes;
+  };
+  if (!start_fits() && options.calib_tokens > options.seq_len) {
+    while (!start_fits() && calib_tokens > options.seq_len) {
+      calib_tokens = std::max(options.seq_len, calib_tokens / 2);
+    }
+    written += fmt::format(" --calib-tokens {}", calib_tokens);
+  }
+  const int64_t windows = options.micro_batch > 0 ? options.micro_batch : options.batch;
+  const auto smaller_batch = [&] {
+    for (tried.micro_batch = windows; !fits() && tried.micro_batch > 1;) {
+      tried.micro_batch = (tried.micro_batch + 1) / 2;
+    }
+    return fits();
+  };
+  const bool layers = options.gamma > 0.0 && options.gamma_on == GammaOn::kLayers;
+  if (distill_tokens > 0 && !fits() && !layers) {
+    tried.recompute = true;  // costs less time than small batches
+    tried.micro_batch = options.micro_batch;
+  }
+  if (distill_tokens > 0 && !fits()) {
+    (void)smaller_batch();
+  }
+  if (!fits() && tried.optimizer != Optimizer::kMuon) {
+    tried.optimizer = Optimizer::kMuon;
+    (void)smaller_batch();
+  }
+  if (!fits() && tried.momentum != MomentumType::kBF16) {
+    tried.momentum = MomentumType::kBF16;
+    (void)smaller_batch();
+  }
+  if (!fits()) {
+    return std::nullopt;
+  }
+  if (tried.recompute != options.recompute) {
+    written += " --recompute";
+  }
+  if (tried.micro_batch != options.micro_batch && tried.micro_batch < options.batch) {
+    written += fmt::format(" --micro-batch {}", tried.micro_batch);
+  }
+  if (tried.optimizer != options.optimizer) {
+    written += " --optimizer muon";
+  }
+  if (tried.momentum != options.momentum) {
+    written += " --momentum bf16";
+  }
+  return written.empty() ? written : written.substr(1);
+}
+
+}  // namespace rabit::train
