@@ -10,8 +10,9 @@ namespace {
 
 constexpr int64_t kFloat = 4, kBf16 = 2;
 constexpr int64_t kChunkLogits = int64_t{1} << 26;  // as distillation_loss
-// What torch's allocator holds beyond what it hands out, measured: docs/results/training.md.
-constexpr double kSlack = 1.04;
+// What torch's allocator holds for what it hands out, measured on an H200: in the first phases
+// streams of one size come and go.
+constexpr double kStartSlack = 1.18, kDistillSlack = 1.04;
 
 struct Sizes {
   int64_t linear = 0;  // weights of all linear layers
@@ -52,29 +53,37 @@ int64_t head_bytes(const ModelConfig& config, int64_t tokens) {
   return hidden + 2 * kBf16 * std::min(kChunkLogits, tokens * config.vocab_size);
 }
 
-int64_t with_slack(int64_t bytes) {
-  return static_cast<int64_t>(kSlack * static_cast<double>(bytes));
+void add_slack(MemoryPhase& phase, double factor) {
+  const int64_t bytes = phase.bytes();
+  phase.parts.push_back(
+      {"allocator", static_cast<int64_t>((factor - 1.0) * static_cast<double>(bytes))});
 }
 
 MemoryPhase blocks_phase(const ModelConfig& config, const QuantizeOptions& options,
                          const Sizes& sizes, int64_t teacher, int64_t tokens) {
   const int64_t d = config.d_model;
-  // Both models' streams before and after the attention, and what the attention gave.
-  const int64_t a_token =
-      options.error_feedback ? 4 * kFloat * d + 2 * kBf16 * config.d_q() : 3 * kFloat * d;
+  // In the fit both models' streams before and after the attention, and what the attention gave; in
+  // training the block's input, and the teacher's before and after it.
+  const int64_t trained_token = 3 * kFloat * d;
+  const int64_t fitted_token =
+      options.error_feedback ? 4 * kFloat * d + 2 * kBf16 * config.d_q() : trained_token;
   const int64_t trained = std::min(tokens, options.warm_batch * options.seq_len);
   const int64_t training = options.warm_epochs > 0.0
                                ? sizes.largest_block * (3 * kFloat + kBf16) +
                                      trained * (2 * block_activations(config) + 4 * kFloat * d) +
                                      head_bytes(config, trained)
                                : 0;
-  // The systems of equations of the widest layer, in double.
   const int64_t widest = std::max(config.d_ff, config.d_q());
-  return {"start and warm start",
-          {{"original", teacher},
-           {"latents and scales", kFloat * (sizes.latents + sizes.scales)},
-           {"streams of the text", tokens * a_token},
-           {"a block's fit or training", std::max(training, 6 * kFloat * widest * widest)}}};
+  const int64_t fit = 6 * kFloat * widest * widest;  // moments of the widest layer's inputs
+  const bool fits_more = tokens * fitted_token + fit > tokens * trained_token + training;
+  MemoryPhase phase{
+      "start and warm start",
+      {{"original", teacher},
+       {"latents and scales", kFloat * (sizes.latents + sizes.scales)},
+       {"streams of the text", tokens * (fits_more ? fitted_token : trained_token)},
+       {fits_more ? "a layer's fit" : "a block's training", fits_more ? fit : training}}};
+  add_slack(phase, kStartSlack);
+  return phase;
 }
 
 MemoryPhase distill_phase(const ModelConfig& config, const QuantizeOptions& options,
@@ -93,19 +102,27 @@ MemoryPhase distill_phase(const ModelConfig& config, const QuantizeOptions& opti
   if (options.gamma > 0.0 && options.gamma_on == GammaOn::kBlocks) {
     kept += config.layers * tokens * kFloat * d;  // the teacher's
   }
+  // Gradients come while a pass gives its activations back; from the second pass on they are there.
+  const int64_t gradients = kFloat * (sizes.latents + sizes.scales);
+  const bool one_pass = windows == options.batch;
+  const int64_t working = std::max(of_block + 2 * tokens * kFloat * d, head_bytes(config, tokens));
   MemoryPhase phase{
       "distillation",
       {{"original", teacher},
        {"latents and scales", kFloat * (sizes.latents + sizes.scales)},
-       {"their gradients", kFloat * (sizes.latents + sizes.scales)},
        {"optimizer", moments * sizes.latents + 2 * kFloat * sizes.scales},
-       {"weights of the paths", kBf16 * (options.recompute ? sizes.largest_block : sizes.linear)},
-       {"activations", kept},
-       {"a block's gradients", of_block + 2 * tokens * kFloat * d},
-       {"head", head_bytes(config, tokens)}}};
+       {"weights of the paths", kBf16 * (options.recompute ? sizes.largest_block : sizes.linear)}}};
+  if (one_pass) {
+    phase.parts.push_back({"activations, then gradients", std::max(kept, gradients)});
+  } else {
+    phase.parts.push_back({"gradients", gradients});
+    phase.parts.push_back({"activations", kept});
+  }
+  phase.parts.push_back({"a block's gradients, or the head", working});
   if (options.ema > 0.0) {
     phase.parts.push_back({"average of the latents", kFloat * sizes.latents});
   }
+  add_slack(phase, kDistillSlack);
   return phase;
 }
 
@@ -140,9 +157,6 @@ std::vector<MemoryPhase> plan_memory(const ModelConfig& config, const PathPlan& 
   }
   if (distill_tokens > 0) {
     phases.push_back(distill_phase(config, options, sizes, teacher));
-  }
-  for (MemoryPhase& phase : phases) {
-    phase.parts.push_back({"allocator", with_slack(phase.bytes()) - phase.bytes()});
   }
   return phases;
 }

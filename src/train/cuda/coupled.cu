@@ -10,9 +10,8 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
-constexpr int kGroup = 8;            // rows whose sums over columns are reduced together
-constexpr int kMostRows = 64;        // of a block of threads
-constexpr int kWantedBlocks = 1056;  // eight for each of an H200's multiprocessors
+constexpr int kGroup = 8;         // rows whose sums over columns are reduced together
+constexpr int kProcessors = 132;  // an H200's; elsewhere the last blocks leave some idle
 
 // How a matrix is cut into blocks of threads.
 struct Tiling {
@@ -22,15 +21,27 @@ struct Tiling {
   int64_t strips;   // blocks one below the other
 };
 
-Tiling tiling_of(const CoupledShape& shape) {
+// About `blocks` blocks of at most `most_rows` rows each.
+Tiling tiling_of(const CoupledShape& shape, int64_t blocks, int64_t most_rows) {
   Tiling tiling;
   tiling.width = shape.d_in % 4 == 0 ? 4 : 1;
   tiling.columns = ceil_divide(shape.d_in, int64_t{kThreads} * tiling.width);
-  const int64_t wanted = ceil_divide(shape.d_out * tiling.columns, kWantedBlocks);
+  const int64_t wanted = ceil_divide(shape.d_out * tiling.columns, blocks);
   const int64_t rows = ceil_divide(wanted, kGroup) * kGroup;
-  tiling.rows = static_cast<int>(rows < kMostRows ? rows : kMostRows);
+  tiling.rows = static_cast<int>(rows < most_rows ? rows : most_rows);
   tiling.strips = ceil_divide(shape.d_out, tiling.rows);
   return tiling;
+}
+
+// The gradient needs registers by paths: so many blocks go on a multiprocessor, and all are to run
+// at once, for a second round would leave most of the GPU idle.
+constexpr int resident_blocks(int paths) {
+  return paths == 1 ? 9 : paths == 2 ? 7 : paths == 3 ? 5 : 4;
+}
+
+Tiling forward_tiling(const CoupledShape& shape) { return tiling_of(shape, 8 * kProcessors, 64); }
+Tiling backward_tiling(const CoupledShape& shape) {
+  return tiling_of(shape, int64_t{kProcessors} * resident_blocks(shape.paths), 1024);
 }
 
 // As quant::peel: takes a path's level off the residual, each operation rounded on its own.
@@ -136,7 +147,7 @@ __device__ __forceinline__ float sum_group(float (&v)[kGroup]) {
 
 // dg_parts (columns of blocks, paths, d_out), dh_parts (strips, paths, d_in).
 template <int kPaths, int kWidth, typename In>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, resident_blocks(kPaths))
     backward(int64_t d_out, int64_t d_in, int rows, const float* __restrict__ w,
              const float* __restrict__ g, const float* __restrict__ h, const In* __restrict__ grad,
              float* __restrict__ dw, float* __restrict__ dg_parts, float* __restrict__ dh_parts) {
@@ -355,7 +366,7 @@ dim3 grid_of(const Tiling& tiling) {
 template <typename Out>
 bool run_forward(const CoupledShape& shape, const float* w, const float* g, const float* h,
                  Out* out, Stream stream) {
-  const Tiling tiling = tiling_of(shape);
+  const Tiling tiling = forward_tiling(shape);
   return dispatch(shape.paths, tiling.width,
                   Forward<Out>{shape, tiling, grid_of(tiling), w, g, h, out, stream});
 }
@@ -363,7 +374,7 @@ bool run_forward(const CoupledShape& shape, const float* w, const float* g, cons
 template <typename In>
 bool run_backward(const CoupledShape& shape, const float* w, const float* g, const float* h,
                   const In* grad, float* dw, float* dg, float* dh, float* scratch, Stream stream) {
-  const Tiling tiling = tiling_of(shape);
+  const Tiling tiling = backward_tiling(shape);
   float* dg_parts = scratch;
   float* dh_parts = scratch + row_parts(shape, tiling);
   if (!dispatch(shape.paths, tiling.width,
@@ -393,7 +404,7 @@ bool coupled_signs(const CoupledShape& shape, const float* w, const float* g, co
 }
 
 int64_t coupled_backward_scratch(const CoupledShape& shape) {
-  const Tiling tiling = tiling_of(shape);
+  const Tiling tiling = backward_tiling(shape);
   return row_parts(shape, tiling) + tiling.strips * shape.paths * shape.d_in;
 }
 
