@@ -439,6 +439,42 @@ TEST(AdamWOptimizer, EqualsScalarsInDouble) {
   }
 }
 
+TEST(AdamWOptimizer, MomentsInBf16AreNearlyThoseInFloat) {
+  const at::Tensor a = random_matrix(24, 80, 3), b = random_matrix(8, 40, 4);
+  const std::vector<at::Tensor> wide = {leaf(a), leaf(b)}, narrow = {leaf(a), leaf(b)};
+  AdamW::Options options;
+  options.moments = at::kBFloat16;
+  AdamW in_float(wide, {}), in_bf16(narrow, options);
+  for (int step = 0; step < 20; ++step) {
+    set_gradients(wide, 40 + step);
+    set_gradients(narrow, 40 + step);
+    in_float.step(0.01);
+    in_bf16.step(0.01);
+  }
+  const AdamW::State state = in_bf16.state();
+  EXPECT_EQ(state.mean.scalar_type(), at::kBFloat16);
+  EXPECT_EQ(state.square.scalar_type(), at::kBFloat16);
+  // Roundings of 2^-9 a step, of which ten and twenty count.
+  EXPECT_LE(relative(state.mean.to(at::kFloat), in_float.state().mean), 0.02);
+  EXPECT_LE(relative(state.square.to(at::kFloat), in_float.state().square), 0.02);
+  for (size_t i = 0; i < 2; ++i) {
+    const at::Tensor start = i == 0 ? a : b;
+    EXPECT_LE((narrow[i].detach() - wide[i].detach()).norm().item<double>(),
+              0.05 * (wide[i].detach() - start).norm().item<double>());
+    EXPECT_FALSE(narrow[i].grad().defined());
+  }
+  // As a checkpoint gives it back.
+  const std::vector<at::Tensor> more = {leaf(narrow[0].detach()), leaf(narrow[1].detach())};
+  AdamW again(more, options);
+  again.load_state({state.mean.to(at::kFloat), state.square.to(at::kFloat), state.steps});
+  set_gradients(narrow, 99);
+  set_gradients(more, 99);
+  in_bf16.step(0.01);
+  again.step(0.01);
+  EXPECT_TRUE(same_bits(narrow[0], more[0]));
+  EXPECT_TRUE(same_bits(narrow[1], more[1]));
+}
+
 TEST(Optimizers, SavedStateContinuesIdentically) {
   const at::Tensor a = random_matrix(16, 24, 1), b = random_matrix(24, 16, 2);
   const std::vector<at::Tensor> first = {leaf(a), leaf(b)};

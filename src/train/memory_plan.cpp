@@ -93,7 +93,7 @@ MemoryPhase distill_phase(const ModelConfig& config, const QuantizeOptions& opti
   const int64_t tokens = windows * options.seq_len, d = config.d_model;
   const bool muon = options.optimizer == Optimizer::kMuon;
   const int64_t moments =
-      muon ? (options.momentum == MomentumType::kBF16 ? kBf16 : kFloat) : 2 * kFloat;
+      (muon ? 1 : 2) * (options.momentum == MomentumType::kBF16 ? kBf16 : kFloat);
   const int64_t of_block = tokens * block_activations(config);
   int64_t kept = config.layers * of_block;
   if (options.recompute) {
@@ -201,12 +201,12 @@ std::optional<std::string> options_within(const ModelConfig& config, const PathP
   if (distill_tokens > 0 && !fits()) {
     (void)smaller_batch();
   }
-  if (!fits() && tried.optimizer != Optimizer::kMuon) {
-    tried.optimizer = Optimizer::kMuon;
-    (void)smaller_batch();
-  }
   if (!fits() && tried.momentum != MomentumType::kBF16) {
     tried.momentum = MomentumType::kBF16;
+    (void)smaller_batch();
+  }
+  if (!fits() && tried.optimizer != Optimizer::kMuon) {
+    tried.optimizer = Optimizer::kMuon;
     (void)smaller_batch();
   }
   if (!fits()) {

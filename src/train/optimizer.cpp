@@ -121,6 +121,16 @@ void Muon::load_state(const std::vector<at::Tensor>& momentum) {
 AdamW::AdamW(std::vector<at::Tensor> parameters, const Options& options)
     : parameters_(std::move(parameters)), options_(options) {}
 
+void AdamW::update(at::TensorList parameters, at::TensorList grads, at::TensorList means,
+                   at::TensorList squares, double learning_rate) const {
+  const std::vector<at::Tensor> steps(
+      parameters.size(),
+      at::full({}, static_cast<double>(state_.steps), means[0].options().dtype(at::kFloat)));
+  at::_fused_adamw_(parameters, grads, means, squares, /*max_exp_avg_sqs=*/{}, steps, learning_rate,
+                    options_.beta1, options_.beta2, options_.weight_decay, options_.epsilon,
+                    /*amsgrad=*/false, /*maximize=*/false);
+}
+
 void AdamW::step(double learning_rate) {
   const at::NoGradGuard no_grad;
   if (!state_.mean.defined()) {
@@ -128,7 +138,8 @@ void AdamW::step(double learning_rate) {
     for (const auto& parameter : parameters_) {
       count += parameter.numel();
     }
-    state_.mean = at::zeros({count}, parameters_.front().options().requires_grad(false));
+    state_.mean = at::zeros(
+        {count}, parameters_.front().options().requires_grad(false).dtype(options_.moments));
     state_.square = at::zeros_like(state_.mean);
   }
   ++state_.steps;
@@ -143,18 +154,23 @@ void AdamW::step(double learning_rate) {
     squares.push_back(part(state_.square));
     offset += parameter.numel();
   }
-  const std::vector<at::Tensor> steps(
-      parameters_.size(), at::full({}, static_cast<double>(state_.steps), state_.mean.options()));
-  at::_fused_adamw_(parameters_, grads, means, squares, /*max_exp_avg_sqs=*/{}, steps,
-                    learning_rate, options_.beta1, options_.beta2, options_.weight_decay,
-                    options_.epsilon, /*amsgrad=*/false, /*maximize=*/false);
+  if (options_.moments == at::kFloat) {
+    update(parameters_, grads, means, squares, learning_rate);
+  } else {
+    for (size_t i = 0; i < parameters_.size(); ++i) {  // float32 for one at a time
+      const at::Tensor mean = means[i].to(at::kFloat), square = squares[i].to(at::kFloat);
+      update(parameters_[i], grads[i], mean, square, learning_rate);
+      means[i].copy_(mean);
+      squares[i].copy_(square);
+    }
+  }
   clear_gradients(parameters_);
 }
 
 void AdamW::load_state(State state) {
   const at::Device device = parameters_.front().device();
   // Copies: what was given may be kept by others.
-  const auto own = [&](const at::Tensor& x) { return x.to(device, x.scalar_type(), false, true); };
+  const auto own = [&](const at::Tensor& x) { return x.to(device, options_.moments, false, true); };
   state_ = {own(state.mean), own(state.square), state.steps};
 }
 
@@ -179,11 +195,14 @@ void clear_gradients(const std::vector<at::Tensor>& parameters) {
 Trainer::Trainer(const QuantizeOptions& options, const std::vector<at::Tensor>& latents,
                  const std::vector<at::Tensor>& scales)
     : scale_adam_(scales, {}), latents_(latents), scales_(scales), clip_(options.clip) {
+  const at::ScalarType moments =
+      options.momentum == MomentumType::kBF16 ? at::kBFloat16 : at::kFloat;
   if (options.optimizer == Optimizer::kMuon) {
-    muon_.emplace(latents, 0.95,
-                  options.momentum == MomentumType::kBF16 ? at::kBFloat16 : at::kFloat);
+    muon_.emplace(latents, 0.95, moments);
   } else {
-    latent_adam_.emplace(latents, AdamW::Options());
+    AdamW::Options of_latents;
+    of_latents.moments = moments;
+    latent_adam_.emplace(latents, of_latents);
   }
 }
 

@@ -54,6 +54,7 @@ class AdamW {
  public:
   struct Options {
     double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, weight_decay = 0.0;
+    at::ScalarType moments = at::kFloat;  // or bf16: the type that they are kept in
   };
   AdamW(std::vector<at::Tensor> parameters, const Options& options);
 
@@ -70,6 +71,10 @@ class AdamW {
   std::vector<at::Tensor> parameters_;
   Options options_;
   State state_;
+
+  // Of these tensors, moments in float32.
+  void update(at::TensorList parameters, at::TensorList grads, at::TensorList means,
+              at::TensorList squares, double learning_rate) const;
 };
 
 /// Square root of the sum of squares of all gradients, a number on their device.

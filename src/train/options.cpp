@@ -150,7 +150,7 @@ std::vector<Setting> make_settings() {
       {"optimizer", "--optimizer", "Training", choice<&Q::optimizer>({"muon", "adamw"}),
        "What updates the latents: muon or adamw (scales: always adamw)"},
       {"momentum", "--momentum", "Training", choice<&Q::momentum>({"f32", "bf16"}),
-       "What Muon keeps its momentum in: f32, or bf16 in half of the memory"},
+       "What the latents' optimizer keeps its moments in: f32, or bf16 in half of the memory"},
       {"warm_batch", "--warm-batch", "Training", Integer{&Q::warm_batch, 1, 1 << 20},
        "Windows a step in the warm start"},
       {"warm_latent_lr", "--warm-latent-lr", "Training", Number{&Q::warm_latent_lr, 0, 10},
@@ -544,9 +544,8 @@ std::vector<std::string> idle_settings(const Q& o, int64_t distill_tokens) {
   note(o.error_feedback,
        {"ef_damp", "ef_order", "ef_inputs", "ef_target", "ef_rounds", "ef_sweeps"});
   note(warm, {"warm_blocks", "warm_batch", "warm_latent_lr", "warm_scale_lr"});
-  note(warm || distilled, {"optimizer", "train_norms", "warmup", "reverse_kl", "temperature",
-                           "cross_entropy", "clip"});
-  note((warm || distilled) && o.optimizer == Optimizer::kMuon, {"momentum"});
+  note(warm || distilled, {"optimizer", "momentum", "train_norms", "warmup", "reverse_kl",
+                           "temperature", "cross_entropy", "clip"});
   note(distilled, {"batch", "micro_batch", "recompute", "checkpoint_steps", "latent_lr", "scale_lr",
                    "ema", "gamma"});
   note(distilled && o.gamma > 0.0, {"gamma_on"});

@@ -20,7 +20,7 @@ namespace rabit::train {
 enum class Method { kRabit, kStandard, kDbllm, kMbok, kOnebit };
 /// What updates the latents.
 enum class Optimizer { kMuon, kAdamW };
-/// What Muon keeps its momentum in.
+/// What the optimizer of the latents keeps its moments in.
 enum class MomentumType { kF32, kBF16 };
 enum class Compute { kAuto, kBF16, kF32 };
 /// Columns as they stand, or those with the largest inputs first.
