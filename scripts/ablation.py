@@ -111,7 +111,7 @@ def grid(tokens, seeds):
               "onebit, one path" if method == "onebit" else method, seeds)
 
     g = group("optimizer", "Optimizer and rates",
-              f"Error feedback, warm start (`{WARM}`), and {tokens // 2:,} tokens of distillation or none: the default, and "
+              f"Error feedback, warm start (`{WARM}`), and distillation or none: the default, and "
               f"with other options. With Muon at the rates that were best for it (`{muon}`) see the row of as many "
               "tokens in the next table.", "")
     for name, options, alone in (
@@ -129,10 +129,12 @@ def grid(tokens, seeds):
              False),
             ("muon-l2-w2", "--optimizer muon --latent-lr 2e-4 --scale-lr 1e-4", False)):
         label = f"`{options}`" if options else "the default"
-        g.add(name, label, f"{WARM} --tokens {tokens // 2} {options}".strip(), f"{tokens // 2:,} tokens")
+        g.add(name, label, f"{WARM} --tokens {tokens // 2} {options}".strip(), f"{tokens // 2:,} tokens",
+              seeds[:1] if options else seeds)
         if alone:
             warm = " ".join(re.findall(r"--warm-latent-lr \S+", options))
             g.add(f"{name}-0", label, f"{WARM} --tokens 0 {warm}".strip(), "warm start alone")
+    g.add("adamw-full", "the default", f"{WARM} --tokens {tokens}", f"{tokens:,} tokens")
 
     g = group("warm", "Error feedback, warm start, distillation",
               "The coupled form with two paths from error feedback, with and without the warm start "
