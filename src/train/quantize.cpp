@@ -475,7 +475,13 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
   session.log["resumed"] = options.resume;
   session.log["warm_start"] = json::array();
   session.log["distill"] = json::array();
-  return without_exceptions([&] { return run(session, model, held_out, out); });
+  RABIT_CHECK(without_exceptions([&] { return run(session, model, held_out, out); }));
+  if (options.dry_run && device.is_cuda()) {
+    const auto bytes = peak_memory(device)["device_bytes"].get<double>();
+    observer.message(
+        fmt::format("measured: {:.2f} GB held on {} at most", bytes / 1e9, device.str()));
+  }
+  return {};
 }
 
 }  // namespace rabit::train
