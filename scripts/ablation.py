@@ -345,7 +345,7 @@ class Runner:
             log.write_text(json.dumps(result))
             log.rename(out / f"{run.key}.json")
             say(f"{run.key}: {perplexity(result):.2f} in {result['seconds']:.0f} s")
-        elif code == 130:
+        elif code in (0, 130):  # 0 without a log: after SIGTERM
             say(f"{run.key}: interrupted")
         else:
             say(f"{run.key}: failed with {code}: {self.last_line(run)}")
@@ -364,7 +364,8 @@ class Runner:
             if self.one(run, device) in (0, 130):
                 continue
             # Others on the same GPU may have had its memory: again when they are done.
-            if "out of memory" in self.last_line(run) and self.tries[run.key] < 3:
+            crowded = any(words in self.last_line(run) for words in ("out of memory", " GB free of "))
+            if crowded and self.tries[run.key] < 3:
                 self.tries[run.key] += 1
                 with self.lock:
                     queue.append(run)

@@ -138,6 +138,10 @@ else
   echo "$command" >"$made_by.begun"
   rm -f "$made_by"
   logged "$rabit" "${arguments[@]}"
+  if [[ -e $student.ckpt ]]; then  # ended by SIGTERM
+    say "the quantization was stopped; the same command goes on"
+    exit 1
+  fi
   echo "$command" >"$made_by"
 fi
 for file in "$student.json" "$out/docs.json"; do
