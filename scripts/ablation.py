@@ -12,7 +12,6 @@ with the next call. Of Python's standard library alone.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from digests import digest
 from svg_charts import svg_bars, svg_lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,7 +139,7 @@ def grid(tokens, seeds):
     g = group("warm", "Error feedback, warm start, distillation",
               "The coupled form with two paths from error feedback, with and without the warm start "
               f"(`{WARM}`), then distillation from more and more text, all with Muon; and without error "
-              f"feedback (`{FULL}`). Each column has better rates of its own (\"Rates of distillation\").",
+              f"feedback (`{FULL}`). Error feedback alone does better at other rates (\"Rates of distillation\").",
               "tokens end to end", muon=True)
     for share, label in ((0, "0"), (1 / 8, f"{tokens // 8:,}"), (1 / 2, f"{tokens // 2:,}"), (1, f"{tokens:,}")):
         count = int(tokens * share)
@@ -211,7 +211,7 @@ def grid(tokens, seeds):
               "What a cheaper start gives up: two paths from 131,072 tokens in windows of 512 to 2,048 (`--seq-len`), "
               "with error feedback alone, and with the warm start of the last block or of all (once over the text); "
               "perplexity in windows of 2,048 throughout.",
-              "windows, `--ef-rounds`, `--als-steps`")
+              "windows, `--ef-rounds`, `--als-steps`", muon=True)
     for window in (512, 1024, 2048):
         for rounds, steps in ((1, 4), (1, 12), (2, 4), (2, 12)):
             default = (window, rounds, steps) == (1024, 2, 12)
@@ -457,10 +457,6 @@ class Results:
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, sort_keys=True)}"
                            for key, value in sorted(self.known.items()))
         self.store.write_text("{" + lines + "}\n")
-
-
-def digest(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def spread(values):

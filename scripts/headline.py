@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The best that the program is known to reach: one long run for each number of bits, and a page with a row for each.
+"""The best that the program has reached: one long run for each number of bits, and a page with a row for each.
 
-    scripts/headline.py --model MODEL.gguf --data wikipedia.txt.xz wikitext2_train.txt.xz --data-weights 0.25,4 \\
+    scripts/headline.py --model MODEL.gguf --data wikipedia.txt.xz wikitext2_train.txt.xz --data-weights 1,4 \\
         --test wiki.test.raw --device cuda
 
 Interrupted (Ctrl-C, SIGTERM), the same command goes on; a run whose result is there is not repeated. The packed files
@@ -9,7 +9,6 @@ stay in the folder of --out. Of Python's standard library alone.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -18,17 +17,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from digests import digest
+
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"--calib-tokens": "2097152", "--warm-epochs": "1"}
 FLAGS = ["--train-norms"]
-
-
-def digest(path):
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            sha256.update(chunk)
-    return sha256.hexdigest()
+DONE = "done"
 
 
 def device_name(device):
@@ -58,16 +52,17 @@ def run(arguments, bits):
     """The run's log, or None where it was interrupted."""
     command, out = command_of(arguments, bits)
     asked, log = Path(f"{out}.asked"), Path(f"{out}.json")
-    made_by = shlex.join(command) + "".join(f" {digest(path)}" for path in (arguments.model, arguments.test))
-    begun_by = asked.read_text() if asked.exists() else None
-    if begun_by == made_by and out.exists() and log.exists():
+    made_by = shlex.join(command) + "".join(f" {digest(path)}" for path in
+                                            (arguments.model, arguments.test, *arguments.data))
+    begun_by, _, state = asked.read_text().partition("\n") if asked.exists() else ("", "", "")
+    if begun_by == made_by and state == DONE and out.exists() and log.exists():
         return json.loads(log.read_text())
     if Path(f"{out}.ckpt").exists():
         if begun_by != made_by:
             raise SystemExit(f"headline: {out}.ckpt is what a run with other settings left: remove it, or name another "
                              "folder with --out")
         command.append("--resume")
-    asked.write_text(made_by)
+    asked.write_text(made_by)  # what lies under the names of the results is another run's until this one is done
     print(f"headline: {shlex.join(command)}", flush=True)
     child = subprocess.Popen(command)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -76,6 +71,7 @@ def run(arguments, bits):
     if code in (0, 130) and Path(f"{out}.ckpt").exists():
         return None
     if code == 0 and out.exists():
+        asked.write_text(f"{made_by}\n{DONE}")
         return json.loads(log.read_text())
     raise SystemExit(f"headline: {bits} bits: rabit ended with {code}")
 
@@ -84,7 +80,7 @@ def row(arguments, bits, log, out):
     student, teacher = (log["perplexity"][name]["perplexity"] for name in ("student", "teacher"))
     memory = log["memory"].get("device_bytes", log["memory"]["host_bytes"])
     return {"bits": bits, "bits_per_weight": log["bits_per_weight"], "perplexity": student, "teacher": teacher,
-            "stderr": log["perplexity"]["student"]["perplexity_stderr"], "tokens": log["distill_tokens"],
+            "stderr": log["perplexity"]["student"]["perplexity_stderr"], "tokens": log.get("distill_tokens", 0),
             "hours": log["seconds"] / 3600, "memory": memory, "machine": device_name(arguments.device),
             "sha256": digest(out), "bytes": out.stat().st_size, "protocol": log["perplexity"]["student"]["protocol"],
             "source": log["source"], "data": log["data"], "command": log["command"]}
@@ -99,7 +95,7 @@ def write_page(page, rows):
             "| SHA-256 |", "|---|---|---|---|---|---|---|---|---|"]
     text += [f"| {r['bits']} | {r['bits_per_weight']:.4f} | {r['perplexity']:.2f} ± {r['stderr']:.2f} | "
              f"{r['perplexity'] / r['teacher']:.3f} | {r['tokens']:,} | {r['hours']:.2f} | {r['memory'] / 1e9:.1f} | "
-             f"{r['bytes'] / 1e6:.1f} | {r['sha256'][:16]} |" for r in rows]
+             f"{r['bytes'] / 1e6:.1f} | {r['sha256']} |" for r in rows]
     text += ["", "± is the standard error over the test's tokens; hours and memory are of the whole run, on "
              f"{'; '.join(sorted({r['machine'] for r in rows}))}. The texts (SHA-256, tokens):", ""]
     text += [f"- `{file['name']}` ({file['sha256'][:12]}, {file['tokens']:,})" for file in first["data"]["files"]]

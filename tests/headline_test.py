@@ -50,7 +50,7 @@ class HeadlineTest(unittest.TestCase):
         self.assertEqual(len(rows), 2)
         for bits, row in zip((1, 2), rows):
             packed = self.folder / f"out/model.{bits}bit.gguf"
-            self.assertEqual(row[-1].strip(" |"), hashlib.sha256(packed.read_bytes()).hexdigest()[:16])
+            self.assertEqual(row[-1].strip(" |"), hashlib.sha256(packed.read_bytes()).hexdigest())
             self.assertEqual(row[4], "512")
             self.assertRegex(row[2], r"^[\d.]+ ± [\d.]+$")
         self.assertIn("- `b.txt` (", page)
@@ -61,8 +61,15 @@ class HeadlineTest(unittest.TestCase):
         out, _ = self.done(self.start("--bits", "2", tokens=768))
         self.assertIn("headline: ", out.splitlines()[0])
         self.assertIn("| 768 |", (self.folder / "page.md").read_text())
+        (self.folder / "b.txt").write_text(TEXT * 7)  # another text under the same name
+        out, _ = self.done(self.start("--bits", "2", tokens=768))
+        self.assertIn("quantize", out.splitlines()[0])
+        self.done(self.start("--bits", "2", tokens=0))
+        self.assertIn("| 0 |", (self.folder / "page.md").read_text())
 
     def test_interrupted_it_goes_on(self):
+        self.done(self.start("--bits", "2"))  # its results must not pass for those of the next
+        (self.folder / "page.md").unlink()
         process = self.start("--bits", "2", tokens=65536)
         checkpoint = self.folder / "out/model.2bit.gguf.ckpt"
         while not checkpoint.exists():  # the phases before distillation are done
@@ -75,7 +82,8 @@ class HeadlineTest(unittest.TestCase):
         _, error = self.done(self.start("--bits", "2", tokens=32768), code=1)
         self.assertIn("other settings", error)
         out, _ = self.done(self.start("--bits", "2", tokens=65536))
-        self.assertIn("--resume", (self.folder / "page.md").read_text() + out)
+        self.assertIn("--resume", out)
+        self.assertIn("| 65,536 |", (self.folder / "page.md").read_text())
         self.assertFalse(checkpoint.exists())
 
     def test_errors_are_one_line(self):

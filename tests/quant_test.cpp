@@ -89,6 +89,47 @@ bool matches_oracle(const Layer& layer, const std::vector<float>& w_hat) {
   return true;
 }
 
+// Lower Cholesky factor in double.
+std::vector<double> cholesky(std::vector<double> a, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t i = j; i < n; ++i) {
+      for (int64_t k = 0; k < j; ++k) {
+        a[i * n + j] -= a[i * n + k] * a[j * n + k];
+      }
+      a[i * n + j] = i == j ? std::sqrt(a[j * n + j]) : a[i * n + j] / a[j * n + j];
+    }
+    for (int64_t i = 0; i < j; ++i) {
+      a[i * n + j] = 0.0;
+    }
+  }
+  return a;
+}
+
+std::vector<double> inverse(const std::vector<double>& a, int64_t n) {
+  const auto l = cholesky(a, n);
+  std::vector<double> out(static_cast<size_t>(n * n));
+  for (int64_t column = 0; column < n; ++column) {
+    std::vector<double> x(static_cast<size_t>(n), 0.0);
+    x[column] = 1.0;
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t k = 0; k < i; ++k) {
+        x[i] -= l[i * n + k] * x[k];
+      }
+      x[i] /= l[i * n + i];
+    }
+    for (int64_t i = n - 1; i >= 0; --i) {
+      for (int64_t k = i + 1; k < n; ++k) {
+        x[i] -= l[k * n + i] * x[k];
+      }
+      x[i] /= l[i * n + i];
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      out[i * n + column] = x[i];
+    }
+  }
+  return out;
+}
+
 class Paths : public testing::TestWithParam<int64_t> {};
 INSTANTIATE_TEST_SUITE_P(All, Paths, testing::Values(1, 2, 3, 4));
 
@@ -245,6 +286,117 @@ TEST_P(Paths, FitIsNeverWorseThanPlainSvid) {
   }
 }
 
+TEST_P(Paths, ARefitSolvesTheNormalEquations) {
+  ThreadPool pool(2);
+  const int64_t d_out = 24, d_in = 40, k = GetParam();
+  Layer layer = random_layer(d_out, d_in, k, 71);
+  layer.scales = svid(layer.shape, layer.w.data());
+  const auto sign = [&](int64_t i, int64_t r, int64_t c) {
+    return static_cast<double>(oracle_entry(layer, r, c).sign[i]);
+  };
+  // g row by row from the h of SVID, then h column by column from these g, signs held, in double.
+  std::vector<double> g(layer.scales.g.begin(), layer.scales.g.end());
+  std::vector<double> h(layer.scales.h.begin(), layer.scales.h.end());
+  const auto refit = [&](int64_t count, int64_t others, const auto& w, const auto& s,
+                         const std::vector<double>& held, std::vector<double>& fitted) {
+    for (int64_t at = 0; at < count; ++at) {
+      std::vector<double> gram(static_cast<size_t>(k * k)), rhs(static_cast<size_t>(k));
+      for (int64_t i = 0; i < k; ++i) {
+        for (int64_t e = 0; e < others; ++e) {
+          rhs[i] += w(at, e) * s(i, at, e) * held[i * others + e];
+          for (int64_t j = 0; j < k; ++j) {
+            gram[i * k + j] +=
+                s(i, at, e) * held[i * others + e] * s(j, at, e) * held[j * others + e];
+          }
+        }
+      }
+      const std::vector<double> solver = inverse(gram, k);
+      for (int64_t i = 0; i < k; ++i) {
+        fitted[i * count + at] = 0.0;
+        for (int64_t j = 0; j < k; ++j) {
+          fitted[i * count + at] += solver[i * k + j] * rhs[j];
+        }
+      }
+    }
+  };
+  refit(
+      d_out, d_in, [&](int64_t r, int64_t c) { return layer.w[r * d_in + c]; }, sign, h, g);
+  refit(
+      d_in, d_out, [&](int64_t c, int64_t r) { return layer.w[r * d_in + c]; },
+      [&](int64_t i, int64_t c, int64_t r) { return sign(i, r, c); }, g, h);
+  const Scales fitted = fit_scales(layer.shape, layer.w.data(), {}, {}, {1, 1}, pool);
+  for (size_t e = 0; e < g.size(); ++e) {
+    EXPECT_NEAR(fitted.g[e], g[e], 2e-4 * std::fabs(g[e]) + 1e-6) << "g " << e;
+  }
+  for (size_t e = 0; e < h.size(); ++e) {
+    EXPECT_NEAR(fitted.h[e], h[e], 2e-4 * std::fabs(h[e]) + 1e-6) << "h " << e;
+  }
+  const auto error = [&](const Scales& scales) {
+    return weighted_error(layer.shape, layer.w.data(), scales, {}, {});
+  };
+  if (k > 1) {
+    const Scales twelve = fit_scales(layer.shape, layer.w.data(), {}, {}, {1, 12}, pool);
+    EXPECT_LT(error(fitted), error(layer.scales));
+    EXPECT_LT(error(twelve), 0.999 * error(fitted));
+  }
+}
+
+TEST_P(Paths, SweepsGiveEachPathTheBestRankOneOfWhatTheOthersLeave) {
+  ThreadPool pool(2);
+  const int64_t d_out = 24, d_in = 40, k = GetParam();
+  constexpr int kSweeps = 4, kPowerSteps = 300;
+  const Layer layer = random_layer(d_out, d_in, k, 72);
+  std::vector<double> g(static_cast<size_t>(k * d_out)), h(static_cast<size_t>(k * d_in));
+  std::vector<double> residual(layer.w.begin(), layer.w.end());
+  std::vector<double> signs(static_cast<size_t>(k * d_out * d_in));
+  for (int sweep = 0; sweep < kSweeps; ++sweep) {
+    for (int64_t i = 0; i < k; ++i) {
+      const auto add = [&](double factor) {
+        for (int64_t e = 0; e < d_out * d_in; ++e) {
+          residual[e] += factor * signs[i * d_out * d_in + e] * g[i * d_out + e / d_in] *
+                         h[i * d_in + e % d_in];
+        }
+      };
+      add(1.0);  // nothing in the first sweep, where all is zero
+      for (int64_t e = 0; e < d_out * d_in; ++e) {
+        signs[i * d_out * d_in + e] = residual[e] < 0.0 ? -1.0 : 1.0;
+      }
+      std::fill_n(g.begin() + i * d_out, d_out, 1.0);
+      for (int step = 0; step < kPowerSteps; ++step) {
+        double g_norm = 0.0, h_norm = 0.0;
+        for (int64_t r = 0; r < d_out; ++r) {
+          g_norm += g[i * d_out + r] * g[i * d_out + r];
+        }
+        for (int64_t c = 0; c < d_in; ++c) {
+          double sum = 0.0;
+          for (int64_t r = 0; r < d_out; ++r) {
+            sum += std::fabs(residual[r * d_in + c]) * g[i * d_out + r];
+          }
+          h[i * d_in + c] = sum / g_norm;
+          h_norm += h[i * d_in + c] * h[i * d_in + c];
+        }
+        for (int64_t r = 0; r < d_out; ++r) {
+          double sum = 0.0;
+          for (int64_t c = 0; c < d_in; ++c) {
+            sum += std::fabs(residual[r * d_in + c]) * h[i * d_in + c];
+          }
+          g[i * d_out + r] = sum / h_norm;
+        }
+      }
+      add(-1.0);
+    }
+  }
+  const auto error = [&](const Scales& scales) {
+    return weighted_error(layer.shape, layer.w.data(), scales, {}, {});
+  };
+  const double oracle = error({{g.begin(), g.end()}, {h.begin(), h.end()}});
+  const double swept = error(fit_scales(layer.shape, layer.w.data(), {}, {}, {kSweeps, 0}, pool));
+  EXPECT_NEAR(swept, oracle, 1e-3 * oracle);
+  if (k > 1) {
+    EXPECT_LT(swept, 0.995 * error(svid(layer.shape, layer.w.data())));
+  }
+}
+
 TEST(Fit, OnePathMatchesTheBestRankOneOfTheMagnitude) {
   // A matrix whose magnitude is exactly rank 1 is reproduced exactly.
   ThreadPool pool(1);
@@ -333,47 +485,6 @@ double output_error(const Shape& s, const std::vector<float>& w, const std::vect
   return total;
 }
 
-// Lower Cholesky factor in double.
-std::vector<double> cholesky(std::vector<double> a, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) {
-    for (int64_t i = j; i < n; ++i) {
-      for (int64_t k = 0; k < j; ++k) {
-        a[i * n + j] -= a[i * n + k] * a[j * n + k];
-      }
-      a[i * n + j] = i == j ? std::sqrt(a[j * n + j]) : a[i * n + j] / a[j * n + j];
-    }
-    for (int64_t i = 0; i < j; ++i) {
-      a[i * n + j] = 0.0;
-    }
-  }
-  return a;
-}
-
-std::vector<double> inverse(const std::vector<double>& a, int64_t n) {
-  const auto l = cholesky(a, n);
-  std::vector<double> out(static_cast<size_t>(n * n));
-  for (int64_t column = 0; column < n; ++column) {
-    std::vector<double> x(static_cast<size_t>(n), 0.0);
-    x[column] = 1.0;
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t k = 0; k < i; ++k) {
-        x[i] -= l[i * n + k] * x[k];
-      }
-      x[i] /= l[i * n + i];
-    }
-    for (int64_t i = n - 1; i >= 0; --i) {
-      for (int64_t k = i + 1; k < n; ++k) {
-        x[i] -= l[k * n + i] * x[k];
-      }
-      x[i] /= l[i * n + i];
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      out[i * n + column] = x[i];
-    }
-  }
-  return out;
-}
-
 /// Damped second moment of x = mixing * noise, of little more than half the rank.
 std::vector<double> moment_of_correlated_inputs(int64_t d_in, std::mt19937_64& random) {
   const auto mixing = normal(random, static_cast<size_t>(d_in * d_in), 0.0F, 1.0F);
@@ -402,7 +513,7 @@ INSTANTIATE_TEST_SUITE_P(Sizes, ErrorFeedback,
 
 TEST_P(ErrorFeedback, MatchesTheColumnByColumnOracleAndLowersTheOutputError) {
   const auto [d_out, d_in] = GetParam();
-  for (const int64_t paths : {1, 2, 3}) {
+  for (const int64_t paths : {1, 2, 3, 4}) {
     Layer layer = random_layer(d_out, d_in, paths, 40 + d_in + paths);
     std::mt19937_64 random(8);
     const std::vector<double> h = moment_of_correlated_inputs(d_in, random);

@@ -86,7 +86,13 @@ json whole_log() {
       {"distill", {{{"tokens", 100}, {"loss", 1.0}, {"text_nll", 4.0}, {"text_nll_teacher", 3.0}}}},
       {"diagnostics",
        {{"layers",
-         {{{"layer", "blk.0.attn_q"}, {"path_correlation", -0.3}, {"residual_alignment", 0.8}},
+         {{{"layer", "blk.0.attn_q"},
+           {"path_correlation", -0.3},
+           {"residual_alignment", 0.8},
+           {"on_own_inputs",
+            {{"decomposition", {{"residual", 0.5}, {"last", 0.25}, {"cancelled", 0.625}}}}},
+           {"row_scales", {{{"mean", 0.5}}, {{"mean", 0.25}}}},
+           {"column_scales", {{{"mean", 1.0}}, {{"mean", 0.75}}}}},
           {{"layer", "blk.1.attn_q"}, {"path_correlation", -0.2}, {"residual_alignment", 0.7}}}},
         {"summary",
          {{"path_correlation", {{"least", -0.3}, {"median", -0.25}, {"largest", -0.2}}}}}}},
@@ -98,10 +104,27 @@ json whole_log() {
 TEST(RunReport, SaysWhatTheLogSays) {
   const auto page = run_report(whole_log());
   ASSERT_TRUE(page);
-  for (const char* part :
-       {"<title>rabit: out.gguf</title>", "2.092", "3.556", "59.8 MB", "31.20 ± 0.20",
-        "21.77 ± 0.10", "12 min 34 s", "2.50 GB", "Error of the blocks", "Corr(y1, y2)", "-0.2500",
-        "text.txt", "original", "quantized", "All settings"}) {
+  for (const char* part : {"<title>rabit: out.gguf</title>",
+                           "2.092",
+                           "3.556",
+                           "59.8 MB",
+                           "31.20 ± 0.20",
+                           "21.77 ± 0.10",
+                           "12 min 34 s",
+                           "2.50 GB",
+                           "Error of the blocks",
+                           "Corr(y1, y2)",
+                           "-0.2500",
+                           "text.txt",
+                           "original",
+                           "quantized",
+                           "All settings",
+                           "The error in parts",
+                           "left by the paths before",
+                           "0.625",
+                           "Sizes of the paths",
+                           "path 2",
+                           "0.375"}) {
     EXPECT_NE(page->find(part), std::string::npos) << part;
   }
 }

@@ -69,7 +69,7 @@ TEST(BestTarget, RefusesInputsThatSayNothing) {
 }
 
 TEST(RefitScales, IsAStationaryPointOfTheError) {
-  for (const int64_t paths : {1, 2, 3}) {
+  for (const int64_t paths : {1, 2, 3, 4}) {
     const at::Tensor moment = *damped(moment_of(correlated_inputs(400, 9)), 0.01, "layer");
     const at::Tensor target = normal({kOut, kIn}, 10);
     const at::Tensor b = at::where(normal({paths, kOut, kIn}, 11) < 0, -1.0, 1.0).to(at::kFloat);
@@ -103,7 +103,7 @@ TEST(FitLayer, EveryPartLowersTheErrorThatItReports) {
   ThreadPool pool(2);
   const at::Tensor x = correlated_inputs(600, 21);
   const LayerProblem problem{"layer", normal({kOut, kIn}, 24) * 0.1, moment_of(x), {}};
-  for (const int64_t paths : {1, 2, 3}) {
+  for (const int64_t paths : {1, 2, 3, 4}) {
     QuantizeOptions options;
     options.ef_order = ColumnOrder::kNatural;
     options.ef_rounds = 0;

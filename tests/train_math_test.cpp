@@ -1,6 +1,5 @@
 // The parts of training, each against an oracle written here in double or without autograd: the
-// coupled weight and its gradients, the distillation loss, the optimizers, the network, the start
-// of a block and the measured importances.
+// coupled weight and its gradients, the distillation loss and the optimizers.
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>

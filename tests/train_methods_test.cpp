@@ -28,7 +28,7 @@ StudentLinear start_of(Method method, int64_t paths) {
 }
 
 TEST(Methods, AllStartFromTheSameWeight) {
-  for (const int64_t paths : {1, 2, 3}) {
+  for (const int64_t paths : {1, 2, 3, 4}) {
     const StudentLinear coupled = start_of(Method::kRabit, paths);
     const at::Tensor want = fake_quant_weight(coupled, at::kFloat);
     for (const Method method : {Method::kStandard, Method::kMbok}) {

@@ -18,8 +18,6 @@
 namespace rabit {
 namespace {
 
-constexpr char kPartial[] = ".partial";
-
 Error system_error(const std::string& what, const std::filesystem::path& path) {
   return Error{what + " " + path.string() + ": " + std::strerror(errno)};
 }
@@ -90,7 +88,7 @@ Result<AtomicFile> AtomicFile::create(const std::filesystem::path& path) {
   AtomicFile file;
   file.path_ = behind_links(path);
   file.partial_ = file.path_;
-  file.partial_ += kPartial;
+  file.partial_ += kPartialEnding;
   // The final rename would replace even a device such as /dev/null.
   struct stat info {};
   if (::stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode)) {
@@ -180,7 +178,7 @@ Status check_written(const std::string& option, const std::filesystem::path& wri
                  "; name another file"};
   }
   std::filesystem::path partial = behind_links(written);
-  partial += kPartial;
+  partial += kPartialEnding;
   for (const auto& input : inputs) {
     if (std::filesystem::equivalent(written, input, ignored) ||
         std::filesystem::equivalent(partial, input, ignored)) {

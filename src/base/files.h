@@ -58,6 +58,9 @@ class AtomicFile {
 /// Writes `text` as the whole file, by an AtomicFile.
 Status write_file(const std::filesystem::path& path, std::string_view text);
 
+/// What an AtomicFile adds to its name until it is whole: a kill may leave such a file.
+inline constexpr char kPartialEnding[] = ".partial";
+
 /// What `option` names can be written by an AtomicFile: its folder is there, and it would replace
 /// nothing but a regular file that is none of `inputs`, nor would the file that it is written
 /// through.

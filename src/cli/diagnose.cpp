@@ -60,16 +60,23 @@ std::string levels(const json& layer) {
   return out;
 }
 
+// What the paths before the last leave, the last's own size, and what it cancels: "12.1+9.0-18.2".
+std::string parts(const json& layer) {
+  const json& found = layer["on_own_inputs"]["decomposition"];
+  return percent(found["residual"]) + "+" + percent(found["last"]) + "-" +
+         percent(found["cancelled"]);
+}
+
 std::string table(const json& found) {
-  std::string out = fmt::format("{:<22} {:>5} {:>12} {:>12} {:>9} {:>9} {:>9} {:>12} {}\n", "layer",
-                                "paths", "corr(y1,y2)", "corr(R1,y2)", "output %", "own %",
-                                "weight %", "turned %", "levels");
+  std::string out = fmt::format("{:<22} {:>5} {:>12} {:>12} {:>9} {:>9} {:>20} {:>9} {:>12} {}\n",
+                                "layer", "paths", "corr(y1,y2)", "corr(R1,y2)", "output %", "own %",
+                                "in parts", "weight %", "turned %", "levels");
   for (const json& layer : found["layers"]) {
     out +=
-        fmt::format("{:<22} {:>5} {:>12} {:>12} {:>9} {:>9} {:>9} {:>12} {}\n",
+        fmt::format("{:<22} {:>5} {:>12} {:>12} {:>9} {:>9} {:>20} {:>9} {:>12} {}\n",
                     layer["layer"].get<std::string>(), layer["paths"].get<int64_t>(),
                     number(layer["path_correlation"], 3), number(layer["residual_alignment"], 3),
-                    percent(layer["output_error"]), percent(layer["own_error"]),
+                    percent(layer["output_error"]), percent(layer["own_error"]), parts(layer),
                     percent(layer["weight_error"]), shares(layer["turned_signs"]), levels(layer));
   }
   for (const char* which : {"least", "median", "largest"}) {
@@ -77,9 +84,9 @@ std::string table(const json& found) {
       const json& summary = found["summary"];
       return summary.contains(key) ? summary[key][which] : json();
     };
-    out += fmt::format("{:<22} {:>5} {:>12} {:>12} {:>9} {:>9} {:>9}\n", which, "",
+    out += fmt::format("{:<22} {:>5} {:>12} {:>12} {:>9} {:>9} {:>20} {:>9}\n", which, "",
                        number(of("path_correlation"), 3), number(of("residual_alignment"), 3),
-                       percent(of("output_error")), percent(of("own_error")),
+                       percent(of("output_error")), percent(of("own_error")), "",
                        percent(of("weight_error")));
   }
   return out;
@@ -134,8 +141,10 @@ Command add_diagnose(CLI::App& app) {
       "y1, y2: outputs of the first paths; R1: what the first leaves of what the original layer\n"
       "gives on the same inputs.\n"
       "output: error of the layer's output, relative, as the models run; own: of the same inputs;\n"
-      "weight: of the weights; turned: share of each path's signs that training has turned;\n"
-      "levels: sizes of the paths, relative to the first.\n\n"
+      "in parts: own as what the paths before the last leave, plus the last's size, minus what it\n"
+      "cancels; weight: error of the weights; turned: share of each path's signs that training "
+      "has\n"
+      "turned; levels: sizes of the paths, relative to the first.\n\n"
       "Examples:\n"
       "  rabit diagnose model.2bit.gguf --teacher model.gguf --data text.txt\n"
       "  rabit diagnose model.2bit.gguf.ckpt --teacher model.gguf --data text.txt --json");

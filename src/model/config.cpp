@@ -22,7 +22,6 @@ constexpr int64_t kMaxHeads = 4096;
 constexpr int64_t kMaxHeadDim = 1024;
 constexpr int64_t kMaxVocab = int64_t{1} << 24;
 constexpr int64_t kMaxContext = int64_t{1} << 30;
-constexpr int64_t kMaxPaths = 4;  // paths of a packed layer, as quant/ makes them
 
 Error fail(const GgufFile& file, const std::string& what) {
   return Error{file.path().string() + ": " + what};
@@ -195,9 +194,9 @@ class TensorCheck {
       return fail(file_, "layer \"" + name + "\" is there twice: as .weight and packed as .sign");
     }
     const int64_t paths = sign->ne.size() > 2 ? sign->ne[2] : 1;
-    if (paths > kMaxPaths) {
+    if (paths > kMostPackedPaths) {
       return fail(file_, "tensor \"" + name + ".sign\" has " + std::to_string(paths) +
-                             " paths, 1 to " + std::to_string(kMaxPaths) + " are supported");
+                             " paths, 1 to " + std::to_string(kMostPackedPaths) + " are supported");
     }
     RABIT_CHECK(
         need_type(name + ".sign", {(shape.d_in + 31) / 32, shape.d_out, paths}, TensorType::kI32));

@@ -46,6 +46,9 @@ struct LinearShape {
 };
 LinearShape linear_shape(const ModelConfig& config, Role role);
 
+/// Paths that a packed layer may have.
+inline constexpr int64_t kMostPackedPaths = 4;
+
 /// "blk.N.attn_q": tensors of a linear layer append ".weight", or ".sign", ".row_scale",
 /// ".col_scale" where it is packed.
 std::string linear_name(int64_t layer, Role role);

@@ -66,7 +66,7 @@ struct InitOptions {
 /// Scales for W (d_out, d_in) that minimise weighted_error under the coupled forward's own signs:
 /// greedy and Gauss-Seidel SVID, then alternating least squares; the best seen is kept, so the
 /// result is never worse than plain (greedy) SVID. Importances must be positive; empty = ones.
-/// Design section 1, "Initialisation keeps the function".
+/// docs/training.md, "Phase 1".
 Scales fit_scales(const Shape& shape, const float* w, std::span<const float> s_out,
                   std::span<const float> s_in, const InitOptions& options, ThreadPool& pool);
 

@@ -310,6 +310,59 @@ class Page {
     return out;
   }
 
+  // Block by block the mean over its layers of what `value` says of one.
+  template <typename Value>
+  static Series by_block(const std::string& name, const json& layers, const Value& value) {
+    std::map<int, std::pair<double, int>> sums;
+    for (const json& layer : layers) {
+      int block = 0;
+      const double one = value(layer);
+      if (std::isfinite(one) &&
+          std::sscanf(text_of(at(layer, "/layer")).c_str(), "blk.%d.", &block) == 1) {
+        sums[block].first += one;
+        ++sums[block].second;
+      }
+    }
+    Series out{name, {}, {}};
+    for (const auto& [block, sum] : sums) {
+      out.x.push_back(block);
+      out.y.push_back(sum.first / sum.second);
+    }
+    return out;
+  }
+
+  static std::vector<Series> error_parts(const json& layers) {
+    std::vector<Series> out;
+    for (const auto& [key, name] :
+         {std::pair{"residual", "left by the paths before"},
+          std::pair{"last", "the last path itself"}, std::pair{"cancelled", "cancelled by it"}}) {
+      const std::string pointer = std::string("/on_own_inputs/decomposition/") + key;
+      out.push_back(by_block(name, layers,
+                             [&](const json& layer) { return number_at(layer, pointer.c_str()); }));
+    }
+    return out;
+  }
+
+  // Mean row scale times mean column scale of each path but the first, relative to the first's.
+  static std::vector<Series> path_levels(const json& layers) {
+    std::vector<Series> out;
+    const auto level = [](const json& layer, size_t path) {
+      const auto mean = [&](const char* scales) {
+        return number_at(layer, fmt::format("/{}/{}/mean", scales, path).c_str());
+      };
+      return mean("row_scales") * mean("column_scales");
+    };
+    for (size_t path = 1;; ++path) {
+      Series one = by_block(fmt::format("path {}", path + 1), layers, [&](const json& layer) {
+        return level(layer, path) / level(layer, 0);
+      });
+      if (one.x.empty()) {
+        return out;
+      }
+      out.push_back(std::move(one));
+    }
+  }
+
   void diagnostics() {
     const json layers = at(log_, "/diagnostics/layers");
     if (!layers.is_array() || layers.empty()) {
@@ -322,13 +375,17 @@ class Page {
         "The paths of every layer",
         "y1 and y2 are what the first two paths give; R1 is what the first leaves of what the "
         "original layer gives on the same inputs. Paths that work together correlate negatively, "
-        "and the "
-        "second points where the first is wrong.",
+        "and the second points where the first is wrong. What the paths before the last leave, and "
+        "the size of the last, less what it cancels is the error of a layer's own output.",
         {chart("Correlation of the paths, Corr(y1, y2)", "correlation", "path_correlation", false),
          chart("Alignment with the residual, Corr(R1, y2)", "correlation", "residual_alignment",
                false),
          chart("Error of the outputs", "relative squared error", "output_error", true),
          chart("Error of the weights", "relative squared error", "weight_error", true),
+         {"The error in parts", "block", "in parts of the output's mean square",
+          error_parts(layers), false, true, true},
+         {"Sizes of the paths, relative to the first", "block",
+          "mean row scale x mean column scale", path_levels(layers), false, true, true},
          chart("Signs of the last path turned by training", "share", "turned_signs", false)});
     const json summary = at(log_, "/diagnostics/summary");
     if (!summary.is_object()) {

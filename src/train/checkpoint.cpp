@@ -18,6 +18,10 @@ constexpr char kPrefix[] = "rabit.checkpoint.";
 
 std::string key(const char* name) { return std::string(kPrefix) + name; }
 
+std::filesystem::path unfinished_checkpoint(std::filesystem::path checkpoint) {
+  return checkpoint += ".new";
+}
+
 // Writes the checkpoint whole, then gives the earlier ones that are to be kept the names of older
 // ones. The last keeps its own name until the new one takes it, where the file system has hard
 // links.
@@ -28,14 +32,14 @@ Status replace_checkpoint(const GgufWriter& writer, const std::filesystem::path&
   if (kept == 1 || !std::filesystem::exists(checkpoint, failed)) {
     return writer.write(checkpoint);
   }
-  std::filesystem::path made = checkpoint;
-  made += ".new";
+  const std::filesystem::path made = unfinished_checkpoint(checkpoint);
   RABIT_CHECK(writer.write(made));
   // A kill may have left the last under two names.
   if (!std::filesystem::equivalent(path(0), path(1), failed)) {
     for (int64_t age = kept - 1; age > 1; --age) {
       std::filesystem::rename(path(age - 1), path(age), failed);
     }
+    std::filesystem::remove(path(1), failed);
     std::filesystem::create_hard_link(path(0), path(1), failed);
     if (failed) {
       std::filesystem::rename(path(0), path(1), failed);
@@ -86,6 +90,16 @@ std::vector<std::filesystem::path> checkpoints_beside(const std::filesystem::pat
   }
   std::sort(found.begin(), found.end());
   return found;
+}
+
+void remove_checkpoints(const std::filesystem::path& checkpoint) {
+  std::error_code ignored;
+  std::vector<std::filesystem::path> paths = checkpoints_beside(checkpoint);
+  paths.insert(paths.end(), {checkpoint, unfinished_checkpoint(checkpoint)});
+  for (std::filesystem::path& path : paths) {
+    std::filesystem::remove(path, ignored);
+    std::filesystem::remove(path += kPartialEnding, ignored);
+  }
 }
 
 std::string settings_fingerprint(const TrainSession& session) {
@@ -426,7 +440,10 @@ Result<CheckpointStudent> read_checkpoint_student(const GgufFile& file, const Mo
   if (digest != source_sha256) {
     return Error{where + ": made from another model than --teacher"};
   }
-  if (run.blocks_done < 1 || run.blocks_done > config.layers) {
+  if (run.blocks_done == 0) {
+    return Error{where + ": no block is finished yet; there is nothing to diagnose"};
+  }
+  if (run.blocks_done < 0 || run.blocks_done > config.layers) {
     return Error{where + ": damaged: " + std::to_string(run.blocks_done) + " blocks done"};
   }
   const auto described = from_description(run.fingerprint["settings"]);

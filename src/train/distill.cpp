@@ -1,9 +1,12 @@
 // End to end: the whole student against the teacher's distribution over the next token.
 
 #include <ATen/ATen.h>
+#include <c10/core/Event.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
 
@@ -15,6 +18,58 @@
 
 namespace rabit::train {
 namespace {
+
+// What a step is made of, with its time and work.
+enum StepPart { kOriginal, kForward, kHead, kBackward, kOptimizers, kStepParts };
+constexpr std::array kPartNames = {"original", "forward", "head", "backward", "optimizers"};
+
+// When the parts of a step end on a GPU, which the step does not wait for.
+class PartTimes {
+ public:
+  explicit PartTimes(at::Device device) : device_(device) { mark(); }
+  void ended(StepPart part) {
+    parts_.push_back(part);
+    mark();
+  }
+
+  // Seconds by part; waits for the last.
+  std::array<double, kStepParts> seconds() const {
+    events_.back().synchronize();
+    std::array<double, kStepParts> sum{};
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      sum[parts_[i]] += events_[i].elapsedTime(events_[i + 1]) / 1e3;
+    }
+    return sum;
+  }
+
+ private:
+  void mark() {
+    events_.emplace_back(device_.type(), c10::EventFlag::BACKEND_DEFAULT);
+    events_.back().record(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
+  }
+
+  at::Device device_;
+  std::vector<c10::Event> events_;
+  std::vector<StepPart> parts_;
+};
+
+// Floating-point operations of a step's products, by part: two for every weight and token, in the
+// backward pass twice as many (the head's, whose weights are fixed, are in kHead); half of the
+// attention's square counts.
+std::array<double, kStepParts> step_operations(const ModelConfig& config,
+                                               const QuantizeOptions& options) {
+  double weights = 0.0;
+  for (const Role role : kRoles) {
+    const LinearShape shape = linear_shape(config, role);
+    weights += static_cast<double>(shape.d_out * shape.d_in);
+  }
+  const auto tokens = static_cast<double>(options.batch * options.seq_len);
+  const double attention = static_cast<double>(options.seq_len * config.d_q()) / 2.0;
+  const double blocks =
+      2.0 * tokens * static_cast<double>(config.layers) * (weights + 2.0 * attention);
+  const double head = 2.0 * tokens * static_cast<double>(config.vocab_size * config.d_model);
+  return {blocks, blocks, 3.0 * head, (options.recompute ? 3.0 : 2.0) * blocks, 0.0};
+}
 
 struct Losses {
   at::Tensor total;
@@ -56,7 +111,12 @@ class Watch : public LinearTap {
 };
 
 Losses distill_loss(const TrainSession& session, const Student& student, const Rotary& rotary,
-                    const at::Tensor& ids) {
+                    const at::Tensor& ids, PartTimes* times) {
+  const auto ended = [&](StepPart part) {
+    if (times != nullptr) {
+      times->ended(part);
+    }
+  };
   const Network& teacher = session.teacher;
   const ModelConfig& config = session.config();
   const QuantizeOptions& options = session.options;
@@ -75,6 +135,7 @@ Losses distill_loss(const TrainSession& session, const Student& student, const R
       of_teacher.see_stream(x_teacher);
     }
   }
+  ended(kOriginal);
   at::Tensor x = x0;
   for (size_t b = 0; b < teacher.blocks.size(); ++b) {
     // May be called after this function has returned.
@@ -89,6 +150,7 @@ Losses distill_loss(const TrainSession& session, const Student& student, const R
     x = options.recompute ? recomputed(block, x, student.blocks[b].linear[0].latent) : block(x);
     of_student.see_stream(x);
   }
+  ended(kForward);
   DistillationLoss head = head_loss(session, student, x, x_teacher, ids);
   at::Tensor total = head.loss;
   head.loss = head.loss.detach();
@@ -98,6 +160,7 @@ Losses distill_loss(const TrainSession& session, const Student& student, const R
     total = total + watched * options.gamma;
     watched = watched.detach();
   }
+  ended(kHead);
   return {total, head, watched};
 }
 
@@ -107,9 +170,10 @@ struct StepLosses {
 };
 
 // Adds the gradients of a step's loss, --micro-batch windows after the others. ids (windows, T) on
-// the host. Errors: an interrupt.
+// the host. times: what to add the times of its parts to, or none. Errors: an interrupt.
 Result<StepLosses> accumulate(const TrainSession& session, const Student& student,
-                              const Rotary& rotary, const at::Tensor& ids, Trainer& trainer) {
+                              const Rotary& rotary, const at::Tensor& ids, Trainer& trainer,
+                              PartTimes* times = nullptr) {
   const int64_t windows = ids.size(0);
   const int64_t at_once = session.options.micro_batch > 0 ? session.options.micro_batch : windows;
   StepLosses sum;
@@ -122,9 +186,12 @@ Result<StepLosses> accumulate(const TrainSession& session, const Student& studen
     RABIT_CHECK(check_interrupt());
     const int64_t count = std::min(at_once, windows - begin);
     const double share = static_cast<double>(count) / static_cast<double>(windows);
-    const Losses losses = distill_loss(session, student, rotary,
-                                       ids.narrow(0, begin, count).to(session.teacher.device));
+    const Losses losses = distill_loss(
+        session, student, rotary, ids.narrow(0, begin, count).to(session.teacher.device), times);
     trainer.accumulate(losses.total * share);
+    if (times != nullptr) {
+      times->ended(kBackward);
+    }
     add(sum.loss, losses.head.loss, share);
     add(sum.nll, losses.head.nll, share);
     add(sum.watched, losses.watched, share);
@@ -162,6 +229,28 @@ Student stand_in(const TrainSession& session) {
 }
 
 constexpr int64_t kMeasuredWindows = 4;  // of a step on a CPU
+constexpr int kWatchedSteps = 5;         // for the times of its parts
+
+// "measured: a step of 64.4 ms (...": medians, and what the products come to.
+std::string describe_parts(const TrainSession& session,
+                           std::vector<std::array<double, kStepParts>> steps) {
+  const auto operations = step_operations(session.config(), session.options);
+  double whole = 0.0, all = 0.0;
+  std::string parts;
+  for (int part = 0; part < kStepParts; ++part) {
+    std::sort(steps.begin(), steps.end(),
+              [part](const auto& a, const auto& b) { return a[part] < b[part]; });
+    const double seconds = steps[steps.size() / 2][part];
+    parts += fmt::format("{}{} {:.2f} ms", part == 0 ? "" : ", ", kPartNames[part], seconds * 1e3);
+    if (operations[part] > 0.0) {
+      parts += fmt::format(" ({:.0f} TFLOP/s)", operations[part] / seconds / 1e12);
+    }
+    whole += seconds;
+    all += operations[part];
+  }
+  return fmt::format("measured: a step, part by part: {}; in all {:.2f} ms ({:.0f} TFLOP/s)", parts,
+                     whole * 1e3, all / whole / 1e12);
+}
 
 }  // namespace
 
@@ -187,7 +276,7 @@ Result<double> measure_distill(const TrainSession& session, int64_t tokens) {
   const Student student = stand_in(session);
   const std::vector<at::Tensor> matrices = latents(student.blocks);
   Trainer trainer(options, matrices, scales_and_norms(student));
-  const auto seconds_of = [&](int64_t windows) -> Result<double> {
+  const auto seconds_of = [&](int64_t windows, PartTimes* times) -> Result<double> {
     RABIT_CHECK(check_interrupt());
     const Clock clock;
     std::vector<int64_t> picks;  // the first ones, as often as it takes
@@ -195,23 +284,38 @@ Result<double> measure_distill(const TrainSession& session, int64_t tokens) {
       picks.push_back(i % session.windows.count());
     }
     RABIT_ASSIGN(const StepLosses losses,
-                 accumulate(session, student, rotary, session.windows.pick(picks), trainer));
+                 accumulate(session, student, rotary, session.windows.pick(picks), trainer, times));
     RABIT_CHECK(trainer.step(losses.loss, 1e-6, 1e-6));
+    if (times != nullptr) {
+      times->ended(kOptimizers);
+    }
     wait_for(matrices.back());
     return clock.elapsed();
   };
   // A GPU needs whole steps to show its speed; on a CPU a step is its windows and the optimizers'.
   const int64_t windows =
       session.teacher.device.is_cuda() ? options.batch : std::min(options.batch, kMeasuredWindows);
-  RABIT_CHECK(seconds_of(1));  // pays for what torch sets up once
+  RABIT_CHECK(seconds_of(1, nullptr));  // pays for what torch sets up once
   double step = 0.0;
-  if (windows == options.batch) {
-    RABIT_ASSIGN(step, seconds_of(windows));
+  if (session.teacher.device.is_cuda()) {
+    RABIT_CHECK(seconds_of(windows, nullptr));  // makes the memory and the kernels ready
+    RABIT_ASSIGN(step, seconds_of(windows, nullptr));
+  } else if (windows == options.batch) {
+    RABIT_ASSIGN(step, seconds_of(windows, nullptr));
   } else {
-    RABIT_ASSIGN(const double one, seconds_of(1));
-    RABIT_ASSIGN(const double some, seconds_of(windows));
+    RABIT_ASSIGN(const double one, seconds_of(1, nullptr));
+    RABIT_ASSIGN(const double some, seconds_of(windows, nullptr));
     const double a_window = std::max(0.0, some - one) / static_cast<double>(windows - 1);
     step = some + a_window * static_cast<double>(options.batch - windows);
+  }
+  if (options.dry_run && session.teacher.device.is_cuda()) {
+    std::vector<std::array<double, kStepParts>> steps;
+    for (int i = 0; i < kWatchedSteps; ++i) {
+      PartTimes times(session.teacher.device);
+      RABIT_CHECK(seconds_of(windows, &times));
+      steps.push_back(times.seconds());
+    }
+    session.observer.message(describe_parts(session, steps));
   }
   return step * static_cast<double>(distill_steps(options, tokens));
 }

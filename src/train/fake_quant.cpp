@@ -59,7 +59,7 @@ struct HostArithmetic {
 
 // The same in torch operations, each rounded on its own as quant/ rounds.
 struct OperationArithmetic {
-  // Takes a path's level off the residual and returns it; see `peel` in quant/coupled.cpp.
+  // Takes a path's level off the residual and returns it; see `peel` in quant/peel.h.
   static at::Tensor peel(at::Tensor& residual, const at::Tensor& g, const at::Tensor& h,
                          int64_t path) {
     const at::Tensor p = g.select(0, path).unsqueeze(1) * h.select(0, path).unsqueeze(0);

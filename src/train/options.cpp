@@ -543,6 +543,7 @@ std::vector<std::string> idle_settings(const Q& o, int64_t distill_tokens) {
   };
   note(o.error_feedback,
        {"ef_damp", "ef_order", "ef_inputs", "ef_target", "ef_rounds", "ef_sweeps"});
+  note(o.method != Method::kDbllm, {"alpha_in", "alpha_out", "init_sweeps", "als_steps"});
   note(warm, {"warm_blocks", "warm_batch", "warm_latent_lr", "warm_scale_lr"});
   note(warm || distilled, {"optimizer", "momentum", "train_norms", "warmup", "reverse_kl",
                            "temperature", "cross_entropy", "clip"});

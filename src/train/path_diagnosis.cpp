@@ -6,6 +6,10 @@
 #include "train/host_tensor.h"
 
 namespace rabit::train {
+
+// Folders that may not include each other have a bound each.
+static_assert(kMostDiagnosedPaths == quant::kMaxPaths && kMostPackedPaths == quant::kMaxPaths);
+
 namespace {
 
 // Keeps what the teacher's layers give.

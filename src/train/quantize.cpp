@@ -364,10 +364,7 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
         status.error().message + "; " + checkpoint + " holds what was trained, go on with --resume",
         status.error().interrupted};
   }
-  std::error_code ignored;
-  for (const auto& path : checkpoints_beside(session.checkpoint_path)) {
-    std::filesystem::remove(path, ignored);
-  }
+  remove_checkpoints(session.checkpoint_path);
   return {};
 }
 

@@ -165,6 +165,8 @@ Result<double> measure_distill(const TrainSession& session, int64_t tokens);
 std::filesystem::path earlier_checkpoint(const std::filesystem::path& checkpoint, int64_t age);
 /// All files with such a name.
 std::vector<std::filesystem::path> checkpoints_beside(const std::filesystem::path& checkpoint);
+/// Removes them, and what a kill may have left of one.
+void remove_checkpoints(const std::filesystem::path& checkpoint);
 
 /// What a continuation must share with the run that it continues, as JSON text.
 std::string settings_fingerprint(const TrainSession& session);
