@@ -9,13 +9,14 @@ namespace {
 enum Wish { kNone, kInterrupt, kTerminate };
 std::atomic<int> g_interrupted{kNone};
 static_assert(std::atomic<int>::is_always_lock_free);
+std::atomic<int> g_holds{0};
 
 }  // namespace
 
 bool interrupted() { return g_interrupted != kNone; }
 
 Status check_interrupt() {
-  if (interrupted()) {
+  if (interrupted() && g_holds == 0) {
     return Error{"interrupted", true};
   }
   return {};
@@ -26,5 +27,8 @@ bool set_interrupted(bool value, bool terminated) {
 }
 
 bool terminated() { return g_interrupted == kTerminate; }
+
+HoldInterrupts::HoldInterrupts() { ++g_holds; }
+HoldInterrupts::~HoldInterrupts() { --g_holds; }
 
 }  // namespace rabit

@@ -19,4 +19,14 @@ bool set_interrupted(bool value, bool terminated = false);
 /// Whether the wish to stop came with `terminated`.
 bool terminated();
 
+/// While one lives, check_interrupt() lets work go on that cannot stop in the middle, and
+/// interrupted() alone tells.
+class HoldInterrupts {
+ public:
+  HoldInterrupts();
+  ~HoldInterrupts();
+  HoldInterrupts(const HoldInterrupts&) = delete;
+  HoldInterrupts& operator=(const HoldInterrupts&) = delete;
+};
+
 }  // namespace rabit

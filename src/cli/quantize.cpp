@@ -18,6 +18,7 @@
 #include "cli/size_report.h"
 #include "model/config.h"
 #ifdef RABIT_TRAIN
+#include "train/place.h"
 #include "train/quantize.h"
 #endif
 
@@ -120,7 +121,9 @@ Status report(const Arguments& arguments) {
   return {};
 }
 
-Result<train::TrainingText> tokenize(const Arguments& arguments, const Tokenizer& tokenizer) {
+// `told`: whether this process tells how it goes.
+Result<train::TrainingText> tokenize(const Arguments& arguments, const Tokenizer& tokenizer,
+                                     bool told) {
   train::TokenizeOptions options{arguments.options.data_field, arguments.token_cache};
   if (options.cache.empty()) {
     options.cache = train::default_token_cache();
@@ -131,11 +134,15 @@ Result<train::TrainingText> tokenize(const Arguments& arguments, const Tokenizer
   for (const auto& path : arguments.data) {
     Progress progress("tokenize");
     options.waiting = [&] {
-      progress.update(0, 0, "waiting for another process that tokenizes " + one_line(path));
+      if (told) {
+        progress.update(0, 0, "waiting for another process that tokenizes " + one_line(path));
+      }
     };
     RABIT_ASSIGN(train::TokenSource source,
                  train::tokenize_source(tokenizer, path, options, pool, [&](int64_t tokens) {
-                   progress.update(tokens, 0, "tokens of " + one_line(path));
+                   if (told) {
+                     progress.update(tokens, 0, "tokens of " + one_line(path));
+                   }
                  }));
     text.sources.push_back(std::move(source));
   }
@@ -183,8 +190,10 @@ Status run(const Arguments& arguments) {
     RABIT_CHECK(check_page(option, arguments.report));
     RABIT_CHECK(apart("--report", arguments.report));
   }
+  // Of several processes one tells and writes.
+  RABIT_ASSIGN(const train::Place place, train::Place::from_environment());
   MetricsFile metrics(arguments.metrics, options.resume);
-  if (!arguments.metrics.empty()) {
+  if (!arguments.metrics.empty() && place.first()) {
     RABIT_CHECK(metrics.check(inputs));
     written.emplace_back(arguments.report.empty() ? out + ".html" : arguments.report, "--report");
     RABIT_CHECK(apart("--metrics", arguments.metrics));
@@ -195,7 +204,7 @@ Status run(const Arguments& arguments) {
                  ": is the checkpoint of a run; give the original model, and --resume to go on"};
   }
   RABIT_ASSIGN(const auto tokenizer, load_tokenizer(*model));
-  RABIT_ASSIGN(const train::TrainingText text, tokenize(arguments, *tokenizer));
+  RABIT_ASSIGN(const train::TrainingText text, tokenize(arguments, *tokenizer, place.first()));
   train::HeldOut held_out;
   if (!arguments.eval_text.empty()) {
     RABIT_ASSIGN(const std::string content, read_text_file(arguments.eval_text));
@@ -228,10 +237,14 @@ Status run(const Arguments& arguments) {
   };
   if (!arguments.metrics.empty()) {
     observer.metrics = [&](const nlohmann::json& line) {
-      if (const Status added = metrics.add(line); !added) {
+      if (const Status added = place.first() ? metrics.add(line) : Status(); !added) {
         observer.message("no metrics: " + added.error().message + "; going on without");
       }
     };
+  }
+  if (!place.first()) {
+    observer.message = [](const std::string&) {};
+    observer.progress = nullptr;
   }
   observer.message(fmt::format("{} tokens of training text", text.tokens()));
   std::filesystem::path checkpoint = arguments.out;
@@ -255,7 +268,7 @@ Status run(const Arguments& arguments) {
     }
     return status;
   }
-  if (options.dry_run) {
+  if (options.dry_run || !place.first()) {
     return {};
   }
   std::error_code unknown;

@@ -9,6 +9,7 @@
 #include "base/json.h"
 #include "train/host_tensor.h"
 #include "train/session.h"
+#include "train/shards.h"
 
 namespace rabit::train {
 namespace {
@@ -130,9 +131,22 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
   const TrainerState none;
   const TrainerState& state = distill != nullptr ? distill->trainer : none;
   size_t matrix = 0;
+  const SharedLeaves shared = shared_leaves(session.student, session.ranks);
   for (int64_t layer = 0; layer < blocks_done; ++layer) {
+    const StudentBlock block = whole_block(session.student.blocks[static_cast<size_t>(layer)]);
     for (const Role role : kRoles) {
-      const StudentLinear& linear = session.student.at(layer, role);
+      at::Tensor average;
+      if (distill != nullptr && !distill->average.empty()) {
+        average = distill->average[matrix];
+        if (session.ranks) {
+          average = whole_of(average, shared.latents[matrix], *session.ranks);
+        }
+      }
+      if (!session.first()) {
+        ++matrix;
+        continue;
+      }
+      const StudentLinear& linear = block[role];
       const std::string name = linear_name(layer, role);
       RABIT_CHECK(tensors.add(writer, name + ".latent", linear.latent));
       RABIT_CHECK(tensors.add(writer, name + ".g", linear.g));
@@ -143,17 +157,19 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
       if (!state.momentum.empty()) {
         RABIT_CHECK(tensors.add(writer, name + ".momentum", state.momentum[matrix]));
       }
-      if (distill != nullptr && !distill->average.empty()) {
-        RABIT_CHECK(tensors.add(writer, name + ".average", distill->average[matrix]));
+      if (average.defined()) {
+        RABIT_CHECK(tensors.add(writer, name + ".average", average));
       }
       ++matrix;
     }
-    const StudentBlock& block = session.student.blocks[static_cast<size_t>(layer)];
     for (const auto& [name, norm] : block_norms(block, layer)) {
       if (norm->defined()) {
         RABIT_CHECK(tensors.add(writer, name, *norm));
       }
     }
+  }
+  if (!session.first()) {
+    return {};
   }
   if (session.student.output_norm.defined()) {
     RABIT_CHECK(tensors.add(writer, "output_norm", session.student.output_norm));
@@ -410,6 +426,17 @@ Result<Resumed> read_checkpoint(TrainSession& session) {
     RABIT_ASSIGN(resumed.distill.trainer.scales, adam("adam.scales", scale_count));
     if (!momentum) {
       RABIT_ASSIGN(resumed.distill.trainer.latents, adam("adam.latents", latent_count));
+    }
+  }
+  if (session.ranks) {
+    for (int64_t done = 0; done < resumed.blocks_done; ++done) {
+      StudentBlock& block = session.student.blocks[static_cast<size_t>(done)];
+      block = shard_block(block, session.ranks);
+    }
+    const SharedLeaves shared = shared_leaves(session.student, session.ranks);
+    for (size_t i = 0; i < resumed.distill.average.size(); ++i) {
+      at::Tensor& average = resumed.distill.average[i];
+      average = share_of(average, shared.latents[i], *session.ranks).clone();
     }
   }
   return resumed;

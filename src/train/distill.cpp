@@ -14,6 +14,7 @@
 #include "train/optimizer.h"
 #include "train/recompute.h"
 #include "train/session.h"
+#include "train/shards.h"
 #include "train/sign_watch.h"
 
 namespace rabit::train {
@@ -169,25 +170,29 @@ struct StepLosses {
   at::Tensor loss, nll, watched;
 };
 
-// Adds the gradients of a step's loss, --micro-batch windows after the others. ids (windows, T) on
-// the host. times: what to add the times of its parts to, or none. Errors: an interrupt.
+// Adds the gradients of a step's loss, --micro-batch windows after the others; of several processes
+// each takes its part of the windows. ids (windows, T) on the host. times: what to add the times of
+// its parts to, or none. Errors: an interrupt.
 Result<StepLosses> accumulate(const TrainSession& session, const Student& student,
                               const Rotary& rotary, const at::Tensor& ids, Trainer& trainer,
                               PartTimes* times = nullptr) {
-  const int64_t windows = ids.size(0);
-  const int64_t at_once = session.options.micro_batch > 0 ? session.options.micro_batch : windows;
+  Ranks* ranks = session.ranks.get();
+  const int64_t windows = ids.size(0), own = windows / (ranks != nullptr ? ranks->size() : 1);
+  const int64_t first = ranks != nullptr ? ranks->rank() * own : 0;
+  const int64_t at_once = session.options.micro_batch > 0 ? session.options.micro_batch : own;
   StepLosses sum;
   const auto add = [](at::Tensor& total, const at::Tensor& part, double share) {
     if (part.defined()) {
       total = total.defined() ? total + part * share : part * share;
     }
   };
-  for (int64_t begin = 0; begin < windows; begin += at_once) {
+  for (int64_t begin = 0; begin < own; begin += at_once) {
     RABIT_CHECK(check_interrupt());
-    const int64_t count = std::min(at_once, windows - begin);
+    const int64_t count = std::min(at_once, own - begin);
     const double share = static_cast<double>(count) / static_cast<double>(windows);
-    const Losses losses = distill_loss(
-        session, student, rotary, ids.narrow(0, begin, count).to(session.teacher.device), times);
+    const Losses losses =
+        distill_loss(session, student, rotary,
+                     ids.narrow(0, first + begin, count).to(session.teacher.device), times);
     trainer.accumulate(losses.total * share);
     if (times != nullptr) {
       times->ended(kBackward);
@@ -195,6 +200,12 @@ Result<StepLosses> accumulate(const TrainSession& session, const Student& studen
     add(sum.loss, losses.head.loss, share);
     add(sum.nll, losses.head.nll, share);
     add(sum.watched, losses.watched, share);
+  }
+  for (at::Tensor* part : {&sum.loss, &sum.nll, &sum.watched}) {
+    if (ranks != nullptr && part->defined()) {
+      *part = part->clone();
+      ranks->sum(*part);
+    }
   }
   return sum;
 }
@@ -219,6 +230,9 @@ Student stand_in(const TrainSession& session) {
     }
     if (session.options.train_norms) {
       add_norms(session.teacher, layer, block);
+    }
+    if (session.ranks) {
+      block = shard_block(block, session.ranks);
     }
     ++layer;
   }
@@ -275,7 +289,9 @@ Result<double> measure_distill(const TrainSession& session, int64_t tokens) {
   const Rotary rotary = make_rotary(session.config(), options.seq_len, session.teacher.device);
   const Student student = stand_in(session);
   const std::vector<at::Tensor> matrices = latents(student.blocks);
-  Trainer trainer(options, matrices, scales_and_norms(student));
+  Trainer trainer(options, matrices, scales_and_norms(student),
+                  shared_leaves(student, session.ranks));
+  const int64_t processes = session.ranks ? session.ranks->size() : 1;
   const auto seconds_of = [&](int64_t windows, PartTimes* times) -> Result<double> {
     RABIT_CHECK(check_interrupt());
     const Clock clock;
@@ -294,8 +310,10 @@ Result<double> measure_distill(const TrainSession& session, int64_t tokens) {
   };
   // A GPU needs whole steps to show its speed; on a CPU a step is its windows and the optimizers'.
   const int64_t windows =
-      session.teacher.device.is_cuda() ? options.batch : std::min(options.batch, kMeasuredWindows);
-  RABIT_CHECK(seconds_of(1, nullptr));  // pays for what torch sets up once
+      session.teacher.device.is_cuda()
+          ? options.batch
+          : std::min(options.batch, std::max(processes, kMeasuredWindows / processes * processes));
+  RABIT_CHECK(seconds_of(processes, nullptr));  // pays for what torch sets up once
   double step = 0.0;
   if (session.teacher.device.is_cuda()) {
     RABIT_CHECK(seconds_of(windows, nullptr));  // makes the memory and the kernels ready
@@ -303,9 +321,9 @@ Result<double> measure_distill(const TrainSession& session, int64_t tokens) {
   } else if (windows == options.batch) {
     RABIT_ASSIGN(step, seconds_of(windows, nullptr));
   } else {
-    RABIT_ASSIGN(const double one, seconds_of(1, nullptr));
+    RABIT_ASSIGN(const double one, seconds_of(processes, nullptr));
     RABIT_ASSIGN(const double some, seconds_of(windows, nullptr));
-    const double a_window = std::max(0.0, some - one) / static_cast<double>(windows - 1);
+    const double a_window = std::max(0.0, some - one) / static_cast<double>(windows - processes);
     step = some + a_window * static_cast<double>(options.batch - windows);
   }
   if (options.dry_run && session.teacher.device.is_cuda()) {
@@ -324,8 +342,9 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   const QuantizeOptions& options = session.options;
   const size_t blocks = session.student.blocks.size();
   const std::vector<at::Tensor> matrices = latents(session.student.blocks);
-  Trainer trainer(options, matrices, scales_and_norms(session.student));
-  trainer.load_state(state.trainer);
+  Trainer trainer(options, matrices, scales_and_norms(session.student),
+                  shared_leaves(session.student, session.ranks));
+  trainer.load_state(trainer.share(state.trainer));
   const Rotary rotary = make_rotary(session.config(), options.seq_len, session.teacher.device);
   const int64_t step_tokens = options.batch * options.seq_len;
   const int64_t steps = distill_steps(options, tokens);
@@ -340,7 +359,9 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
       average.push_back(matrix.detach().clone());
     }
   }
-  const auto state_at = [&](int64_t step) { return DistillState{step, trainer.state(), average}; };
+  const auto state_at = [&](int64_t step) {
+    return DistillState{step, trainer.whole(trainer.state()), average};
+  };
   const auto save = [&](int64_t step) {
     const DistillState now = state_at(step);
     return save_checkpoint(session, static_cast<int64_t>(blocks), &now);
@@ -372,6 +393,10 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   }
   int64_t step = first_step;
   for (; step < steps; ++step) {
+    if (session.stopped_together()) {  // the only place to stop at
+      RABIT_CHECK(save(step));
+      return Error{"interrupted", true};
+    }
     const double by_steps = (static_cast<double>(step) + 0.5) / static_cast<double>(steps);
     const double by_time =
         clock.limited() ? static_cast<double>(clock.elapsed()) / time_budget : 0.0;
@@ -448,7 +473,8 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
     }
     const bool by_count =
         options.checkpoint_steps > 0 && (step + 1) % options.checkpoint_steps == 0;
-    if (by_count || since_checkpoint.elapsed() > options.checkpoint_minutes * 60.0) {
+    const bool by_clock = since_checkpoint.elapsed() > options.checkpoint_minutes * 60.0;
+    if (by_count || session.anywhere(by_clock)) {
       const DistillState now = state_at(step + 1);
       save_or_say(session, static_cast<int64_t>(blocks), &now);
       since_checkpoint = Clock();
@@ -458,6 +484,9 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
     note(step, NAN, NAN, NAN, NAN);
   }
   state = state_at(step);
+  if (session.ranks) {  // what follows may fail on one process alone
+    save_or_say(session, static_cast<int64_t>(blocks), &state);
+  }
   return {};
 }
 

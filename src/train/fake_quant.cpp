@@ -11,6 +11,7 @@
 #include "train/gpu_ops.h"
 #endif
 #include "train/host_tensor.h"
+#include "train/shards.h"
 
 namespace rabit::train {
 namespace {
@@ -248,6 +249,9 @@ at::Tensor coupled_weight_by_operations(const StudentLinear& linear, at::ScalarT
 
 BlockWeights student_weights(const StudentBlock& student, const BlockWeights& teacher,
                              at::ScalarType compute) {
+  if (student.ranks) {
+    return gathered_weights(student, teacher, compute);
+  }
   const auto own = [](const at::Tensor& norm, const at::Tensor& otherwise) {
     return norm.defined() ? norm : otherwise;
   };

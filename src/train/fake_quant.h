@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
@@ -15,6 +16,8 @@
 #include "train/options.h"
 
 namespace rabit::train {
+
+class Ranks;
 
 /// One linear layer in training: leaves of the graph, float32, on the training device.
 struct StudentLinear {
@@ -36,6 +39,10 @@ struct StudentLinear {
 struct StudentBlock {
   std::array<StudentLinear, kRoleCount> linear;
   at::Tensor attn_norm, ffn_norm;
+  // Where the block is shared out (train/shards.h): among these processes, the layers' rows in all;
+  // `linear` has those of this one.
+  std::shared_ptr<Ranks> ranks;
+  std::array<int64_t, kRoleCount> rows{};
 
   StudentLinear& operator[](Role role) { return linear[index_of(role)]; }
   const StudentLinear& operator[](Role role) const { return linear[index_of(role)]; }

@@ -1,6 +1,7 @@
 #include "train/optimizer.h"
 
 #include <c10/core/GradMode.h>
+#include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <cmath>
@@ -43,19 +44,26 @@ at::Tensor orthogonalize(const at::Tensor& x) {
   return y;
 }
 
-Muon::Muon(const std::vector<at::Tensor>& parameters, double momentum, at::ScalarType momentum_type)
-    : parameters_(parameters), decay_(momentum), momentum_type_(momentum_type) {
+Muon::Muon(const std::vector<at::Tensor>& parameters, double momentum, at::ScalarType momentum_type,
+           const SharedLeaves& shared)
+    : parameters_(parameters), shared_(shared), decay_(momentum), momentum_type_(momentum_type) {
   std::map<std::pair<int64_t, int64_t>, std::vector<Slice>> by_size;
   for (size_t i = 0; i < parameters_.size(); ++i) {
     const at::Tensor& p = parameters_[i];
     const int64_t slices = p.dim() == 3 ? p.size(0) : 1;
+    std::pair<int64_t, int64_t> size = {whole_rows(i), p.size(-1)};
+    // Matrices and transposes go together; not where their rows lie on several processes.
+    if (!shared_.ranks && size.first > size.second) {
+      std::swap(size.first, size.second);
+    }
     for (int64_t s = 0; s < slices; ++s) {
-      by_size[std::minmax(p.size(-2), p.size(-1))].push_back({i, s});
+      by_size[size].push_back({i, s});
     }
   }
+  const int owners = shared_.ranks ? shared_.ranks->size() : 1;
   for (const auto& [size, slices] : by_size) {
-    const auto at_once =
-        static_cast<size_t>(std::max<int64_t>(1, kMuonElements / (size.first * size.second)));
+    const auto at_once = static_cast<size_t>(
+        owners * std::max<int64_t>(1, kMuonElements / (size.first * size.second)));
     for (size_t begin = 0; begin < slices.size(); begin += at_once) {
       const auto first = slices.begin() + static_cast<std::ptrdiff_t>(begin);
       const size_t count = std::min(at_once, slices.size() - begin);
@@ -68,32 +76,93 @@ at::Tensor Muon::matrix(const at::Tensor& parameter, const Slice& slice) {
   return parameter.dim() == 3 ? parameter.select(0, slice.index) : parameter;
 }
 
-void Muon::step_together(const std::vector<Slice>& slices, double learning_rate) {
-  std::vector<at::Tensor> matrices, grads, momentum, directions;
+int64_t Muon::whole_rows(size_t parameter) const {
+  return shared_.ranks ? shared_.latents[parameter].rows : parameters_[parameter].size(-2);
+}
+
+std::vector<at::Tensor> Muon::directions(const std::vector<Slice>& slices) {
+  std::vector<at::Tensor> grads, momentum;
   for (const Slice& slice : slices) {
-    const at::Tensor& parameter = parameters_[slice.parameter];
-    matrices.push_back(matrix(parameter, slice));
-    grads.push_back(matrix(parameter.grad(), slice));
+    grads.push_back(matrix(parameters_[slice.parameter].grad(), slice));
     momentum.push_back(matrix(momentum_[slice.parameter], slice).to(at::kFloat));
   }
   at::_foreach_lerp_(momentum, grads, 1.0 - decay_);
-  for (const at::Tensor& direction : at::_foreach_lerp(grads, momentum, decay_)) {  // Nesterov
-    directions.push_back(wide(direction));
-  }
   if (momentum_type_ != at::kFloat) {
     for (size_t i = 0; i < slices.size(); ++i) {
       at::Tensor kept = matrix(momentum_[slices[i].parameter], slices[i]);
       kept.copy_(momentum[i]);
     }
   }
-  const at::Tensor update = orthogonalize(at::stack(directions).to(at::kBFloat16)).to(at::kFloat);
-  const double scale = 0.2 * std::sqrt(static_cast<double>(update.size(2)));
-  std::vector<at::Tensor> deltas;
-  for (size_t i = 0; i < slices.size(); ++i) {
-    const at::Tensor delta = update[static_cast<int64_t>(i)];
-    deltas.push_back(matrices[i].size(0) > matrices[i].size(1) ? delta.t() : delta);
+  return at::_foreach_lerp(grads, momentum, decay_);  // Nesterov
+}
+
+std::vector<at::Tensor> Muon::orthogonal(const std::vector<at::Tensor>& directions) const {
+  std::vector<at::Tensor> all, out;
+  for (const at::Tensor& direction : directions) {
+    all.push_back(wide(direction));
   }
-  at::_foreach_add_(matrices, deltas, -learning_rate * scale);
+  const at::Tensor update = orthogonalize(at::stack(all).to(at::kBFloat16));
+  for (size_t i = 0; i < directions.size(); ++i) {
+    const at::Tensor one = update[static_cast<int64_t>(i)];
+    out.push_back(directions[i].size(0) > directions[i].size(1) ? one.t() : one);
+  }
+  return out;
+}
+
+std::vector<at::Tensor> Muon::orthogonal_together(const std::vector<at::Tensor>& directions,
+                                                  int64_t rows) const {
+  Ranks& ranks = *shared_.ranks;
+  const int64_t size = ranks.size(), columns = directions.front().size(1);
+  const auto count = static_cast<int64_t>(directions.size());
+  const int64_t each = rows_each(rows, ranks.size()), places = (count + size - 1) / size;
+  // Matrix i goes to process i % size, there to place i / size.
+  const at::Tensor parts =
+      at::zeros({size, places, each, columns}, directions.front().options().dtype(at::kBFloat16));
+  const auto part = [&](const at::Tensor& of, int64_t i) {
+    return of[i % size][i / size].narrow(0, 0, directions[static_cast<size_t>(i)].size(0));
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    part(parts, i).copy_(directions[static_cast<size_t>(i)]);
+  }
+  const at::Tensor swapped = at::empty_like(parts);
+  ranks.swap_parts(parts, swapped);
+  const at::Tensor whole =
+      swapped.transpose(0, 1).reshape({places, size * each, columns}).narrow(1, 0, rows);
+  std::vector<at::Tensor> own;
+  for (int64_t i = ranks.rank(); i < count; i += size) {
+    own.push_back(whole[i / size]);
+  }
+  if (!own.empty()) {
+    const std::vector<at::Tensor> updates = orthogonal(own);
+    for (size_t i = 0; i < own.size(); ++i) {
+      own[i].copy_(updates[i]);
+    }
+  }
+  const at::Tensor back = at::constant_pad_nd(whole, {0, 0, 0, size * each - rows})
+                              .view({places, size, each, columns})
+                              .transpose(0, 1)
+                              .contiguous();
+  ranks.swap_parts(back, parts);
+  std::vector<at::Tensor> out;
+  for (int64_t i = 0; i < count; ++i) {
+    out.push_back(part(parts, i));
+  }
+  return out;
+}
+
+void Muon::step_together(const std::vector<Slice>& slices, double learning_rate) {
+  const std::vector<at::Tensor> wanted = directions(slices);
+  const int64_t rows = whole_rows(slices.front().parameter);
+  const std::vector<at::Tensor> updates =
+      shared_.ranks ? orthogonal_together(wanted, rows) : orthogonal(wanted);
+  std::vector<at::Tensor> matrices, deltas;
+  for (size_t i = 0; i < slices.size(); ++i) {
+    matrices.push_back(matrix(parameters_[slices[i].parameter], slices[i]));
+    deltas.push_back(updates[i].to(at::kFloat));
+  }
+  const int64_t longer = std::max(rows, wanted.front().size(1));
+  at::_foreach_add_(matrices, deltas,
+                    -learning_rate * 0.2 * std::sqrt(static_cast<double>(longer)));
 }
 
 void Muon::step(double learning_rate) {
@@ -193,12 +262,16 @@ void clear_gradients(const std::vector<at::Tensor>& parameters) {
 }
 
 Trainer::Trainer(const QuantizeOptions& options, const std::vector<at::Tensor>& latents,
-                 const std::vector<at::Tensor>& scales)
-    : scale_adam_(scales, {}), latents_(latents), scales_(scales), clip_(options.clip) {
+                 const std::vector<at::Tensor>& scales, const SharedLeaves& shared)
+    : scale_adam_(scales, {}),
+      latents_(latents),
+      scales_(scales),
+      shared_(shared),
+      clip_(options.clip) {
   const at::ScalarType moments =
       options.momentum == MomentumType::kBF16 ? at::kBFloat16 : at::kFloat;
   if (options.optimizer == Optimizer::kMuon) {
-    muon_.emplace(latents, 0.95, moments);
+    muon_.emplace(latents, 0.95, moments, shared);
   } else {
     AdamW::Options of_latents;
     of_latents.moments = moments;
@@ -208,17 +281,61 @@ Trainer::Trainer(const QuantizeOptions& options, const std::vector<at::Tensor>& 
 
 void Trainer::accumulate(const at::Tensor& loss) {
   loss.backward();
+  if (shared_.ranks) {
+    shared_.ranks->finish();
+  }
   const at::Tensor value = loss.detach();
   accumulated_ = accumulated_.defined() ? accumulated_ + value : value;
 }
 
+void Trainer::sum_copies() {
+  std::vector<at::Tensor> copies, grads;
+  for (size_t i = 0; i < scales_.size(); ++i) {
+    if (shared_.scales[i].dim < 0) {
+      copies.push_back(scales_[i]);
+      const at::Tensor& grad = scales_[i].grad();
+      grads.push_back((grad.defined() ? grad : at::zeros_like(scales_[i].detach())).flatten());
+    }
+  }
+  if (copies.empty()) {
+    return;
+  }
+  const at::Tensor all = at::cat(grads);
+  shared_.ranks->sum(all);
+  int64_t begin = 0;
+  for (const at::Tensor& copy : copies) {
+    copy.mutable_grad() = all.narrow(0, begin, copy.numel()).view(copy.sizes());
+    begin += copy.numel();
+  }
+}
+
+std::pair<at::Tensor, at::Tensor> Trainer::squares() {
+  const auto square = [](const std::vector<at::Tensor>& leaves) {
+    return gradient_norm(leaves).to(at::kDouble).square();
+  };
+  if (!shared_.ranks) {
+    return {square(scales_), square(latents_)};
+  }
+  std::vector<at::Tensor> rows, copies;
+  for (size_t i = 0; i < scales_.size(); ++i) {
+    (shared_.scales[i].dim < 0 ? copies : rows).push_back(scales_[i]);
+  }
+  const at::Tensor sums = at::stack({square(rows), square(latents_)});
+  shared_.ranks->sum(sums);
+  return {copies.empty() ? sums[0] : sums[0] + square(copies), sums[1]};
+}
+
 Result<Trainer::Step> Trainer::step(const at::Tensor& watched, double latent_rate,
                                     double scale_rate) {
-  const at::Tensor values =
-      at::stack({std::exchange(accumulated_, at::Tensor()).to(at::kDouble),
-                 watched.detach().to(at::kDouble), gradient_norm(scales_).to(at::kDouble),
-                 gradient_norm(latents_).to(at::kDouble)})
-          .to(at::kCPU);
+  at::Tensor accumulated = std::exchange(accumulated_, at::Tensor()).to(at::kDouble);
+  if (shared_.ranks) {
+    sum_copies();
+    shared_.ranks->sum(accumulated);
+  }
+  const auto [of_scales, of_latents] = squares();
+  const at::Tensor values = at::stack({accumulated, watched.detach().to(at::kDouble),
+                                       of_scales.sqrt(), of_latents.sqrt()})
+                                .to(at::kCPU);
   const Step step{true, values[1].item<double>(), values[2].item<double>(),
                   values[3].item<double>()};
   if (!std::isfinite(step.loss) || !std::isfinite(values[0].item<double>()) ||
@@ -267,6 +384,81 @@ void Trainer::load_state(const TrainerState& state) {
   } else {
     latent_adam_->load_state(state.latents);
   }
+}
+
+namespace {
+
+// A state's pieces leaf by leaf, each of the size that `size_of` gives, through `change`.
+template <typename SizeOf, typename Change>
+AdamW::State changed(const AdamW::State& state, const std::vector<at::Tensor>& leaves,
+                     const std::vector<LeafLayout>& layouts, const SizeOf& size_of,
+                     const Change& change) {
+  AdamW::State out{{}, {}, state.steps};
+  const auto through = [&](const at::Tensor& flat) {
+    std::vector<at::Tensor> pieces;
+    int64_t begin = 0;
+    for (size_t i = 0; i < leaves.size(); ++i) {
+      const std::vector<int64_t> sizes = size_of(leaves[i], layouts[i]);
+      const int64_t count = c10::multiply_integers(sizes);
+      const at::Tensor piece = change(flat.narrow(0, begin, count).view(sizes), layouts[i]);
+      if (piece.defined()) {
+        pieces.push_back(piece.flatten());
+      }
+      begin += count;
+    }
+    return pieces.empty() ? at::Tensor() : at::cat(pieces);
+  };
+  if (state.mean.defined()) {
+    out.mean = through(state.mean);
+    out.square = through(state.square);
+  }
+  return out;
+}
+
+std::vector<int64_t> own_size(const at::Tensor& leaf, const LeafLayout&) {
+  return leaf.sizes().vec();
+}
+
+std::vector<int64_t> whole_size(const at::Tensor& leaf, const LeafLayout& layout) {
+  std::vector<int64_t> sizes = leaf.sizes().vec();
+  if (layout.dim >= 0) {
+    sizes[static_cast<size_t>(layout.dim)] = layout.rows;
+  }
+  return sizes;
+}
+
+}  // namespace
+
+TrainerState Trainer::whole(const TrainerState& share) const {
+  if (!shared_.ranks) {
+    return share;
+  }
+  const auto gather = [&](const at::Tensor& piece, const LeafLayout& layout) {
+    return whole_of(piece, layout, *shared_.ranks);
+  };
+  TrainerState out;
+  for (size_t i = 0; i < share.momentum.size(); ++i) {
+    out.momentum.push_back(gather(share.momentum[i], shared_.latents[i]));
+  }
+  out.latents = changed(share.latents, latents_, shared_.latents, own_size, gather);
+  out.scales = changed(share.scales, scales_, shared_.scales, own_size, gather);
+  return out;
+}
+
+TrainerState Trainer::share(const TrainerState& whole) const {
+  if (!shared_.ranks) {
+    return whole;
+  }
+  const auto take = [&](const at::Tensor& piece, const LeafLayout& layout) {
+    return share_of(piece, layout, *shared_.ranks);
+  };
+  TrainerState out;
+  for (size_t i = 0; i < whole.momentum.size(); ++i) {
+    out.momentum.push_back(take(whole.momentum[i], shared_.latents[i]));
+  }
+  out.latents = changed(whole.latents, latents_, shared_.latents, whole_size, take);
+  out.scales = changed(whole.scales, scales_, shared_.scales, whole_size, take);
+  return out;
 }
 
 double cosine_schedule(double progress, double warmup) {

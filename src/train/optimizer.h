@@ -9,6 +9,7 @@
 
 #include "rabit/result.h"
 #include "train/options.h"
+#include "train/ranks.h"
 
 namespace rabit::train {
 
@@ -19,9 +20,11 @@ namespace rabit::train {
 class Muon {
  public:
   /// parameters: leaves float32, matrices (d_out, d_in) or stacks of them (k, d_out, d_in).
-  /// momentum_type: that the momentum is kept in, float32 or, in half of the memory, bf16.
+  /// momentum_type: that the momentum is kept in, float32 or, in half of the memory, bf16. shared:
+  /// where parameters are rows of matrices that several processes hold together; each matrix is
+  /// then put together and made orthogonal by one of them.
   explicit Muon(const std::vector<at::Tensor>& parameters, double momentum = 0.95,
-                at::ScalarType momentum_type = at::kFloat);
+                at::ScalarType momentum_type = at::kFloat, const SharedLeaves& shared = {});
 
   void step(double learning_rate);
 
@@ -36,8 +39,16 @@ class Muon {
   };
   static at::Tensor matrix(const at::Tensor& parameter, const Slice& slice);
   void step_together(const std::vector<Slice>& slices, double learning_rate);
+  // Their Nesterov directions, from which the momentum has been brought up to date.
+  std::vector<at::Tensor> directions(const std::vector<Slice>& slices);
+  // Directions made orthogonal, in their sizes.
+  std::vector<at::Tensor> orthogonal(const std::vector<at::Tensor>& directions) const;
+  std::vector<at::Tensor> orthogonal_together(const std::vector<at::Tensor>& directions,
+                                              int64_t rows) const;
+  int64_t whole_rows(size_t parameter) const;
 
   std::vector<at::Tensor> parameters_, momentum_;
+  SharedLeaves shared_;
   std::vector<std::vector<Slice>> batches_;  // of equal sizes
   double decay_;
   at::ScalarType momentum_type_;
@@ -95,8 +106,10 @@ struct TrainerState {
 /// not finite.
 class Trainer {
  public:
+  /// shared: how these lie on the processes of a run; each then accumulates the gradients of its
+  /// own windows' share of the loss, and takes the same steps.
   Trainer(const QuantizeOptions& options, const std::vector<at::Tensor>& latents,
-          const std::vector<at::Tensor>& scales);
+          const std::vector<at::Tensor>& scales, const SharedLeaves& shared = {});
 
   struct Step {
     bool taken = false;
@@ -107,17 +120,27 @@ class Trainer {
   /// Adds the gradients of `loss`, a number, to those of the step to come.
   void accumulate(const at::Tensor& loss);
   /// A step of both from the gradients accumulated. `watched`: the number to report, often the
-  /// loss. Errors: the fifth unusable step running.
+  /// loss, the same on all processes. Errors: the fifth unusable step running.
   Result<Step> step(const at::Tensor& watched, double latent_rate, double scale_rate);
 
   TrainerState state() const;
   void load_state(const TrainerState& state);
+  /// The whole of a state on the host of the first process, from what each has (elsewhere
+  /// unspecified; all processes call it), and this process's share of a whole one.
+  TrainerState whole(const TrainerState& share) const;
+  TrainerState share(const TrainerState& whole) const;
 
  private:
+  // Sums what each process has of the leaves that all have copies of.
+  void sum_copies();
+  // Sums of squares of the gradients: of scales and norms, and of latents, over all processes.
+  std::pair<at::Tensor, at::Tensor> squares();
+
   std::optional<Muon> muon_;
   std::optional<AdamW> latent_adam_;
   AdamW scale_adam_;
   std::vector<at::Tensor> latents_, scales_;
+  SharedLeaves shared_;
   at::Tensor accumulated_;  // the losses since the last step
   double clip_;
   int unusable_ = 0;

@@ -11,6 +11,7 @@
 
 #include "base/files.h"
 #include "io/gguf.h"
+#include "train/place.h"
 #include "train/session.h"
 
 namespace rabit::train {
@@ -557,7 +558,9 @@ Status check_run(const QuantizeOptions& options, const std::filesystem::path& ou
                  std::span<const std::filesystem::path> inputs) {
   RABIT_CHECK(check_options(options));
   RABIT_CHECK(pick_device(options.device));
-  return check_output(out, inputs, !options.resume && !options.dry_run);
+  RABIT_ASSIGN(const Place place, Place::from_environment());
+  // Of several processes the first writes.
+  return place.first() ? check_output(out, inputs, !options.resume && !options.dry_run) : Status();
 }
 
 }  // namespace rabit::train

@@ -10,6 +10,7 @@
 #include <sys/resource.h>
 
 #include <cmath>
+#include <optional>
 
 #include "base/files.h"
 #include "base/interrupt.h"
@@ -19,6 +20,7 @@
 #include "train/memory_plan.h"
 #include "train/path_diagnosis.h"
 #include "train/session.h"
+#include "train/shards.h"
 #include "train/torch_logits.h"
 
 namespace rabit::train {
@@ -227,6 +229,46 @@ void release_memory(at::Device device) {
   }
 }
 
+// What one process alone can do.
+Status check_together(const QuantizeOptions& options, const ModelConfig& config, int processes) {
+  const auto alone = [&](const char* what, const char* instead) {
+    return Error{
+        fmt::format("{}: of one process alone, here are {}; {}", what, processes, instead)};
+  };
+  if (options.minutes > 0.0) {
+    return alone("--minutes", "give --tokens and --calib-tokens");
+  }
+  if (options.target_bpw > 0.0) {
+    return alone("--target-bpw", "let one process search, and give its plan as --bits");
+  }
+  if (options.alpha_search) {
+    return alone("--alpha-search", "let one process search, and give --alpha-in and --alpha-out");
+  }
+  if (options.batch % processes != 0) {
+    return Error{fmt::format("--batch {}: {} processes cannot share it equally; give a multiple",
+                             options.batch, processes)};
+  }
+  return check_shares(config, processes);
+}
+
+// All processes must have been asked for the same.
+Status compare_runs(const TrainSession& session) {
+  const std::string own = sha256_hex(settings_fingerprint(session));
+  const at::Tensor mine = at::empty({static_cast<int64_t>(own.size())}, at::kByte);
+  std::copy(own.begin(), own.end(), mine.mutable_data_ptr<uint8_t>());
+  const at::Tensor of_first = mine.to(session.teacher.device, at::kByte, false, /*copy=*/true);
+  session.ranks->broadcast(of_first);
+  const bool differs = !at::equal(of_first.to(at::kCPU), mine);
+  if (session.ranks->any(differs)) {
+    return Error{differs
+                     ? fmt::format("process {} of {} has another model, other texts or other "
+                                   "settings than process 0",
+                                   session.ranks->rank(), session.ranks->size())
+                     : std::string("not all processes have the same model, texts and settings")};
+  }
+  return {};
+}
+
 Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out,
            const std::filesystem::path& out) {
   const QuantizeOptions& options = session.options;
@@ -337,6 +379,14 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
   const std::vector<at::Tensor> trained = swap_latents(session.student, resumed.distill.average);
   const auto finish = [&]() -> Status {
     RABIT_CHECK(timed("evaluation", [&] { return evaluate(session, held_out); }));
+    if (session.ranks) {  // the rest is the first process's
+      for (StudentBlock& block : session.student.blocks) {
+        block = whole_block(block);
+      }
+      if (!session.first()) {
+        return {};
+      }
+    }
     RABIT_CHECK(timed("packing", [&] { return write_packed_model(session, model, out); }));
     // The model is there; what can be learnt about it must not cost its log.
     if (const Status told = timed("diagnosis", [&] { return diagnose_student(session); }); !told) {
@@ -347,6 +397,10 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     return write_log(session.log, out);
   };
   if (const Status status = finish(); !status) {
+    if (session.ranks) {
+      return Error{status.error().message + "; go on from the last checkpoint with --resume",
+                   status.error().interrupted};
+    }
     // Training is done: whatever ended the rest, it must not have been in vain.
     swap_latents(session.student, trained);
     const Status saved =
@@ -364,7 +418,9 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
         status.error().message + "; " + checkpoint + " holds what was trained, go on with --resume",
         status.error().interrupted};
   }
-  remove_checkpoints(session.checkpoint_path);
+  if (session.first()) {
+    remove_checkpoints(session.checkpoint_path);
+  }
   return {};
 }
 
@@ -392,9 +448,16 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
   if (!observer.message) {
     observer.message = [](const std::string&) {};
   }
+  RABIT_ASSIGN(const Place place, Place::from_environment());
   RABIT_CHECK(check_run(options, out, std::array{model.path()}));
-  RABIT_ASSIGN(const FileLock lock, FileLock::take(out));
-  RABIT_ASSIGN(const at::Device device, pick_device(options.device));
+  std::optional<FileLock> lock;
+  if (place.first()) {
+    RABIT_ASSIGN(FileLock taken, FileLock::take(out));
+    lock.emplace(std::move(taken));
+  }
+  RABIT_ASSIGN(const at::Device device, pick_device(!place.alone() && options.device == "cuda"
+                                                        ? fmt::format("cuda:{}", place.local_rank)
+                                                        : options.device));
   const at::ScalarType compute = pick_compute(options.compute, device);
   const int threads = pick_threads(options.threads);
   at::set_num_threads(threads);
@@ -431,8 +494,18 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
     }
   }
   RABIT_CHECK(check_held_out(held_out, config.vocab_size));
-  RABIT_CHECK(
-      check_room(options, model, config, bits, planned_tokens(options, device), out, observer));
+  if (place.first()) {
+    RABIT_CHECK(
+        check_room(options, model, config, bits, planned_tokens(options, device), out, observer));
+  }
+  std::optional<HoldInterrupts> together;
+  std::shared_ptr<Ranks> ranks;
+  if (!place.alone()) {
+    RABIT_CHECK(check_together(options, config, place.size));
+    RABIT_ASSIGN(ranks, Ranks::join(place, device));
+    together.emplace();  // from here on all stop at the same places
+    observer.message(fmt::format("{} processes", place.size));
+  }
   RABIT_ASSIGN(const auto weights, parse_weights(options.data_weights));
   RABIT_ASSIGN(TextWindows windows,
                TextWindows::cut(text, weights, options.seq_len, config.vocab_size,
@@ -469,10 +542,23 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
   session.log["source"] = {{"name", model.path().filename().string()}, {"sha256", digest}};
   session.log["compute"] = compute == at::kBFloat16 ? "bf16" : "f32";
   session.log["threads"] = threads;
+  session.log["processes"] = place.size;
   session.log["resumed"] = options.resume;
   session.log["warm_start"] = json::array();
   session.log["distill"] = json::array();
-  RABIT_CHECK(without_exceptions([&] { return run(session, model, held_out, out); }));
+  session.ranks = ranks;
+  const Status done = without_exceptions([&]() -> Status {
+    if (ranks) {
+      RABIT_CHECK(compare_runs(session));
+    }
+    return run(session, model, held_out, out);
+  });
+  if (!done) {
+    return ranks && !done.error().interrupted
+               ? Error{fmt::format("process {} of {}: {}", place.rank, place.size,
+                                   done.error().message)}
+               : done.error();
+  }
   if (options.dry_run && device.is_cuda()) {
     const auto bytes = peak_memory(device)["device_bytes"].get<double>();
     observer.message(

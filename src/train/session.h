@@ -7,12 +7,14 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 
+#include "base/interrupt.h"
 #include "base/threads.h"
 #include "train/fake_quant.h"
 #include "train/kl_loss.h"
 #include "train/network.h"
 #include "train/optimizer.h"
 #include "train/quantize.h"
+#include "train/ranks.h"
 #include "train/windows.h"
 
 namespace rabit::train {
@@ -55,11 +57,23 @@ struct TrainSession {
   double warm_share = 1.0;       // of a bounded run's time, for phases 1 and 2
   double fit_seconds = 0.0;      // spent so far in fitting scales and error feedback
   PathPlan bits = PathPlan::parse(options.bits).value();  // checked by check_run
+  std::shared_ptr<Ranks> ranks;    // the run's processes; none where it is alone
   std::vector<double> fit_errors;  // of the last block's layers, relative; error feedback only
   std::vector<BlockSums> sums;     // by block, where they are needed
 
   const ModelConfig& config() const { return teacher.config; }
   double seconds() const { return earlier_seconds + whole.elapsed(); }
+  bool first() const { return !ranks || ranks->first(); }
+  /// Whether it holds on any of the processes.
+  bool anywhere(bool here) const { return ranks ? ranks->any(here) : here; }
+  /// Whether several processes are to stop, since one was asked to; then all were.
+  bool stopped_together() const {
+    if (!ranks || !ranks->any(interrupted())) {
+      return false;
+    }
+    set_interrupted(true, ranks->any(terminated()));
+    return true;
+  }
 };
 
 /// The device of a --device. Errors: not a device's name; not there.
@@ -141,6 +155,7 @@ inline int64_t distill_steps(const QuantizeOptions& options, int64_t tokens) {
   return tokens > 0 ? std::max<int64_t>(1, tokens / (options.batch * options.seq_len)) : 0;
 }
 
+/// Of several processes: the optimizers' state is whole, on the first; the averages are each one's.
 struct DistillState {
   int64_t step = 0;
   TrainerState trainer;
@@ -171,7 +186,8 @@ void remove_checkpoints(const std::filesystem::path& checkpoint);
 /// What a continuation must share with the run that it continues, as JSON text.
 std::string settings_fingerprint(const TrainSession& session);
 
-/// Writes blocks [0, blocks_done) and, if given, the state of distillation.
+/// Writes blocks [0, blocks_done) and, if given, the state of distillation. Several processes call
+/// it together; the first writes one file, from which any number of processes can go on.
 Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
                        const DistillState* distill);
 /// The same in the middle of a run, where a full disk must not end it: says what failed and goes

@@ -9,6 +9,7 @@
 #ifdef RABIT_CUDA
 #include "train/gpu_ops.h"
 #endif
+#include "train/ranks.h"
 
 namespace rabit::train {
 namespace {
@@ -73,7 +74,14 @@ double SignWatch::turned() {
   } else {
     at::parallel_for(0, static_cast<int64_t>(layers.size()), 1, look_at);
   }
-  return static_cast<double>(at::stack(counts).sum().item<int64_t>()) / static_cast<double>(signs_);
+  at::Tensor both = at::stack(counts).sum();
+  both = at::stack({both, at::full_like(both, signs_)});
+  if (const auto& ranks = student_.blocks.front().ranks) {
+    ranks->sum(both);
+  }
+  both = both.to(at::kCPU);
+  return static_cast<double>(both[0].item<int64_t>()) /
+         static_cast<double>(both[1].item<int64_t>());
 }
 
 }  // namespace rabit::train

@@ -14,13 +14,14 @@ class SignWatch {
   /// Looks for the first time. The student's tensors must stay.
   explicit SignWatch(const Student& student);
 
-  /// Share of all signs of all layers and paths that differ from those at the last look.
+  /// Share of all signs of all layers and paths, over all processes, that differ from those at the
+  /// last look.
   double turned();
 
  private:
   const Student& student_;
   std::vector<at::Tensor> packed_;  // by block, role and latent: (k, d_out, words) int32
-  int64_t signs_ = 0;
+  int64_t signs_ = 0;               // of this process
 };
 
 }  // namespace rabit::train

@@ -14,6 +14,7 @@
 #include "train/block_times.h"
 #include "train/optimizer.h"
 #include "train/session.h"
+#include "train/shards.h"
 
 namespace rabit::train {
 namespace {
@@ -347,6 +348,12 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   Clock since_checkpoint;
   BlockTimes times(plan.cost);
   for (int64_t layer = first_block; layer < config.layers; ++layer) {
+    if (session.stopped_together()) {  // the only place to stop at
+      if (layer > 0) {
+        RABIT_CHECK(save_checkpoint(session, layer, nullptr));
+      }
+      return Error{"interrupted", true};
+    }
     const bool train = layer >= first_trained;
     const auto block = static_cast<size_t>(layer);
     const Clock block_clock;
@@ -391,7 +398,13 @@ Status warm_start(TrainSession& session, int64_t first_block) {
                                       plan.epochs, budget));
         train_seconds = train_clock.elapsed();
       }
-      if (outputs.student.defined()) {
+      if (session.ranks) {
+        session.student.blocks[block] = shard_block(session.student.blocks[block], session.ranks);
+        if (session.student.output_norm.defined()) {
+          session.ranks->broadcast(session.student.output_norm.detach());
+        }
+      }
+      if (outputs.student.defined() && !session.ranks) {
         x_student = outputs.student;
       } else {
         RABIT_CHECK(run_block(session, weights_of(block), rotary, x_student, x_student));
@@ -443,7 +456,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       }
       return status;
     }
-    if (since_checkpoint.elapsed() > options.checkpoint_minutes * 60.0) {
+    if (session.anywhere(since_checkpoint.elapsed() > options.checkpoint_minutes * 60.0)) {
       save_or_say(session, layer + 1, nullptr);
       since_checkpoint = Clock();
     }
