@@ -507,7 +507,8 @@ TEST_F(TrainRun, TimeBound) {
   fails("out.gguf", options_, "at least 15 s are needed");
   options_.minutes = 0.25 + 1e-5;
   fails("out.gguf", options_, "too short for this machine, which needs about 0.");
-  options_.minutes = 0.35;     // six seconds beyond what is kept for packing
+  options_.minutes = 0.35;  // six seconds beyond what is kept for packing
+  options_.calib_tokens = kTokens;
   options_.warm_epochs = 300;  // more than there is time for
   options_.tokens = -1;        // on a CPU with a bound: none
   const Clock clock;

@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <deque>
+
 #include "base/files.h"
 #include "base/interrupt.h"
 #include "base/json.h"
@@ -132,8 +134,10 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
   const TrainerState& state = distill != nullptr ? distill->trainer : none;
   size_t matrix = 0;
   const SharedLeaves shared = shared_leaves(session.student, session.ranks);
+  std::deque<StudentBlock> kept;  // until their signs are written
   for (int64_t layer = 0; layer < blocks_done; ++layer) {
-    const StudentBlock block = whole_block(session.student.blocks[static_cast<size_t>(layer)]);
+    const StudentBlock& block =
+        kept.emplace_back(whole_block(session.student.blocks[static_cast<size_t>(layer)]));
     for (const Role role : kRoles) {
       at::Tensor average;
       if (distill != nullptr && !distill->average.empty()) {
