@@ -97,6 +97,18 @@ TEST(MemoryPlan, PartsByHand) {
   EXPECT_EQ(part(phases[0], "optimizer"), 2 * 2 * 3 * block + 8 * 2 * 3 * extents);
   EXPECT_EQ(part(phases[0], "average of the latents"), 4 * 2 * 3 * block);
   EXPECT_TRUE(plan_memory(config, *PathPlan::parse("3"), options, 0, 0).empty());
+
+  // Of two processes each has half of what is trained, and of the windows.
+  options = QuantizeOptions();
+  options.seq_len = 32;
+  options.batch = 4;
+  const MemoryPhase half = plan_memory(config, *PathPlan::parse("3"), options, 0, 128, 2)[0];
+  EXPECT_EQ(part(half, "original"), part(end, "original"));
+  EXPECT_EQ(part(half, "latents and scales"), leaves / 2);
+  EXPECT_EQ(part(half, "optimizer"), leaves);
+  EXPECT_EQ(part(half, "activations, then gradients"),
+            std::max<int64_t>(leaves / 2, 2 * 64 * a_token));
+  EXPECT_EQ(part(half, "exchanges"), block * (2 + 3 * 4) + 2 * block);
 }
 
 // Device memory of runs on an H200 (docs/results/training.md).

@@ -149,7 +149,20 @@ class ProcessesTest(unittest.TestCase):
             self.assertNotIn(processes[1 - victim].returncode, (0, -signal.SIGABRT))
             last = error.strip().splitlines()[-1]
             self.assertTrue(last.startswith(f"rabit: process {1 - victim} of 2: "), error)
-            self.assertIn("another process", last)
+            self.assertIn("process", last.split(": ", 2)[2])
+            self.assertEqual(error.count("rabit: "), 1)
+
+    def test_a_process_that_hangs_ends_the_others(self):
+        processes = self.start(3, "--tokens", 100000 * STEP, "--metrics", "out.jsonl")
+        self.wait_for_step("out.jsonl", 2, processes)
+        processes[1].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        for rank in (0, 2):
+            _, error = processes[rank].communicate(timeout=60)
+            self.assertLess(time.monotonic() - began, 60)
+            self.assertEqual(processes[rank].returncode, 1)
+            self.assertIn(f"rabit: process {rank} of 3: process", error.strip().splitlines()[-1])
+            self.assertEqual(error.count("rabit: "), 1)
 
     def test_refusals(self):
         for processes, options, says in ((2, ("--minutes", "5"), "--minutes: of one process alone, here are 2"),

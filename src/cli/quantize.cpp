@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -246,6 +247,11 @@ Status run(const Arguments& arguments) {
     observer.message = [](const std::string&) {};
     observer.progress = nullptr;
   }
+  // Called where nothing else can end this process: it may wait for the lost one for ever.
+  observer.lost = [](const std::string& what) {
+    write_stderr("rabit: " + one_line(what) + "\n");
+    std::_Exit(kFailure);
+  };
   observer.message(fmt::format("{} tokens of training text", text.tokens()));
   std::filesystem::path checkpoint = arguments.out;
   checkpoint += ".ckpt";

@@ -19,10 +19,14 @@ struct Sizes {
   int64_t latents = 0;
   int64_t scales = 0;
   int64_t largest_block = 0;  // linear weights of one
+  int64_t processes = 1;
+  int64_t exchanged = 0;  // bytes of a block's weights and gradients on their way
 };
 
-Sizes sizes_of(const ModelConfig& config, const PathPlan& bits, const QuantizeOptions& options) {
+Sizes sizes_of(const ModelConfig& config, const PathPlan& bits, const QuantizeOptions& options,
+               int64_t processes) {
   Sizes sizes;
+  sizes.processes = processes;
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     int64_t block = 0;
     for (const Role role : kRoles) {
@@ -34,6 +38,13 @@ Sizes sizes_of(const ModelConfig& config, const PathPlan& bits, const QuantizeOp
     }
     sizes.linear += block;
     sizes.largest_block = std::max(sizes.largest_block, block);
+  }
+  const auto share = [&](int64_t values) { return (values + processes - 1) / processes; };
+  sizes.latents = share(sizes.latents);
+  sizes.scales = share(sizes.scales);
+  if (processes > 1) {
+    // Gathered and put together; gradients of the block under way and of those before it.
+    sizes.exchanged = sizes.largest_block * (kBf16 + 3 * kFloat) + kBf16 * share(sizes.linear);
   }
   return sizes;
 }
@@ -76,10 +87,11 @@ MemoryPhase blocks_phase(const ModelConfig& config, const QuantizeOptions& optio
   const int64_t widest = std::max(config.d_ff, config.d_q());
   const int64_t fit = 6 * kFloat * widest * widest;  // moments of the widest layer's inputs
   const bool fits_more = tokens * fitted_token + fit > tokens * trained_token + training;
+  const int64_t whole = sizes.processes > 1 ? sizes.largest_block : 0;  // the block under way
   MemoryPhase phase{
       "start and warm start",
       {{"original", teacher},
-       {"latents and scales", kFloat * (sizes.latents + sizes.scales)},
+       {"latents and scales", kFloat * (sizes.latents + sizes.scales + whole)},
        {"streams of the text", tokens * (fits_more ? fitted_token : trained_token)},
        {fits_more ? "a layer's fit" : "a block's training", fits_more ? fit : training}}};
   add_slack(phase, kStartSlack);
@@ -119,6 +131,9 @@ MemoryPhase distill_phase(const ModelConfig& config, const QuantizeOptions& opti
     phase.parts.push_back({"activations", kept});
   }
   phase.parts.push_back({"a block's gradients, or the head", working});
+  if (sizes.exchanged > 0) {
+    phase.parts.push_back({"exchanges", sizes.exchanged});
+  }
   if (options.ema > 0.0) {
     phase.parts.push_back({"average of the latents", kFloat * sizes.latents});
   }
@@ -145,9 +160,11 @@ std::string MemoryPhase::describe() const {
 }
 
 std::vector<MemoryPhase> plan_memory(const ModelConfig& config, const PathPlan& bits,
-                                     const QuantizeOptions& options, int64_t calib_tokens,
-                                     int64_t distill_tokens) {
-  const Sizes sizes = sizes_of(config, bits, options);
+                                     const QuantizeOptions& given, int64_t calib_tokens,
+                                     int64_t distill_tokens, int processes) {
+  QuantizeOptions options = given;
+  options.batch /= processes;
+  const Sizes sizes = sizes_of(config, bits, options, processes);
   const int64_t teacher =
       kBf16 * (sizes.linear + config.vocab_size * config.d_model * (config.tied_head ? 1 : 2)) +
       kFloat * config.d_model * (2 * config.layers + 1);
@@ -171,14 +188,15 @@ int64_t peak_bytes(const std::vector<MemoryPhase>& phases) {
 
 std::optional<std::string> options_within(const ModelConfig& config, const PathPlan& bits,
                                           const QuantizeOptions& options, int64_t calib_tokens,
-                                          int64_t distill_tokens, int64_t bytes) {
+                                          int64_t distill_tokens, int64_t bytes, int processes) {
   QuantizeOptions tried = options;
   std::string written;
   const auto fits = [&] {
-    return peak_bytes(plan_memory(config, bits, tried, calib_tokens, distill_tokens)) <= bytes;
+    return peak_bytes(plan_memory(config, bits, tried, calib_tokens, distill_tokens, processes)) <=
+           bytes;
   };
   const auto start_fits = [&] {
-    return peak_bytes(plan_memory(config, bits, tried, calib_tokens, 0)) <= bytes;
+    return peak_bytes(plan_memory(config, bits, tried, calib_tokens, 0, processes)) <= bytes;
   };
   if (!start_fits() && options.calib_tokens > options.seq_len) {
     while (!start_fits() && calib_tokens > options.seq_len) {
@@ -186,7 +204,7 @@ std::optional<std::string> options_within(const ModelConfig& config, const PathP
     }
     written += fmt::format(" --calib-tokens {}", calib_tokens);
   }
-  const int64_t windows = options.micro_batch > 0 ? options.micro_batch : options.batch;
+  const int64_t windows = options.micro_batch > 0 ? options.micro_batch : options.batch / processes;
   const auto smaller_batch = [&] {
     for (tried.micro_batch = windows; !fits() && tried.micro_batch > 1;) {
       tried.micro_batch = (tried.micro_batch + 1) / 2;
@@ -215,7 +233,7 @@ std::optional<std::string> options_within(const ModelConfig& config, const PathP
   if (tried.recompute != options.recompute) {
     written += " --recompute";
   }
-  if (tried.micro_batch != options.micro_batch && tried.micro_batch < options.batch) {
+  if (tried.micro_batch != options.micro_batch && tried.micro_batch < options.batch / processes) {
     written += fmt::format(" --micro-batch {}", tried.micro_batch);
   }
   if (tried.optimizer != options.optimizer) {

@@ -26,11 +26,11 @@ struct MemoryPhase {
   std::string describe() const;
 };
 
-/// Phases of a run in bf16 on a GPU. `calib_tokens` and `distill_tokens`: of this run and text; a
-/// phase without tokens is left out.
+/// Phases of a run in bf16 on a GPU, of each of several where it is shared by `processes`.
+/// `calib_tokens` and `distill_tokens`: of this run and text; a phase without tokens is left out.
 std::vector<MemoryPhase> plan_memory(const ModelConfig& config, const PathPlan& bits,
                                      const QuantizeOptions& options, int64_t calib_tokens,
-                                     int64_t distill_tokens);
+                                     int64_t distill_tokens, int processes = 1);
 
 /// Of the largest phase.
 int64_t peak_bytes(const std::vector<MemoryPhase>& phases);
@@ -40,6 +40,6 @@ int64_t peak_bytes(const std::vector<MemoryPhase>& phases);
 /// less text for the start, and Muon in place of AdamW.
 std::optional<std::string> options_within(const ModelConfig& config, const PathPlan& bits,
                                           const QuantizeOptions& options, int64_t calib_tokens,
-                                          int64_t distill_tokens, int64_t bytes);
+                                          int64_t distill_tokens, int64_t bytes, int processes = 1);
 
 }  // namespace rabit::train

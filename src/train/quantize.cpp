@@ -10,6 +10,7 @@
 #include <sys/resource.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <optional>
 
 #include "base/files.h"
@@ -195,7 +196,7 @@ Status check_room(const QuantizeOptions& options, const GgufFile& model, const M
 // What the run will need on a GPU, before it needs it.
 Status check_memory(const QuantizeOptions& options, const ModelConfig& config, const PathPlan& bits,
                     const TextWindows& windows, at::Device device, at::ScalarType compute,
-                    const TrainObserver& observer) {
+                    int processes, const TrainObserver& observer) {
   // Only what goes through the fused operations has been measured.
   const bool taps = options.gamma > 0.0 && options.gamma_on == GammaOn::kLayers;
   if (!device.is_cuda() || compute != at::kBFloat16 || taps) {
@@ -204,7 +205,7 @@ Status check_memory(const QuantizeOptions& options, const ModelConfig& config, c
   (void)at::empty({1}, device);  // wakes it
   const int64_t calib = std::min(options.calib_tokens, windows.distinct_tokens());
   const int64_t distilled = planned_tokens(options, device);
-  const auto phases = plan_memory(config, bits, options, calib, distilled);
+  const auto phases = plan_memory(config, bits, options, calib, distilled, processes);
   const auto [free, total] = c10::getDeviceAllocator(device.type())->getMemoryInfo(device.index());
   const auto gigabytes = [](auto bytes) { return static_cast<double>(bytes) / 1e9; };
   for (const MemoryPhase& phase : phases) {
@@ -215,7 +216,8 @@ Status check_memory(const QuantizeOptions& options, const ModelConfig& config, c
   if (needed <= available) {
     return {};
   }
-  const auto fitting = options_within(config, bits, options, calib, distilled, available);
+  const auto fitting =
+      options_within(config, bits, options, calib, distilled, available, processes);
   return Error{fmt::format(
       "{} has {:.1f} GB free of {:.1f}, and this run needs about {:.1f}; {}", device.str(),
       gigabytes(free), gigabytes(total), gigabytes(needed),
@@ -448,6 +450,9 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
   if (!observer.message) {
     observer.message = [](const std::string&) {};
   }
+  if (!observer.lost) {
+    observer.lost = [](const std::string&) { std::abort(); };
+  }
   RABIT_ASSIGN(const Place place, Place::from_environment());
   RABIT_CHECK(check_run(options, out, std::array{model.path()}));
   std::optional<FileLock> lock;
@@ -502,7 +507,7 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
   std::shared_ptr<Ranks> ranks;
   if (!place.alone()) {
     RABIT_CHECK(check_together(options, config, place.size));
-    RABIT_ASSIGN(ranks, Ranks::join(place, device));
+    RABIT_ASSIGN(ranks, Ranks::join(place, device, observer.lost));
     together.emplace();  // from here on all stop at the same places
     observer.message(fmt::format("{} processes", place.size));
   }
@@ -512,7 +517,8 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
                                 static_cast<uint64_t>(options.seed)));
   Network teacher;
   RABIT_CHECK(without_exceptions([&]() -> Status {
-    RABIT_CHECK(check_memory(options, config, bits, windows, device, compute, observer));
+    RABIT_CHECK(
+        check_memory(options, config, bits, windows, device, compute, place.size, observer));
     RABIT_ASSIGN(teacher, load_network(model, device, compute));
     return {};
   }));
@@ -554,10 +560,11 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
     return run(session, model, held_out, out);
   });
   if (!done) {
-    return ranks && !done.error().interrupted
-               ? Error{fmt::format("process {} of {}: {}", place.rank, place.size,
-                                   done.error().message)}
-               : done.error();
+    if (!ranks || done.error().interrupted) {
+      return done.error();
+    }
+    ranks->leave(done.error().message);
+    return Error{fmt::format("process {} of {}: {}", place.rank, place.size, done.error().message)};
   }
   if (options.dry_run && device.is_cuda()) {
     const auto bytes = peak_memory(device)["device_bytes"].get<double>();

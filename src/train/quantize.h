@@ -27,6 +27,9 @@ struct TrainProgress {
 struct TrainObserver {
   std::function<void(const TrainProgress&)> progress;
   std::function<void(const std::string&)> message;  // one line
+  /// Of several processes: another was lost, and this one cannot end by itself; called once, from
+  /// another thread, with what to say. It must end the process.
+  std::function<void(const std::string&)> lost;
   /// An object for every block and every step of distillation; docs/training.md, "Metrics".
   std::function<void(const nlohmann::json&)> metrics;
 };

@@ -14,9 +14,13 @@
 
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
 #include <cstdlib>
 #include <deque>
+#include <mutex>
 #include <stdexcept>
+#include <thread>
+#include <utility>
 
 #include "train/guard.h"
 
@@ -25,37 +29,116 @@ namespace {
 
 using std::chrono::seconds;
 
-// What the engine throws in its own words, in ours.
-template <typename Body>
-auto with_others(const Body& body) -> decltype(body()) {
-  const auto fail = [](const std::string& what) {
-    throw std::runtime_error("another process has ended or does not answer (" +
-                             what.substr(0, what.find('\n')) + ")");
-  };
-  try {
-    return body();
-  } catch (const c10::Error& error) {
-    fail(error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    fail(error.what());
-  }
-  return body();  // not reached
+constexpr auto kBeat = seconds(2);
+
+// meets: as the process itself, of which each comes once.
+c10::intrusive_ptr<c10d::Store> connect(const Place& place, bool meets) {
+  c10d::TCPStoreOptions options;
+  options.port = static_cast<uint16_t>(place.port);
+  options.isServer = meets && place.first();
+  options.numWorkers = static_cast<size_t>(place.size);
+  options.waitWorkers = meets;
+  options.timeout = seconds(Ranks::kJoinSeconds);
+  return c10::make_intrusive<c10d::TCPStore>(place.host, options);
+}
+
+std::string first_line(const std::exception& error) {
+  const auto* of_torch = dynamic_cast<const c10::Error*>(&error);
+  const std::string what = of_torch != nullptr ? of_torch->what_without_backtrace() : error.what();
+  return what.substr(0, what.find('\n'));
 }
 
 }  // namespace
 
-Exchange::Exchange() = default;
-Exchange::Exchange(c10::intrusive_ptr<c10d::Work> work) : work_(std::move(work)) {}
-Exchange::Exchange(Exchange&&) noexcept = default;
-Exchange& Exchange::operator=(Exchange&&) noexcept = default;
-Exchange::~Exchange() = default;
+// Tells through a connection of its own that this process lives, and looks whether the others do.
+struct Ranks::Watch {
+  Place place;
+  c10::intrusive_ptr<c10d::Store> store;
+  std::function<void(const std::string&)> lost;
+  std::mutex mutex;  // of all below, and of the store
+  std::condition_variable wake;
+  bool ends = false, left = false;
+  int64_t beat = 0;
+  std::vector<std::string> seen;                             // the others' last beats
+  std::vector<std::chrono::steady_clock::time_point> since;  // when they came
+  std::thread thread;
 
-void Exchange::wait() {
-  if (work_) {
-    with_others([&] { return work_->wait(); });
-    work_.reset();
+  static std::string key(const char* what, int rank) { return fmt::format("{}/{}", what, rank); }
+
+  static std::vector<uint8_t> bytes(const std::string& text) { return {text.begin(), text.end()}; }
+
+  std::string value(const std::string& key) {
+    const std::vector<uint8_t> found = store->get(key);
+    return {found.begin(), found.end()};
   }
-}
+
+  // What is known of a process that was lost, "" if none was. Throws without the first process.
+  std::string look() {
+    store->set(key("beat", place.rank), bytes(std::to_string(++beat)));
+    const auto now = std::chrono::steady_clock::now();
+    for (int rank = 0; rank < place.size; ++rank) {
+      if (rank == place.rank) {
+        continue;
+      }
+      if (store->check({key("left", rank)})) {
+        const std::string why = value(key("left", rank));
+        if (!why.empty()) {
+          return fmt::format("process {} has ended: {}", rank, why);
+        }
+        since[static_cast<size_t>(rank)] = now;  // has done its part
+        continue;
+      }
+      const std::string now_seen =
+          store->check({key("beat", rank)}) ? value(key("beat", rank)) : std::string();
+      if (now_seen != seen[static_cast<size_t>(rank)]) {
+        seen[static_cast<size_t>(rank)] = now_seen;
+        since[static_cast<size_t>(rank)] = now;
+      } else if (now - since[static_cast<size_t>(rank)] > seconds(kSilentSeconds)) {
+        return fmt::format("process {} has not been heard of for {} s", rank, kSilentSeconds);
+      }
+    }
+    return {};
+  }
+
+  void run() {
+    std::unique_lock lock(mutex);
+    while (!wake.wait_for(lock, kBeat, [&] { return ends; })) {
+      std::string found;
+      try {
+        found = look();
+      } catch (const std::exception& error) {
+        found = "process 0 has ended (" + first_line(error) + ")";
+      }
+      // Who waits for the lost one has some time to find out by itself.
+      if (!found.empty() && !wake.wait_for(lock, 2 * kBeat, [&] { return ends; })) {
+        lost(fmt::format("process {} of {}: {}", place.rank, place.size, found));
+        return;
+      }
+    }
+  }
+
+  void leave(const std::string& why) {
+    const std::lock_guard lock(mutex);
+    if (std::exchange(left, true)) {
+      return;
+    }
+    try {
+      store->set(key("left", place.rank), bytes(why));
+    } catch (const std::exception&) {  // nobody is left to be told
+    }
+  }
+
+  void end() {
+    {
+      const std::lock_guard lock(mutex);
+      ends = true;
+    }
+    wake.notify_all();
+    if (thread.joinable()) {
+      thread.join();
+    }
+  }
+};
 
 struct Ranks::Group {
   c10::intrusive_ptr<c10d::Store> store;  // outlives the backend
@@ -63,23 +146,71 @@ struct Ranks::Group {
   std::deque<std::function<void()>> pending;
 };
 
-Ranks::Ranks(Place place, at::Device device)
-    : place_(std::move(place)), device_(device), group_(std::make_unique<Group>()) {}
-Ranks::~Ranks() = default;
+template <typename Body>
+auto Ranks::with_others(const Body& body) const -> decltype(body()) {
+  std::string what;
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    what = first_line(error);
+  }
+  // It may have said why.
+  std::string known;
+  for (int attempt = 0; attempt < 20 && known.empty(); ++attempt) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    try {
+      const std::lock_guard lock(watch_->mutex);
+      known = watch_->look();
+    } catch (const std::exception&) {
+      known = "process 0 has ended";
+    }
+  }
+  throw std::runtime_error(known.empty() ? "another process has ended (" + what + ")" : known);
+}
 
-Result<std::shared_ptr<Ranks>> Ranks::join(const Place& place, at::Device device) {
+Exchange::Exchange() = default;
+Exchange::Exchange(const Ranks& ranks, c10::intrusive_ptr<c10d::Work> work)
+    : ranks_(&ranks), work_(std::move(work)) {}
+Exchange::Exchange(Exchange&&) noexcept = default;
+Exchange& Exchange::operator=(Exchange&&) noexcept = default;
+Exchange::~Exchange() = default;
+
+void Exchange::wait() {
+  if (work_) {
+    ranks_->with_others([&] { return work_->wait(); });
+    work_.reset();
+  }
+}
+
+Ranks::Ranks(Place place, at::Device device)
+    : watch_(std::make_shared<Watch>()),
+      place_(std::move(place)),
+      device_(device),
+      group_(std::make_unique<Group>()) {}
+
+Ranks::~Ranks() {
+  leave("");
+  watch_->end();
+}
+
+void Ranks::leave(const std::string& why) {
+  if (watch_->store) {
+    watch_->leave(why);
+    if (!why.empty() && first()) {  // with this process the others' connection ends
+      std::this_thread::sleep_for(3 * kBeat);
+    }
+  }
+}
+
+Result<std::shared_ptr<Ranks>> Ranks::join(const Place& place, at::Device device,
+                                           std::function<void(const std::string&)> lost) {
   // Its warnings carry stack traces; what fails comes as an exception, too.
   setenv("TORCH_CPP_LOG_LEVEL", "FATAL", 0);
   c10::initLogging();
   std::shared_ptr<Ranks> ranks(new Ranks(place, device));
   const Status joined = without_exceptions([&]() -> Status {
-    c10d::TCPStoreOptions options;
-    options.port = static_cast<uint16_t>(place.port);
-    options.isServer = place.first();
-    options.numWorkers = static_cast<size_t>(place.size);
-    options.timeout = seconds(kJoinSeconds);
     Group& group = *ranks->group_;
-    group.store = c10::make_intrusive<c10d::TCPStore>(place.host, options);
+    group.store = connect(place, true);
     if (device.is_cuda()) {
 #ifdef RABIT_CUDA
       auto nccl = c10d::ProcessGroupNCCL::Options::create();
@@ -98,6 +229,13 @@ Result<std::shared_ptr<Ranks>> Ranks::join(const Place& place, at::Device device
           gloo);
     }
     group.backend->setTimeout(seconds(kAnswerSeconds));
+    Watch& watch = *ranks->watch_;
+    watch.place = place;
+    watch.store = c10::make_intrusive<c10d::PrefixStore>("watch", connect(place, false));
+    watch.lost = std::move(lost);
+    watch.seen.resize(static_cast<size_t>(place.size));
+    watch.since.assign(watch.seen.size(), std::chrono::steady_clock::now());
+    watch.thread = std::thread([watch = ranks->watch_] { watch->run(); });
     return {};
   });
   if (!joined) {
@@ -109,31 +247,32 @@ Result<std::shared_ptr<Ranks>> Ranks::join(const Place& place, at::Device device
 
 void Ranks::sum(const at::Tensor& tensor) {
   std::vector<at::Tensor> tensors = {tensor};
-  with_others([&] { return Exchange(group_->backend->allreduce(tensors)); }).wait();
+  with_others([&] { return Exchange(*this, group_->backend->allreduce(tensors)); }).wait();
 }
 
 void Ranks::broadcast(const at::Tensor& tensor, int from) {
   std::vector<at::Tensor> tensors = {tensor};
   c10d::BroadcastOptions options;
   options.rootRank = from;
-  with_others([&] { return Exchange(group_->backend->broadcast(tensors, options)); }).wait();
+  with_others([&] { return Exchange(*this, group_->backend->broadcast(tensors, options)); }).wait();
 }
 
 Exchange Ranks::gather(const at::Tensor& mine, const at::Tensor& all) {
   at::Tensor in = mine, out = all;
-  return with_others([&] { return Exchange(group_->backend->_allgather_base(out, in)); });
+  return with_others([&] { return Exchange(*this, group_->backend->_allgather_base(out, in)); });
 }
 
 Exchange Ranks::sum_parts(const at::Tensor& all, const at::Tensor& mine) {
   at::Tensor in = all, out = mine;
-  return with_others([&] { return Exchange(group_->backend->_reduce_scatter_base(out, in)); });
+  return with_others(
+      [&] { return Exchange(*this, group_->backend->_reduce_scatter_base(out, in)); });
 }
 
 void Ranks::swap_parts(const at::Tensor& in, const at::Tensor& out) {
   at::Tensor from = in, to = out;
   std::vector<int64_t> equal;  // none: parts of one size
   with_others([&] {
-    return Exchange(group_->backend->alltoall_base(to, from, equal, equal));
+    return Exchange(*this, group_->backend->alltoall_base(to, from, equal, equal));
   }).wait();
 }
 

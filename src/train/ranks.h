@@ -18,11 +18,13 @@ class Work;
 
 namespace rabit::train {
 
+class Ranks;
+
 /// An operation under way; its tensors stay as they are until it was waited for.
 class Exchange {
  public:
   Exchange();
-  explicit Exchange(c10::intrusive_ptr<c10d::Work> work);
+  Exchange(const Ranks& ranks, c10::intrusive_ptr<c10d::Work> work);
   Exchange(Exchange&&) noexcept;
   Exchange& operator=(Exchange&&) noexcept;
   ~Exchange();
@@ -30,19 +32,28 @@ class Exchange {
   void wait();
 
  private:
+  const Ranks* ranks_ = nullptr;
   c10::intrusive_ptr<c10d::Work> work_;
 };
 
-/// All operations throw what without_exceptions() turns into an Error when another process has
-/// ended or does not answer for kAnswerSeconds.
+/// Between CPUs an operation throws what without_exceptions() turns into an Error as soon as
+/// another process has ended. Between GPUs it may wait for ever; but a thread of each process tells
+/// the others that it lives, and looks whether they do.
 class Ranks {
  public:
   static constexpr int kJoinSeconds = 300;
   static constexpr int kAnswerSeconds = 1800;  // a process may be that much later than another
+  static constexpr int kSilentSeconds = 30;    // its thread may not
 
-  /// Meets the others. device: what the tensors will be on. Errors: they did not come.
-  static Result<std::shared_ptr<Ranks>> join(const Place& place, at::Device device);
+  /// Meets the others. device: what the tensors will be on. lost: called from another thread, once,
+  /// with what to say when a process was lost and this one has not come to an end by itself soon
+  /// after. Errors: they did not come.
+  static Result<std::shared_ptr<Ranks>> join(const Place& place, at::Device device,
+                                             std::function<void(const std::string&)> lost);
+  /// Leaves, without a reason if leave() has not given one.
   ~Ranks();
+  /// Tells the others that this process ends, and why: empty where it has done its part.
+  void leave(const std::string& why);
 
   int rank() const { return place_.rank; }
   int size() const { return place_.size; }
@@ -68,8 +79,14 @@ class Ranks {
 
  private:
   struct Group;
+  struct Watch;
   Ranks(Place place, at::Device device);
+  // What `body` returns. Throws an exception of its own in words that say which process was lost.
+  template <typename Body>
+  auto with_others(const Body& body) const -> decltype(body());
+  friend class Exchange;
 
+  std::shared_ptr<Watch> watch_;  // outlives the group
   Place place_;
   at::Device device_;
   std::unique_ptr<Group> group_;
