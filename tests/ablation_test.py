@@ -15,7 +15,7 @@ import unittest
 import xml.dom.minidom
 from pathlib import Path
 
-from quantize_cli_test import RABIT, TEXT, tiny_model
+from tiny_model import RABIT, TEXT, tiny_model
 
 ROOT = Path(os.environ.get("RABIT_SOURCE_DIR", Path(__file__).resolve().parent.parent))
 

@@ -14,7 +14,7 @@ import time
 import unittest
 from pathlib import Path
 
-from quantize_cli_test import RABIT, TEXT, tiny_model
+from tiny_model import RABIT, TEXT, tiny_model
 
 ROOT = Path(os.environ.get("RABIT_SOURCE_DIR", Path(__file__).resolve().parent.parent))
 

@@ -14,7 +14,7 @@ import time
 import unittest
 from pathlib import Path
 
-from quantize_cli_test import RABIT, TEXT, tiny_model
+from tiny_model import RABIT, TEXT, tiny_model
 
 BASE = ("--compute", "f32", "-t", "1", "--seq-len", "32", "--calib-tokens", "512", "--warm-epochs", "1", "--batch", "6",
         "--sample-tokens", "0", "--diagnose-tokens", "64")

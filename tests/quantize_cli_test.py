@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""`rabit quantize` from outside, on a tiny model that this file writes: what comes out works with
-every other subcommand, bad input ends in one line and no file, an interrupted run goes on.
+"""`rabit quantize` from outside, on a tiny model: what comes out works with every other subcommand, bad input ends in
+one line and no file.
 
 Environment: RABIT_BINARY the program.
 """
@@ -8,175 +8,18 @@ Environment: RABIT_BINARY the program.
 import json
 import math
 import os
-import random
 import re
 import resource
 import shlex
 import signal
 import struct
-import subprocess
-import tempfile
-import time
 import unittest
 from pathlib import Path
 
-RABIT = os.path.abspath(os.environ.get("RABIT_BINARY", "build/release/bin/rabit"))
-SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
-
-LAYERS, WIDTH, HEADS, KV_HEADS, HIDDEN, CONTEXT = 3, 64, 4, 2, 96, 128
-MERGES = ["t h", "th e", "i n", "a n", "e r"]
-TEXT = (
-    "The lighthouse stood at the end of a long spit of sand, and the keeper walked out to it every "
-    "evening before the sun went down. He carried a lamp, a loaf of bread and a book. In winter "
-    "the waves broke over the path, and then he waited for the tide.\n<|endoftext|>\nNobody had "
-    "told him that the light was no longer needed, for nobody remembered that he was there.\n"
-)
-# Small enough for a test; an example's own values give way to them.
-SMALL = {
-    "--seq-len": "32", "--calib-tokens": "512", "--warm-epochs": "1", "--batch": "2",
-    "--tokens": "128", "-t": "1",
-}
-LEFTOVERS = ("", ".json", ".html", ".lock", ".partial", ".unverified", ".unverified.partial", ".test-write",
-             ".test-write.partial", ".ckpt.partial")
+from tiny_model import CONTEXT, FAILURE, LAYERS, QuantizeCase, SMALL, SUCCESS, TEXT, USAGE, words
 
 
-def byte_alphabet():
-    """The characters that stand for the bytes 0 to 255 in a byte-level vocabulary."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(0x100, 0x200))
-    return [chr(b if b in plain else next(others)) for b in range(256)]
-
-
-def text_of(value):
-    data = value.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def meta(key, kind, value):
-    """One GGUF metadata entry."""
-    numbers = {"u32": (4, "<I"), "f32": (6, "<f"), "bool": (7, "<?")}
-    if kind in numbers:
-        number, form = numbers[kind]
-        return text_of(key) + struct.pack("<I", number) + struct.pack(form, value)
-    if kind == "string":
-        return text_of(key) + struct.pack("<I", 8) + text_of(value)
-    if kind == "strings":
-        head = struct.pack("<IIQ", 9, 8, len(value))
-        return text_of(key) + head + b"".join(map(text_of, value))
-    head = struct.pack("<IIQ", 9, 5, len(value))  # i32s
-    return text_of(key) + head + struct.pack(f"<{len(value)}i", *value)
-
-
-def tiny_model(path):
-    """Writes a random "llama" with a complete byte-level tokenizer."""
-    draw = random.Random(1)
-    tokens = byte_alphabet() + [merge.replace(" ", "") for merge in MERGES] + ["<|endoftext|>"]
-    end, vocab = len(tokens) - 1, len(tokens)
-    entries = [
-        meta("general.architecture", "string", "llama"),
-        meta("general.name", "string", "tiny"),
-        meta("llama.block_count", "u32", LAYERS),
-        meta("llama.embedding_length", "u32", WIDTH),
-        meta("llama.feed_forward_length", "u32", HIDDEN),
-        meta("llama.attention.head_count", "u32", HEADS),
-        meta("llama.attention.head_count_kv", "u32", KV_HEADS),
-        meta("llama.context_length", "u32", CONTEXT),
-        meta("llama.attention.layer_norm_rms_epsilon", "f32", 1e-5),
-        meta("llama.rope.freq_base", "f32", 10000.0),
-        meta("llama.vocab_size", "u32", vocab),
-        meta("tokenizer.ggml.model", "string", "gpt2"),
-        meta("tokenizer.ggml.pre", "string", "smollm"),
-        meta("tokenizer.ggml.tokens", "strings", tokens),
-        meta("tokenizer.ggml.token_type", "i32s", [1] * end + [3]),
-        meta("tokenizer.ggml.merges", "strings", MERGES),
-        meta("tokenizer.ggml.bos_token_id", "u32", end),
-        meta("tokenizer.ggml.eos_token_id", "u32", end),
-        meta("tokenizer.ggml.add_bos_token", "bool", False),
-    ]
-    kv_width = KV_HEADS * WIDTH // HEADS
-    shapes = [("token_embd.weight", (WIDTH, vocab), 0.5), ("output_norm.weight", (WIDTH,), None)]
-    for layer in range(LAYERS):
-        for name, shape, size in (
-            ("attn_norm", (WIDTH,), None), ("attn_q", (WIDTH, WIDTH), 0.12),
-            ("attn_k", (WIDTH, kv_width), 0.12), ("attn_v", (WIDTH, kv_width), 0.12),
-            ("attn_output", (WIDTH, WIDTH), 0.12), ("ffn_norm", (WIDTH,), None),
-            ("ffn_gate", (WIDTH, HIDDEN), 0.12), ("ffn_up", (WIDTH, HIDDEN), 0.12),
-            ("ffn_down", (HIDDEN, WIDTH), 0.12),
-        ):
-            shapes.append((f"blk.{layer}.{name}.weight", shape, size))
-    infos, data = b"", b""
-    for name, shape, size in shapes:
-        infos += text_of(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, len(data))
-        values = [1.0 if size is None else draw.gauss(0, size) for _ in range(math.prod(shape))]
-        data += struct.pack(f"<{len(values)}f", *values)
-        data += bytes(-len(data) % 32)
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(entries)) + b"".join(entries) + infos
-    path.write_bytes(head + bytes(-len(head) % 32) + data)
-
-
-def words(options):
-    return [str(word) for pair in options.items() for word in pair]
-
-
-class QuantizeTest(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.shared = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls.shared.cleanup)
-        cls.model = Path(cls.shared.name) / "model.gguf"
-        tiny_model(cls.model)
-
-    def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
-        self.text = self.file("text.txt", TEXT * 12)
-        self.out = self.folder / "out.gguf"
-        self.environment = {**os.environ, "XDG_CACHE_HOME": str(self.folder / "cache")}
-
-    def file(self, name, content):
-        path = self.folder / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    def run_rabit(self, *arguments, **more):
-        more = {"stdout": subprocess.PIPE, **more}
-        return subprocess.run(
-            [RABIT, *map(str, arguments)], cwd=self.folder, stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, timeout=120, check=False, env=self.environment, **more
-        )
-
-    def succeeds(self, *arguments):
-        done = self.run_rabit(*arguments)
-        self.assertEqual(done.returncode, SUCCESS, (arguments, done.stderr.decode()))
-        return done.stdout.decode()
-
-    def start(self, *arguments):
-        """The command line of a small run; a repeated option replaces the small value."""
-        small = {k: v for k, v in SMALL.items() if k not in map(str, arguments)}
-        return ("quantize", self.model, "-o", self.out, "--data", self.text, *words(small),
-                *arguments)
-
-    def one_line(self, done, arguments):
-        """The one line that says what went wrong: the last, and the only one of its kind."""
-        lines = done.stderr.decode().splitlines()
-        errors = [line for line in lines if line.startswith("rabit:")]
-        self.assertEqual(len(errors), 1, (arguments, lines))
-        self.assertEqual(lines[-1], errors[0], arguments)
-        return errors[0]
-
-    def fails(self, *arguments, code=FAILURE, says="", out=None, **more):
-        done = self.run_rabit(*arguments, **more)
-        self.assertEqual(done.returncode, code, (arguments, done.stderr.decode()))
-        line = self.one_line(done, arguments)
-        self.assertRegex(line, re.compile(says, re.IGNORECASE), arguments)
-        if done.stdout is not None:
-            self.assertEqual(done.stdout, b"", arguments)
-        for end in LEFTOVERS:
-            path = Path(str(out or self.out) + end)
-            self.assertFalse(path.is_file(), (arguments, path))
-        return line
-
+class QuantizeTest(QuantizeCase):
     def test_what_comes_out_works(self):
         told = json.loads(self.succeeds(*self.start(
             "--json", "--eval", self.text, "--eval-ctx", 32, "--embedding", "f16",
@@ -213,6 +56,11 @@ class QuantizeTest(unittest.TestCase):
         self.assertRegex(table, r"(?m)^blk\.2\.ffn_down +2 +-?0\.\d{3} +-?0\.\d{3} ")
         self.assertRegex(table, r"(?m)^median ")
         found = json.loads(self.succeeds(*arguments, "--json"))
+        for line, layer in zip(table.splitlines()[1:], found["layers"]):
+            own, parts = line.split()[5:7]
+            left, last, cancelled = map(float, re.fullmatch(r"([\d.]+)\+([\d.]+)-(-?[\d.]+)", parts).groups())
+            self.assertAlmostEqual(left + last - cancelled, float(own), delta=0.21)
+            self.assertAlmostEqual(left / 100, layer["on_own_inputs"]["decomposition"]["residual"], delta=1e-3)
         self.assertEqual(len(found["layers"]), 7 * LAYERS)
         self.assertEqual((found["tokens"], found["seq_len"]), (64, 32))
         self.assertEqual(set(found["layers"][0]), set(told["diagnostics"]["layers"][0]))
@@ -634,130 +482,6 @@ class QuantizeTest(unittest.TestCase):
             for value in bad:
                 start = ("quantize", self.model, "-o", self.out, "--data", self.text)
                 self.fails(*start, option, value, code=USAGE, says=option)
-
-    def begin(self, *more):
-        """A run of some seconds a block that saves after each."""
-        process = subprocess.Popen(
-            [RABIT, *map(str, self.start("--warm-epochs", 150, "--checkpoint-minutes", 0.01,
-                                         "--tokens", 0, *more))],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.environment
-        )
-        self.addCleanup(process.stdout.close)
-        self.addCleanup(process.stderr.close)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        return process
-
-    def stopped(self, process, says):
-        process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=60)
-        self.assertEqual(process.returncode, INTERRUPTED, error)
-        done = subprocess.CompletedProcess((), INTERRUPTED, out, error)
-        self.assertRegex(self.one_line(done, "SIGINT"), says)
-        self.assertEqual(out, b"")
-        for end in LEFTOVERS:
-            self.assertFalse(Path(f"{self.out}{end}").exists(), end)
-
-    def test_interrupt_and_resume(self):
-        checkpoint = Path(f"{self.out}.ckpt")
-        process = self.begin("--compute", "f32")
-        until = time.monotonic() + 60
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.02)
-        self.stopped(process, "interrupted; .*out.gguf.ckpt holds what was done.*--resume")
-        self.assertTrue(checkpoint.exists())
-        process = self.begin("--compute", "f32", "--resume", "--bits", "3")
-        _, error = process.communicate(timeout=60)
-        self.assertEqual(process.returncode, FAILURE)
-        self.assertIn(b'made with --bits "2" ("3" here)', error)
-        process = self.begin("--compute", "f32", "--resume")
-        _, error = process.communicate(timeout=60)
-        self.assertEqual(process.returncode, SUCCESS, error)
-        self.assertRegex(error, rb"resuming: [12] of 3 blocks")
-        self.assertFalse(checkpoint.exists())
-        resumed = self.out.read_bytes()
-        process = self.begin("--compute", "f32")
-        _, error = process.communicate(timeout=60)
-        self.assertEqual(process.returncode, SUCCESS, error)
-        self.assertTrue(self.out.read_bytes() == resumed, "not the file of a run in one piece")
-
-    def test_sigterm_saves_and_is_no_failure(self):
-        checkpoint = Path(f"{self.out}.ckpt")
-        process = self.begin("--compute", "f32")
-        until = time.monotonic() + 60
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
-        self.assertEqual(process.returncode, SUCCESS, error)
-        self.assertIn(b"stopped by SIGTERM", error)
-        self.assertFalse(self.out.exists())
-        process = self.begin("--compute", "f32", "--resume")
-        _, error = process.communicate(timeout=60)
-        self.assertEqual(process.returncode, SUCCESS, error)
-        self.assertTrue(self.out.exists())
-
-    def test_killed_at_any_time_a_run_ends_with_the_very_same_file(self):
-        options = ("--compute", "f32", "--tokens", "8192", "--checkpoint-steps", "1", "--checkpoint-minutes", "1000")
-        self.succeeds(*self.start(*options))
-        whole = self.out.read_bytes()
-        self.out.unlink()
-        checkpoint, older = Path(f"{self.out}.ckpt"), Path(f"{self.out}.ckpt.2")
-
-        def step(path):
-            try:
-                data, key = path.read_bytes(), b"rabit.checkpoint.distill_step"
-            except FileNotFoundError:
-                return 0
-            at = data.find(key)
-            return 0 if at < 0 else struct.unpack_from("<Q", data, at + len(key) + 4)[0]
-
-        draw = random.Random(5)
-        in_order = 0
-        for kill in range(10):
-            until = step(checkpoint) + draw.randint(1, 8)  # of 128 steps
-            more = ("--keep-checkpoints", 2 + kill % 2, *(("--resume",) if checkpoint.exists() else ()))
-            began = checkpoint.exists()
-            process = subprocess.Popen([RABIT, *map(str, self.start(*options, *more))], cwd=self.folder,
-                                       env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.DEVNULL)
-            while (reached := step(checkpoint)) < until:
-                self.assertTrue(reached > 0 or not began, "there was no checkpoint for a while")
-                began = began or reached > 0
-                self.assertIsNone(process.poll(), f"ended before kill {kill}")
-                time.sleep(0.002)
-            time.sleep(draw.uniform(0.0, 0.02))
-            process.kill()
-            self.assertEqual(process.wait(), -signal.SIGKILL, "ended before it was killed")
-            kept = [path for path in (checkpoint, Path(f"{checkpoint}.1"), older) if path.exists()]
-            steps = [step(path) for path in kept]
-            if kill % 2 == 1 and len(steps) == 3 and not os.path.samefile(*kept[:2]):
-                self.assertEqual(steps, [steps[0], steps[0] - 1, steps[0] - 2])
-                in_order += 1
-        self.assertGreater(in_order, 0)
-        Path(f"{checkpoint}.new").touch()  # as a kill may leave it
-        self.succeeds(*self.start(*options, "--resume"))
-        self.assertTrue(self.out.read_bytes() == whole, "another file than without the kills")
-        self.assertFalse(checkpoint.exists())
-        self.assertEqual([path.name for path in self.folder.glob(f"{checkpoint.name}*")], [])
-
-    def test_two_runs_on_one_output(self):
-        process = self.begin()
-        process.stderr.readline()
-        until = time.monotonic() + 60
-        while not Path(f"{self.out}.lock").exists() and time.monotonic() < until:
-            time.sleep(0.02)
-        done = self.run_rabit(*self.start())
-        self.assertEqual(done.returncode, FAILURE)
-        self.assertIn("another process is writing it", self.one_line(done, "twice"))
-        self.stopped(process, "interrupted")
-        self.assertFalse(Path(f"{self.out}.lock").exists())
-
-    def test_interrupt_at_the_start(self):
-        process = self.begin()
-        process.stderr.readline()  # "N tokens of training text"
-        self.stopped(process, "interrupted before anything was finished; nothing was written")
-        self.assertFalse(Path(f"{self.out}.ckpt").exists())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from quantize_cli_test import RABIT, TEXT, tiny_model
+from tiny_model import RABIT, TEXT, tiny_model
 
 ROOT = Path(os.environ.get("RABIT_SOURCE_DIR", Path(__file__).resolve().parent.parent))
 SHAPE = {"--layers": 2, "--d-model": 128, "--heads": 4, "--kv-heads": 2, "--d-ff": 96, "--context": 64}
