@@ -7,6 +7,8 @@
 
 namespace rabit {
 
+inline constexpr float kHalfMax = 65504.0F;  // the largest binary16
+
 inline float half_to_float(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000U) << 16;
   const uint32_t magnitude = bits & 0x7FFFU;

@@ -11,8 +11,6 @@
 namespace rabit::quant {
 namespace {
 
-constexpr float kHalfMax = 65504.0F;
-
 float largest(std::span<const float> values) {
   float largest = 0.0F;
   for (const float v : values) {

@@ -24,6 +24,9 @@ struct DistillationLoss {
   at::Tensor nll;   // (2) float64: mean -log p(next token) of the student and of the teacher
 };
 
+/// Logits of each model that exist at once.
+inline constexpr int64_t kChunkLogits = int64_t{1} << 26;
+
 /// Mean loss over tokens in nats, both distributions from the same frozen head. student, teacher:
 /// normalised hidden states (tokens, d_model) in the compute type; next (tokens) int64, the token
 /// that follows each, -1 where none is known (it counts in no cross-entropy). Gradients flow to
@@ -32,6 +35,6 @@ struct DistillationLoss {
 DistillationLoss distillation_loss(const at::Tensor& student, const at::Tensor& teacher,
                                    const at::Tensor& head, const at::Tensor& next,
                                    const LossShares& shares = {},
-                                   int64_t chunk_logits = int64_t{1} << 26);
+                                   int64_t chunk_logits = kChunkLogits);
 
 }  // namespace rabit::train

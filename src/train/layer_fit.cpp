@@ -15,6 +15,12 @@ namespace {
 constexpr double kRidge = 1e-5;  // of the normal equations' mean diagonal
 constexpr int64_t kRefitSteps = 1;
 
+Error not_definite(const std::string& name) {
+  return Error{name +
+               ": the second moment of the inputs is not positive definite; raise --ef-damp or "
+               "--calib-tokens"};
+}
+
 // Upper Cholesky factor of the inverse of the damped H, (d, d) float64.
 Result<at::Tensor> inverse_factor(const at::Tensor& damped_moment, const std::string& name) {
   const auto [factor, info] = at::linalg_cholesky_ex(damped_moment.to(at::kDouble));
@@ -25,9 +31,7 @@ Result<at::Tensor> inverse_factor(const at::Tensor& damped_moment, const std::st
       return upper;
     }
   }
-  return Error{name +
-               ": the second moment of the inputs is not positive definite; raise --ef-damp or "
-               "--calib-tokens"};
+  return not_definite(name);
 }
 
 // tr(E H E^T), rows weighted where a weight (d_out) is given.
@@ -77,9 +81,7 @@ Result<at::Tensor> best_target(const at::Tensor& weight, const at::Tensor& cross
   const double lambda = damp * moment.diagonal().mean().item<double>();
   const auto [factor, info] = at::linalg_cholesky_ex(h.to(at::kDouble));
   if (info.item<int64_t>() != 0) {
-    return Error{name +
-                 ": the second moment of the inputs is not positive definite; raise --ef-damp or "
-                 "--calib-tokens"};
+    return not_definite(name);
   }
   const at::Tensor rhs = cross.to(at::kDouble) + weight.to(at::kDouble) * lambda;
   return at::cholesky_solve(rhs.t(), factor).t().to(at::kFloat).contiguous();

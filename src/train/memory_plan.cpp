@@ -5,11 +5,12 @@
 #include <algorithm>
 #include <numeric>
 
+#include "train/kl_loss.h"
+
 namespace rabit::train {
 namespace {
 
 constexpr int64_t kFloat = 4, kBf16 = 2;
-constexpr int64_t kChunkLogits = int64_t{1} << 26;  // as distillation_loss
 // What torch's allocator holds for what it hands out, measured on an H200: in the first phases
 // streams of one size come and go.
 constexpr double kStartSlack = 1.18, kDistillSlack = 1.04;

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "base/half.h"
 #include "base/interrupt.h"
 #ifdef RABIT_CUDA
 #include "train/gpu_ops.h"
@@ -17,7 +18,7 @@ Result<at::Tensor> load_tensor(const GgufFile& file, const std::string& name,
   const std::vector<int64_t> sizes(ne.rbegin(), ne.rend());
   RABIT_ASSIGN(const at::Tensor tensor, read_tensor(file, name, sizes));
   // Not finite, or more than a scale in a packed file can be.
-  if (!(tensor.abs().max().item<float>() <= 65504.0F)) {
+  if (!(tensor.abs().max().item<float>() <= kHalfMax)) {
     return Error{file.path().string() + ": tensor " + name +
                  " holds values that are not finite or beyond 65504; the file is damaged"};
   }

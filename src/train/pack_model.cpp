@@ -219,7 +219,7 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
     } else if (info.name == "token_embd.weight" || info.name == "output.weight") {
       RABIT_ASSIGN(const std::vector<float> values, dequantize(info));
       // Both types hold what they hold in F16: the values, or the scale of the largest of a block.
-      const auto outside = [](float v) { return !(std::fabs(v) <= 65504.0F); };
+      const auto outside = [](float v) { return !(std::fabs(v) <= kHalfMax); };
       if (std::any_of(values.begin(), values.end(), outside)) {
         return Error{info.name + ": has a value that F16 cannot hold"};
       }
