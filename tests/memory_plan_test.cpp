@@ -62,7 +62,7 @@ TEST(MemoryPlan, PartsByHand) {
   options.batch = 4;
   auto phases = plan_memory(config, *PathPlan::parse("3"), options, 1024, 128);
   ASSERT_EQ(phases.size(), 2U);
-  const MemoryPhase &start = phases[0], &end = phases[1];
+  const MemoryPhase start = phases[0], end = phases[1];  // phases are planned anew below
   EXPECT_EQ(part(start, "original"), 2 * (2 * block + 2 * 80) + 4 * norms);
   EXPECT_EQ(part(start, "streams of the text"), 1024 * 3 * 4 * 8);  // of a block's training
   options.warm_epochs = 0;
