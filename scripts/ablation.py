@@ -291,9 +291,8 @@ def grid(tokens, seeds):
               "`--minutes` for the whole run but its evaluation, without a GPU. In brackets: of how many tokens the time "
               "allowed, each once; it depends on what else the machine does.", "minutes")
     base = "--ef-rounds 1"
-    for column, name, options, times in (("error feedback", "ef", "--warm-epochs 0", (10, 30)),
-                                         ("and the last block", "last", "--warm-blocks 1 --warm-epochs 1", (10, 30)),
-                                         ("and all blocks", "warm", "--warm-epochs 1", (10, 30, 60))):
+    for column, name, options, times in (("warm start of the last block", "last", "--warm-blocks 1 --warm-epochs 1", (10,)),
+                                         ("of all blocks", "warm", "--warm-epochs 1", (10, 30, 60))):
         for minutes in times:
             text = "" if minutes == 10 else " --calib-tokens 2500000"  # more than the time pays for
             g.add(f"cpu-{minutes}-{name}", str(minutes), f"--minutes {minutes}{text} {base} {options}", column)

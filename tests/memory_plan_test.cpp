@@ -108,7 +108,10 @@ TEST(MemoryPlan, PartsByHand) {
   EXPECT_EQ(part(half, "optimizer"), leaves);
   EXPECT_EQ(part(half, "activations, then gradients"),
             std::max<int64_t>(leaves / 2, 2 * 64 * a_token));
-  EXPECT_EQ(part(half, "exchanges"), block * (2 + 3 * 4) + 2 * block);
+  EXPECT_EQ(part(half, "exchanges"), block * (2 * 2 + 3 * 4) + 2 * block);
+  options.share_original = true;  // half of it, and three blocks under way
+  const MemoryPhase shared = plan_memory(config, *PathPlan::parse("3"), options, 0, 128, 2)[0];
+  EXPECT_EQ(part(shared, "original"), 2 * (block + 3 * block + 2 * 80) + 4 * norms);
 }
 
 // Device memory of runs on an H200 (docs/results/training.md).
@@ -142,6 +145,8 @@ void apply(const std::string& written, QuantizeOptions& options, int64_t& calib)
     std::string value;
     if (word == "--recompute") {
       options.recompute = true;
+    } else if (word == "--share-original") {
+      options.share_original = true;
     } else if (word == "--micro-batch") {
       words >> options.micro_batch;
     } else if (word == "--calib-tokens") {
@@ -158,6 +163,31 @@ void apply(const std::string& written, QuantizeOptions& options, int64_t& calib)
       ADD_FAILURE() << word;
     }
   }
+}
+
+// Eight H200: 70 billion weights fit where every process has a part of all.
+TEST(MemoryPlan, SeventyBillionOnEight) {
+  ModelConfig config;
+  config.layers = 80;
+  config.d_model = 8192;
+  config.heads = 64;
+  config.kv_heads = 8;
+  config.head_dim = 128;
+  config.d_ff = 28672;
+  config.vocab_size = 32000;
+  config.context_length = 4096;
+  QuantizeOptions options;
+  options.seq_len = 4096;
+  options.warm_batch = options.batch = 8;
+  const int64_t limit = 140'000'000'000, calib = 1 << 20, distilled = 4'000'000;
+  const PathPlan bits = *PathPlan::parse("2");
+  EXPECT_FALSE(options_within(config, bits, options, calib, distilled, limit));
+  const auto written = options_within(config, bits, options, calib, distilled, limit, 8);
+  ASSERT_TRUE(written);
+  EXPECT_EQ(written->rfind("--share-original", 0), 0U) << *written;
+  int64_t tokens = calib;
+  apply(*written, options, tokens);
+  EXPECT_LE(peak_bytes(plan_memory(config, bits, options, tokens, distilled, 8)), limit);
 }
 
 TEST(MemoryPlan, SettingsThatFit) {

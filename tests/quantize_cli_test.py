@@ -155,7 +155,7 @@ class QuantizeTest(QuantizeCase):
             "--clip": 0.9, "--embedding": "f16",
             "--eval": self.text, "--eval-ctx": 24,
         }
-        flags = ["--json", "--no-error-feedback", "--train-norms", "--alpha-search", "--recompute"]
+        flags = ["--json", "--no-error-feedback", "--train-norms", "--alpha-search", "--recompute", "--share-original"]
         help_text = self.succeeds("quantize", "--help")
         options = set(re.findall(r"^ +(?:-\w, ?)?(--[a-z-]+)", help_text, re.MULTILINE))
         self.assertGreater(len(options), 30)

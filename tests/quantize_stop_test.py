@@ -117,7 +117,7 @@ class QuantizeStopTest(QuantizeCase):
                 self.assertEqual(steps, [steps[0], steps[0] - 1, steps[0] - 2])
                 in_order += 1
         self.assertGreater(in_order, 0)
-        Path(f"{checkpoint}.new").touch()  # as a kill may leave it
+        Path(f"{checkpoint}.partial").touch()  # as a kill may leave it
         self.succeeds(*self.start(*options, "--resume"))
         self.assertTrue(self.out.read_bytes() == whole, "another file than without the kills")
         self.assertFalse(checkpoint.exists())

@@ -84,11 +84,13 @@ MappedFile::~MappedFile() {
   }
 }
 
+AtomicFile::AtomicFile(const std::filesystem::path& path)
+    : path_(behind_links(path)), partial_(path_) {
+  partial_ += kPartialEnding;
+}
+
 Result<AtomicFile> AtomicFile::create(const std::filesystem::path& path) {
-  AtomicFile file;
-  file.path_ = behind_links(path);
-  file.partial_ = file.path_;
-  file.partial_ += kPartialEnding;
+  AtomicFile file(path);
   // The final rename would replace even a device such as /dev/null.
   struct stat info {};
   if (::stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode)) {
@@ -102,22 +104,36 @@ Result<AtomicFile> AtomicFile::create(const std::filesystem::path& path) {
   return file;
 }
 
+Result<AtomicFile> AtomicFile::join(const std::filesystem::path& path) {
+  AtomicFile file(path);
+  file.joined_ = true;
+  file.fd_ = ::open(file.partial_.c_str(), O_WRONLY | O_CLOEXEC);
+  if (file.fd_ < 0) {
+    return system_error("cannot open", file.partial_);
+  }
+  return file;
+}
+
 AtomicFile::AtomicFile(AtomicFile&& other) noexcept
     : path_(std::move(other.path_)),
       partial_(std::move(other.partial_)),
       fd_(std::exchange(other.fd_, -1)),
-      position_(other.position_) {}
+      position_(other.position_),
+      joined_(other.joined_) {}
 
 AtomicFile::~AtomicFile() {
   if (fd_ >= 0) {
     ::close(fd_);
-    ::unlink(partial_.c_str());
+    if (!joined_) {
+      ::unlink(partial_.c_str());
+    }
   }
 }
 
 Status AtomicFile::write(std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
-    const ssize_t written = ::write(fd_, bytes.data(), bytes.size());
+    const ssize_t written =
+        ::pwrite(fd_, bytes.data(), bytes.size(), static_cast<off_t>(position_));
     if (written < 0) {
       if (errno == EINTR) {
         continue;
@@ -134,10 +150,12 @@ Status AtomicFile::write(std::string_view text) {
   return write(std::as_bytes(std::span(text.data(), text.size())));
 }
 
+Status AtomicFile::flush() {
+  return ::fsync(fd_) == 0 ? Status() : system_error("cannot flush", partial_);
+}
+
 Status AtomicFile::commit() {
-  if (::fsync(fd_) != 0) {
-    return system_error("cannot flush", partial_);
-  }
+  RABIT_CHECK(flush());
   if (::close(std::exchange(fd_, -1)) != 0) {
     const Error error = system_error("cannot close", partial_);
     ::unlink(partial_.c_str());

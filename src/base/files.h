@@ -39,20 +39,30 @@ class MappedFile {
 class AtomicFile {
  public:
   static Result<AtomicFile> create(const std::filesystem::path& path);
+  /// The one that another process has created and not yet committed, to write parts of it; what
+  /// becomes of it is the other's.
+  static Result<AtomicFile> join(const std::filesystem::path& path);
   AtomicFile(AtomicFile&& other) noexcept;
   AtomicFile& operator=(AtomicFile&&) = delete;
   ~AtomicFile();
 
+  const std::filesystem::path& path() const { return path_; }  // links followed
+  /// After what was written last.
   Status write(std::span<const std::byte> bytes);
   Status write(std::string_view text);
+  /// Goes on from this byte, which may lie beyond the end.
+  void seek(uint64_t position) { position_ = position; }
   uint64_t position() const { return position_; }
+  /// What was written is on the disk.
+  Status flush();
   Status commit();
 
  private:
-  AtomicFile() = default;
+  explicit AtomicFile(const std::filesystem::path& path);
   std::filesystem::path path_, partial_;
   int fd_ = -1;
   uint64_t position_ = 0;
+  bool joined_ = false;
 };
 
 /// Writes `text` as the whole file, by an AtomicFile.

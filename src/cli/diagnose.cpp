@@ -41,7 +41,8 @@ std::string percent(const json& value) {
 std::string shares(const json& values) {
   std::string out;
   for (const json& value : values) {
-    out += (out.empty() ? "" : "/") + percent(value);
+    out += out.empty() ? "" : "/";
+    out += percent(value);
   }
   return out.empty() ? "-" : out;
 }

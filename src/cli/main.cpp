@@ -40,7 +40,9 @@ constexpr int64_t kOneSignal = 200;
 std::atomic<int64_t> g_first_signal{0};
 
 extern "C" void on_signal(int signal) {
-  if (!set_interrupted(true, signal == SIGTERM)) {
+  // The wish to stop may have come from elsewhere: from another process of a run.
+  const bool wished = set_interrupted(true, signal == SIGTERM);
+  if (!wished || g_first_signal == 0) {
     g_first_signal = milliseconds();
   } else if (milliseconds() - g_first_signal > kOneSignal) {
     // Only what is safe in a handler; nothing can be done if it fails.

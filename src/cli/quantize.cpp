@@ -150,18 +150,14 @@ Result<train::TrainingText> tokenize(const Arguments& arguments, const Tokenizer
   return text;
 }
 
-Status run(const Arguments& arguments) {
+// Of several processes one tells and writes.
+Status run_among(const std::shared_ptr<train::Ranks>& ranks, const train::Place& place,
+                 const Arguments& arguments) {
   const train::QuantizeOptions& options = arguments.options;
   std::vector<std::filesystem::path> inputs = {arguments.model};
   inputs.insert(inputs.end(), arguments.data.begin(), arguments.data.end());
   if (!arguments.eval_text.empty()) {
     inputs.emplace_back(arguments.eval_text);
-  }
-  if (arguments.json && options.dry_run) {
-    throw CLI::ValidationError("--json prints the log of a run, and --dry-run makes none");
-  }
-  if (const Status consistent = train::check_options(options); !consistent) {
-    throw CLI::ValidationError(consistent.error().message);
   }
   RABIT_CHECK(train::check_run(options, arguments.out, inputs));
   // Files that the run writes, and the option that names them.
@@ -191,8 +187,6 @@ Status run(const Arguments& arguments) {
     RABIT_CHECK(check_page(option, arguments.report));
     RABIT_CHECK(apart("--report", arguments.report));
   }
-  // Of several processes one tells and writes.
-  RABIT_ASSIGN(const train::Place place, train::Place::from_environment());
   MetricsFile metrics(arguments.metrics, options.resume);
   if (!arguments.metrics.empty() && place.first()) {
     RABIT_CHECK(metrics.check(inputs));
@@ -247,22 +241,20 @@ Status run(const Arguments& arguments) {
     observer.message = [](const std::string&) {};
     observer.progress = nullptr;
   }
-  // Called where nothing else can end this process: it may wait for the lost one for ever.
-  observer.lost = [](const std::string& what) {
-    write_stderr("rabit: " + one_line(what) + "\n");
-    std::_Exit(kFailure);
-  };
   observer.message(fmt::format("{} tokens of training text", text.tokens()));
   std::filesystem::path checkpoint = arguments.out;
   checkpoint += ".ckpt";
-  const Status status = train::quantize(*model, text, held_out, arguments.out, options, observer);
+  const Status status =
+      train::quantize(*model, text, held_out, arguments.out, options, observer, ranks);
   progress.reset();
   if (!status) {
     std::error_code unknown;
     if (status.error().interrupted && std::filesystem::exists(checkpoint, unknown)) {
       if (terminated()) {  // as asked: nothing is lost, and nothing went wrong
-        note("stopped by SIGTERM; " + checkpoint.string() +
-             " holds what was done, go on with the same command and --resume");
+        if (place.first()) {
+          note("stopped by SIGTERM; " + checkpoint.string() +
+               " holds what was done, go on with the same command and --resume");
+        }
         return {};
       }
       return Error{"interrupted; " + checkpoint.string() +
@@ -293,6 +285,25 @@ Status run(const Arguments& arguments) {
     RABIT_CHECK(write_stdout(log));
   }
   return {};
+}
+
+Status run(const Arguments& arguments) {
+  if (arguments.json && arguments.options.dry_run) {
+    throw CLI::ValidationError("--json prints the log of a run, and --dry-run makes none");
+  }
+  if (const Status consistent = train::check_options(arguments.options); !consistent) {
+    throw CLI::ValidationError(consistent.error().message);
+  }
+  RABIT_ASSIGN(const train::Place place, train::Place::from_environment());
+  // Called where nothing else can end this process: it may wait for a lost one for ever.
+  const auto lost = [](const std::string& what) {
+    write_stderr("rabit: " + one_line(what) + "\n");
+    std::_Exit(kFailure);
+  };
+  RABIT_ASSIGN(const auto ranks, train::join_processes(arguments.options, lost));
+  const Status done = run_among(ranks, place, arguments);
+  train::leave_processes(ranks, done);
+  return done;
 }
 
 /// The option of a setting of training.

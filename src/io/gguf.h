@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -146,8 +147,14 @@ class GgufFile {
   std::vector<TensorInfo> tensors_;
 };
 
-/// Collects metadata and tensors, then writes the file atomically. Tensor bytes are borrowed: they
-/// must live until write() returns.
+/// Part of a tensor's bytes, made when it is their turn to be written.
+struct TensorPiece {
+  uint64_t begin = 0, size = 0;  // bytes
+  std::function<std::shared_ptr<const std::byte>()> bytes;
+};
+
+/// Collects metadata and tensors, then writes the file atomically. Tensor bytes given as a span are
+/// borrowed: they must live until all is written.
 class GgufWriter {
  public:
   /// Sets a key, replacing an earlier value under it.
@@ -156,14 +163,31 @@ class GgufWriter {
   /// extents that do not fit the data.
   Status add_tensor(std::string name, TensorType type, std::vector<int64_t> ne,
                     std::span<const std::byte> data);
+  /// A tensor of which this process writes these pieces and others the rest. Errors: as above, and
+  /// a piece outside the tensor.
+  Status add_tensor(std::string name, TensorType type, std::vector<int64_t> ne,
+                    std::vector<TensorPiece> pieces);
   /// Writes the file. Errors: those of AtomicFile; a key or value that GGUF cannot hold (a variant
   /// that is not of the value's type, an array item out of its type's range).
   /// `general.alignment`, where set, is obeyed; else data is aligned to 32 bytes.
   Status write(const std::filesystem::path& path) const;
 
+  /// The steps of write(), for processes that write one file together: all have added the same
+  /// tensors. One creates the file and gives it its header, all write their pieces, and when all
+  /// have flushed theirs the first commits. Returns where the tensors begin. Errors: as write().
+  Result<uint64_t> write_header(AtomicFile& file) const;
+  Status write_pieces(AtomicFile& file, uint64_t tensors_begin) const;
+
  private:
+  struct Tensor {
+    TensorInfo info;  // without data
+    uint64_t size = 0;
+    std::vector<TensorPiece> pieces;
+  };
+  Result<uint64_t> alignment() const;
+
   std::vector<std::pair<std::string, MetaValue>> metadata_;
-  std::vector<TensorInfo> tensors_;
+  std::vector<Tensor> tensors_;
 };
 
 }  // namespace rabit

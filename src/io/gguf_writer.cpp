@@ -1,7 +1,7 @@
-// Writing GGUF v3. The header is built in memory, then header and tensor data go through
-// AtomicFile: the final name shows a whole file or none. Tensors lie in the order in which they
-// were added, each padded to the alignment, the last one too. Values are narrowed back to the type
-// that they carry; one that does not fit it is refused instead of written changed.
+// Writing GGUF v3, through AtomicFile: the final name shows a whole file or none. Tensors lie in
+// the order in which they were added, each padded to the alignment, the last one too. Values are
+// narrowed back to the type that they carry; one that does not fit it is refused instead of written
+// changed.
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -172,6 +172,20 @@ void GgufWriter::set(std::string key, MetaValue value) {
 
 Status GgufWriter::add_tensor(std::string name, TensorType type, std::vector<int64_t> ne,
                               std::span<const std::byte> data) {
+  const auto bytes = tensor_bytes(type, ne);
+  if (bytes && *bytes != data.size()) {
+    return Error{"cannot write tensor " + quote_untrusted(name) + ": its extents need " +
+                 std::to_string(*bytes) + " bytes, " + std::to_string(data.size()) + " are given"};
+  }
+  return add_tensor(std::move(name), type, std::move(ne),
+                    {{0, data.size(), [data] {
+                        return std::shared_ptr<const std::byte>(std::shared_ptr<void>(),
+                                                                data.data());
+                      }}});
+}
+
+Status GgufWriter::add_tensor(std::string name, TensorType type, std::vector<int64_t> ne,
+                              std::vector<TensorPiece> pieces) {
   const auto fail = [&](const std::string& what) {
     return Error{"cannot write tensor " + quote_untrusted(name) + ": " + what};
   };
@@ -182,8 +196,8 @@ Status GgufWriter::add_tensor(std::string name, TensorType type, std::vector<int
   if (first_invalid_utf8(name) != name.size()) {
     return fail("its name is not UTF-8");
   }
-  for (const TensorInfo& tensor : tensors_) {
-    if (tensor.name == name) {
+  for (const Tensor& tensor : tensors_) {
+    if (tensor.info.name == name) {
       return fail("it is there already");
     }
   }
@@ -191,19 +205,32 @@ Status GgufWriter::add_tensor(std::string name, TensorType type, std::vector<int
   if (!bytes) {
     return fail(bytes.error().message);
   }
-  if (*bytes != data.size()) {
-    return fail("its extents need " + std::to_string(*bytes) + " bytes, " +
-                std::to_string(data.size()) + " are given");
+  for (const TensorPiece& piece : pieces) {
+    if (piece.begin > *bytes || piece.size > *bytes - piece.begin) {
+      return fail("a piece of it ends beyond its " + std::to_string(*bytes) + " bytes");
+    }
   }
-  tensors_.push_back({std::move(name), type, std::move(ne), data});
+  tensors_.push_back({{std::move(name), type, std::move(ne), {}}, *bytes, std::move(pieces)});
   return {};
 }
 
-Status GgufWriter::write(const std::filesystem::path& path) const {
+Result<uint64_t> GgufWriter::alignment() const {
+  for (const auto& [key, value] : metadata_) {
+    if (key == "general.alignment") {
+      return checked_alignment(value);
+    }
+  }
+  return kDefaultAlignment;
+}
+
+Result<uint64_t> GgufWriter::write_header(AtomicFile& file) const {
   const auto fail = [&](const std::string& what) {
-    return Error{"cannot write " + path.string() + ": " + what};
+    return Error{"cannot write " + file.path().string() + ": " + what};
   };
-  uint64_t alignment = kDefaultAlignment;
+  const auto aligned = alignment();
+  if (!aligned) {
+    return fail(aligned.error().message);
+  }
   std::string header = "GGUF";
   append<uint32_t>(header, 3);
   append<uint64_t>(header, tensors_.size());
@@ -216,33 +243,45 @@ Status GgufWriter::write(const std::filesystem::path& path) const {
     if (!append_value(header, value)) {
       return fail("key " + quote_untrusted(key) + ": its value does not fit its type");
     }
-    if (key == "general.alignment") {
-      const auto checked = checked_alignment(value);
-      if (!checked) {
-        return fail(checked.error().message);
-      }
-      alignment = *checked;
-    }
   }
   uint64_t offset = 0;
-  for (const TensorInfo& tensor : tensors_) {
-    append_string(header, tensor.name);
-    append(header, static_cast<uint32_t>(tensor.ne.size()));
-    for (const int64_t extent : tensor.ne) {
+  for (const auto& [info, size, pieces] : tensors_) {
+    append_string(header, info.name);
+    append(header, static_cast<uint32_t>(info.ne.size()));
+    for (const int64_t extent : info.ne) {
       append(header, static_cast<uint64_t>(extent));
     }
-    append(header, static_cast<uint32_t>(tensor.type));
+    append(header, static_cast<uint32_t>(info.type));
     append(header, offset);
-    offset += tensor.data.size() + padding_to(alignment, tensor.data.size());
+    offset += size + padding_to(*aligned, size);
   }
-  header.append(padding_to(alignment, header.size()), '\0');
-
-  RABIT_ASSIGN(AtomicFile file, AtomicFile::create(path));
+  header.append(padding_to(*aligned, header.size()), '\0');
   RABIT_CHECK(file.write(header));
-  for (const TensorInfo& tensor : tensors_) {
-    RABIT_CHECK(file.write(tensor.data));
-    RABIT_CHECK(file.write(std::string(padding_to(alignment, file.position()), '\0')));
+  if (offset > 0) {  // the last tensor's padding; what is left out in between reads as zeros
+    file.seek(header.size() + offset - 1);
+    RABIT_CHECK(file.write(std::string(1, '\0')));
   }
+  return uint64_t{header.size()};
+}
+
+Status GgufWriter::write_pieces(AtomicFile& file, uint64_t tensors_begin) const {
+  RABIT_ASSIGN(const uint64_t alignment, this->alignment());
+  uint64_t begin = tensors_begin;
+  for (const auto& [info, size, pieces] : tensors_) {
+    for (const TensorPiece& piece : pieces) {
+      const std::shared_ptr<const std::byte> bytes = piece.bytes();
+      file.seek(begin + piece.begin);
+      RABIT_CHECK(file.write(std::span(bytes.get(), piece.size)));
+    }
+    begin += size + padding_to(alignment, size);
+  }
+  return {};
+}
+
+Status GgufWriter::write(const std::filesystem::path& path) const {
+  RABIT_ASSIGN(AtomicFile file, AtomicFile::create(path));
+  RABIT_ASSIGN(const uint64_t tensors_begin, write_header(file));
+  RABIT_CHECK(write_pieces(file, tensors_begin));
   return file.commit();
 }
 

@@ -13,7 +13,9 @@
 #include "base/interrupt.h"
 #include "train/host_tensor.h"
 #include "train/layer_fit.h"
+#include "train/recompute.h"
 #include "train/session.h"
+#include "train/shards.h"
 
 namespace rabit::train {
 namespace {
@@ -36,10 +38,10 @@ class ReducedPrecision {
   const at::Float32MatmulPrecision before_ = at::globalContext().float32MatmulPrecision();
 };
 
-// Mean of y x^T over tokens, summed in float32 on the device of x.
+// Mean of y x^T over the tokens of all processes, summed in float32 on the device of x.
 class Moment {
  public:
-  // y (tokens, m), x (tokens, d)
+  // y (tokens, m), x (tokens, d); of all processes equally many.
   void add(const at::Tensor& y, const at::Tensor& x) {
     const at::Tensor left = y.reshape({-1, y.size(-1)}).to(at::kFloat);
     const at::Tensor right = x.reshape({-1, x.size(-1)}).to(at::kFloat);
@@ -54,7 +56,10 @@ class Moment {
     sum_.addmm_(left.t(), right);
     tokens_ += right.size(0);
   }
-  at::Tensor mean() const { return sum_ / static_cast<double>(tokens_); }
+  at::Tensor mean(const TrainSession& session) const {
+    session.sum(sum_);
+    return sum_ / static_cast<double>(tokens_ * session.processes());
+  }
 
  private:
   at::Tensor sum_;
@@ -199,37 +204,72 @@ Result<StageMoments> measure_stage(const TrainSession& session, size_t stage, in
       teacher.finish(begin, count, t);
     }
   }
-  return StageMoments{inputs.mean(), to_output ? cross.mean() : at::Tensor(),
-                      to_stream ? lacking.mean() : at::Tensor()};
+  return StageMoments{inputs.mean(session), to_output ? cross.mean(session) : at::Tensor(),
+                      to_stream ? lacking.mean(session) : at::Tensor()};
+}
+
+Result<LayerFit> fit_role(TrainSession& session, int64_t layer, Role role,
+                          const StageMoments& moments) {
+  const std::string name = linear_name(layer, role);
+  RABIT_ASSIGN(const at::Tensor weight, original_weight(session, layer, role));
+  LayerProblem problem{name, weight.to(moments.inputs.device()), moments.inputs, {}};
+  Importance importance;
+  if (session.options.alpha_out > 0.0 && !session.sums.empty()) {
+    importance = importance_of(session.sums[static_cast<size_t>(layer)], role, session.options);
+    problem.out = importance.out;
+  }
+  if (moments.cross.defined()) {
+    at::Tensor cross = at::matmul(problem.target, moments.cross);
+    if (moments.stream.defined()) {
+      cross += moments.stream;
+    }
+    RABIT_ASSIGN(problem.target,
+                 best_target(problem.target, cross, moments.inputs, session.options.ef_damp, name));
+  }
+  const quant::Shape shape = shape_of(session, layer, role);
+  RABIT_ASSIGN(LayerFit fit, fit_layer(problem, shape.paths, session.options, session.pool));
+  quant::draw_towards(shape, weight.const_data_ptr<float>(), fit.scales, kMargin,
+                      fit.latent.mutable_data_ptr<float>());
+  return fit;
+}
+
+// What process `owner` has fitted, on all of them.
+LayerFit fit_of(const TrainSession& session, const quant::Shape& shape, const LayerFit& own,
+                int64_t owner) {
+  if (!session.ranks) {
+    return own;
+  }
+  const int64_t rows = shape.paths * shape.d_out, columns = shape.paths * shape.d_in;
+  const std::vector<int64_t> sizes = {shape.d_out * shape.d_in, rows, columns, 1};
+  at::Tensor all = at::empty({sizes[0] + rows + columns + 1}, at::kFloat);
+  if (session.rank() == owner) {
+    all = at::cat({own.latent.flatten(), to_tensor(own.scales.g, {rows}),
+                   to_tensor(own.scales.h, {columns}), at::full({1}, own.error, at::kFloat)});
+  }
+  all = all.to(session.teacher.device);
+  session.ranks->broadcast(all, static_cast<int>(owner));
+  const std::vector<at::Tensor> parts = all.to(at::kCPU).split_with_sizes(sizes);
+  return {parts[0].view({shape.d_out, shape.d_in}).clone(),
+          {to_vector(parts[1]), to_vector(parts[2])},
+          parts[3].item<double>()};
 }
 
 Status fit_stage(TrainSession& session, int64_t layer, const Stage& stage,
                  const StageMoments& moments, StudentBlock& block) {
   wait_for(moments.inputs);
   const FitTimer timer{session};
-  for (const Role role : stage.roles) {
+  std::vector<LayerFit> fits(stage.roles.size());
+  const auto owner = [&](size_t i) { return static_cast<int64_t>(i) % session.processes(); };
+  for (size_t i = 0; i < fits.size(); ++i) {
     RABIT_CHECK(check_interrupt());
-    const std::string name = linear_name(layer, role);
-    RABIT_ASSIGN(const at::Tensor weight, original_weight(session, layer, role));
-    LayerProblem problem{name, weight.to(moments.inputs.device()), moments.inputs, {}};
-    Importance importance;
-    if (session.options.alpha_out > 0.0 && !session.sums.empty()) {
-      importance = importance_of(session.sums[static_cast<size_t>(layer)], role, session.options);
-      problem.out = importance.out;
+    if (owner(i) == session.rank()) {
+      RABIT_ASSIGN(fits[i], fit_role(session, layer, stage.roles[i], moments));
     }
-    if (moments.cross.defined()) {
-      at::Tensor cross = at::matmul(problem.target, moments.cross);
-      if (moments.stream.defined()) {
-        cross += moments.stream;
-      }
-      RABIT_ASSIGN(problem.target, best_target(problem.target, cross, moments.inputs,
-                                               session.options.ef_damp, name));
-    }
-    const quant::Shape shape = shape_of(session, layer, role);
-    RABIT_ASSIGN(LayerFit fit, fit_layer(problem, shape.paths, session.options, session.pool));
-    quant::draw_towards(shape, weight.const_data_ptr<float>(), fit.scales, kMargin,
-                        fit.latent.mutable_data_ptr<float>());
-    block[role] = make_linear(session, shape, fit.latent, fit.scales);
+  }
+  for (size_t i = 0; i < fits.size(); ++i) {
+    const quant::Shape shape = shape_of(session, layer, stage.roles[i]);
+    const LayerFit fit = fit_of(session, shape, fits[i], owner(i));
+    block[stage.roles[i]] = make_linear(session, shape, fit.latent, fit.scales);
     session.fit_errors.push_back(fit.error);
   }
   return {};
@@ -239,7 +279,7 @@ Status start_by_error_feedback(TrainSession& session, int64_t layer, const at::T
                                const at::Tensor& teacher_x, bool final, StudentBlock& block,
                                BlockOutputs& outputs) {
   const at::NoGradGuard no_grad;
-  const BlockWeights& weights = session.teacher.blocks[static_cast<size_t>(layer)];
+  const BlockWeights weights = whole_weights(session.teacher, layer);
   const Rotary rotary = make_rotary(session.config(), x.size(1), session.teacher.device);
   Side student(session, rotary, x), teacher(session, rotary, teacher_x);
   teacher.set_weights(weights);
@@ -339,6 +379,9 @@ class ImportanceTap : public LinearTap {
   std::array<Sums, kRoleCount> sums;
 
   void see(Role role, const at::Tensor& input, const at::Tensor& output) override {
+    if (!c10::GradMode::is_enabled()) {
+      return;  // the block will be computed again
+    }
     Sums& sum = sums[index_of(role)];
     const auto add = [](at::Tensor& total, const at::Tensor& value) {
       total = total.defined() ? total + value : value;
@@ -367,8 +410,13 @@ Status measure_importance(TrainSession& session) {
     RABIT_CHECK(check_interrupt());
     const at::Tensor ids = session.windows.distinct_range(i, 1).to(teacher.device);
     at::Tensor x = embed(teacher, ids).set_requires_grad(true);
-    for (size_t layer = 0; layer < teacher.blocks.size(); ++layer) {
-      x = block_forward(config, teacher.blocks[layer], rotary, x, teacher.compute, &taps[layer]);
+    for (size_t layer = 0; layer < taps.size(); ++layer) {
+      const auto block = [&, layer](const at::Tensor& in) {
+        return block_forward(config, whole_weights(teacher, static_cast<int64_t>(layer)), rotary,
+                             in, teacher.compute, &taps[layer]);
+      };
+      // Of blocks that are shared out no more than one is to be here at a time.
+      x = teacher.ranks ? recomputed(block, x, x) : block(x);
     }
     // The language loss of the teacher: its gradient says how much each output row matters.
     const at::Tensor hidden = norm(config, x, teacher.output_norm, teacher.compute);

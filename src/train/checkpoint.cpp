@@ -1,10 +1,12 @@
 // Checkpoints: a GGUF file of float32 tensors (latents, scales, optimizer state) and metadata that
-// says what it belongs to. Written whole or not at all.
+// says what it belongs to. Written whole or not at all. Of several processes each writes and reads
+// the rows that it holds.
 
 #include <ATen/ATen.h>
+#include <c10/util/accumulate.h>
 #include <fmt/format.h>
 
-#include <deque>
+#include <optional>
 
 #include "base/files.h"
 #include "base/interrupt.h"
@@ -21,59 +23,151 @@ constexpr char kPrefix[] = "rabit.checkpoint.";
 
 std::string key(const char* name) { return std::string(kPrefix) + name; }
 
-std::filesystem::path unfinished_checkpoint(std::filesystem::path checkpoint) {
-  return checkpoint += ".new";
-}
-
-// Writes the checkpoint whole, then gives the earlier ones that are to be kept the names of older
-// ones. The last keeps its own name until the new one takes it, where the file system has hard
-// links.
-Status replace_checkpoint(const GgufWriter& writer, const std::filesystem::path& checkpoint,
-                          int64_t kept) {
+// Gives the earlier checkpoints that are to be kept the names of older ones. The last keeps its own
+// name, too, until the new one takes it, where the file system has hard links.
+void make_room(const std::filesystem::path& checkpoint, int64_t kept) {
   const auto path = [&](int64_t age) { return earlier_checkpoint(checkpoint, age); };
   std::error_code failed;
-  if (kept == 1 || !std::filesystem::exists(checkpoint, failed)) {
-    return writer.write(checkpoint);
+  if (kept == 1 || !std::filesystem::exists(checkpoint, failed) ||
+      std::filesystem::equivalent(path(0), path(1), failed)) {  // a kill may have left it so
+    return;
   }
-  const std::filesystem::path made = unfinished_checkpoint(checkpoint);
-  RABIT_CHECK(writer.write(made));
-  // A kill may have left the last under two names.
-  if (!std::filesystem::equivalent(path(0), path(1), failed)) {
-    for (int64_t age = kept - 1; age > 1; --age) {
-      std::filesystem::rename(path(age - 1), path(age), failed);
-    }
-    std::filesystem::remove(path(1), failed);
-    std::filesystem::create_hard_link(path(0), path(1), failed);
-    if (failed) {
-      std::filesystem::rename(path(0), path(1), failed);
-    }
+  for (int64_t age = kept - 1; age > 1; --age) {
+    std::filesystem::rename(path(age - 1), path(age), failed);
   }
-  std::filesystem::rename(made, checkpoint, failed);
-  return failed ? Error{"cannot rename " + made.string() + ": " + failed.message()} : Status();
+  std::filesystem::remove(path(1), failed);
+  std::filesystem::create_hard_link(path(0), path(1), failed);
+  if (failed) {
+    std::filesystem::rename(path(0), path(1), failed);
+  }
 }
 
-// Host copies that stay alive until the writer has written them.
-class Tensors {
- public:
-  Status add(GgufWriter& writer, const std::string& name, const at::Tensor& tensor) {
-    const at::Tensor host = tensor.detach().to(at::kCPU, at::kFloat).contiguous();
-    kept_.push_back(host);
-    std::vector<int64_t> ne(host.sizes().rbegin(), host.sizes().rend());
-    const auto bytes =
-        std::as_bytes(std::span(host.const_data_ptr<float>(), static_cast<size_t>(host.numel())));
-    return writer.add_tensor(name, TensorType::kF32, std::move(ne), bytes);
+// The first process makes the file, every one writes what it has of the tensors; the first gives it
+// its name when all have.
+Status write_together(const TrainSession& session, const GgufWriter& writer) {
+  std::optional<AtomicFile> file;
+  int64_t tensors_begin = -1;  // until there is a header
+  const auto begin = [&]() -> Status {
+    RABIT_ASSIGN(AtomicFile created, AtomicFile::create(session.checkpoint_path));
+    RABIT_ASSIGN(const uint64_t after, writer.write_header(created));
+    RABIT_CHECK(created.flush());  // others see its size when they open it, on NFS too
+    file.emplace(std::move(created));
+    tensors_begin = static_cast<int64_t>(after);
+    return {};
+  };
+  Status status = session.first() ? begin() : Status();
+  if (session.ranks) {
+    const at::Tensor shared = at::full({1}, tensors_begin, at::kLong).to(session.teacher.device);
+    session.ranks->broadcast(shared);
+    tensors_begin = shared.item<int64_t>();
   }
+  const auto write = [&]() -> Status {
+    if (!file) {
+      RABIT_ASSIGN(AtomicFile joined, AtomicFile::join(session.checkpoint_path));
+      file.emplace(std::move(joined));
+    }
+    RABIT_CHECK(writer.write_pieces(*file, static_cast<uint64_t>(tensors_begin)));
+    return session.first() ? Status() : file->flush();
+  };
+  if (tensors_begin >= 0) {
+    status = write();
+  }
+  if (session.anywhere(!status)) {
+    return status ? Status(Error{"another process could not write its part of " +
+                                 session.checkpoint_path.string()})
+                  : status;
+  }
+  const auto finish = [&]() -> Status {
+    RABIT_CHECK(file->flush());
+    make_room(session.checkpoint_path, session.options.keep_checkpoints);
+    return file->commit();
+  };
+  status = session.first() ? finish() : Status();
+  if (session.anywhere(!status) && status) {  // none goes on before it has its name
+    return Error{"process 0 could not finish " + session.checkpoint_path.string()};
+  }
+  return status;
+}
 
- private:
-  std::vector<at::Tensor> kept_;
-};
+constexpr uint64_t kValueBytes = 4;  // of a float32, or of a word of signs
+
+// How a layer's tensors lie on the processes that share its block out, rows along `dim`.
+LeafLayout rows_along(int64_t dim, const StudentBlock& block, Role role) {
+  return block.ranks ? LeafLayout{dim, block.rows[index_of(role)]} : LeafLayout{};
+}
+
+std::vector<int64_t> whole_sizes(const at::Tensor& share, const LeafLayout& layout) {
+  std::vector<int64_t> sizes = share.sizes().vec();
+  if (layout.dim >= 0) {
+    sizes[static_cast<size_t>(layout.dim)] = layout.rows;
+  }
+  return sizes;
+}
+
+// What this process writes of a tensor that begins at byte `base`, on the host only when it is
+// written.
+void add_pieces(std::vector<TensorPiece>& pieces, uint64_t base, const at::Tensor& share,
+                const LeafLayout& layout, const Ranks* ranks) {
+  const auto add = [&](int64_t begin, const at::Tensor& part) {
+    pieces.push_back(
+        {base + static_cast<uint64_t>(begin) * kValueBytes,
+         static_cast<uint64_t>(part.numel()) * kValueBytes, [part] {
+           const at::Tensor host =
+               part.to(at::kCPU, part.scalar_type() == at::kInt ? at::kInt : at::kFloat)
+                   .contiguous();
+           const auto* bytes = static_cast<const std::byte*>(host.const_data_ptr());
+           return std::shared_ptr<const std::byte>(std::make_shared<at::Tensor>(host), bytes);
+         }});
+  };
+  const at::Tensor own = share.detach();
+  if (layout.dim < 0) {
+    if (ranks == nullptr || ranks->first()) {
+      add(0, own);
+    }
+    return;
+  }
+  // A run of rows for every index before them.
+  const RowShare rows = rows_of(layout.rows, ranks->rank(), ranks->size());
+  const int64_t count =
+      c10::multiply_integers(own.sizes().slice(0, static_cast<size_t>(layout.dim)));
+  const at::Tensor runs = own.reshape({count, -1});
+  const int64_t row = runs.size(1) / rows.count;  // its values
+  for (int64_t i = 0; i < count; ++i) {
+    add((i * layout.rows + rows.begin) * row, runs[i]);
+  }
+}
+
+Status add_tensor(GgufWriter& writer, const std::string& name, const at::Tensor& share,
+                  const LeafLayout& layout, const Ranks* ranks) {
+  const std::vector<int64_t> sizes = whole_sizes(share, layout);
+  std::vector<TensorPiece> pieces;
+  add_pieces(pieces, 0, share, layout, ranks);
+  return writer.add_tensor(name,
+                           share.scalar_type() == at::kInt ? TensorType::kI32 : TensorType::kF32,
+                           {sizes.rbegin(), sizes.rend()}, std::move(pieces));
+}
+
+// One vector of what an optimizer keeps of these leaves, one after the other.
+Status add_flat(GgufWriter& writer, const std::string& name, const at::Tensor& flat,
+                const std::vector<at::Tensor>& leaves, const std::vector<LeafLayout>& layouts,
+                const Ranks* ranks) {
+  std::vector<TensorPiece> pieces;
+  int64_t begin = 0, whole_begin = 0;
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    const at::Tensor share = flat.narrow(0, begin, leaves[i].numel()).view(leaves[i].sizes());
+    add_pieces(pieces, static_cast<uint64_t>(whole_begin) * kValueBytes, share, layouts[i], ranks);
+    begin += leaves[i].numel();
+    whole_begin += c10::multiply_integers(whole_sizes(leaves[i], layouts[i]));
+  }
+  return writer.add_tensor(name, TensorType::kF32, {whole_begin}, std::move(pieces));
+}
 
 }  // namespace
 
 std::filesystem::path earlier_checkpoint(const std::filesystem::path& checkpoint, int64_t age) {
   std::filesystem::path path = checkpoint;
   if (age > 0) {
-    path += "." + std::to_string(age);
+    path += fmt::format(".{}", age);
   }
   return path;
 }
@@ -98,7 +192,7 @@ std::vector<std::filesystem::path> checkpoints_beside(const std::filesystem::pat
 void remove_checkpoints(const std::filesystem::path& checkpoint) {
   std::error_code ignored;
   std::vector<std::filesystem::path> paths = checkpoints_beside(checkpoint);
-  paths.insert(paths.end(), {checkpoint, unfinished_checkpoint(checkpoint)});
+  paths.push_back(checkpoint);
   for (std::filesystem::path& path : paths) {
     std::filesystem::remove(path, ignored);
     std::filesystem::remove(path += kPartialEnding, ignored);
@@ -120,7 +214,6 @@ std::string settings_fingerprint(const TrainSession& session) {
 Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
                        const DistillState* distill) {
   GgufWriter writer;
-  Tensors tensors;
   writer.set("general.architecture", MetaValue::string("rabit-checkpoint"));
   writer.set(key("version"), MetaValue::u32(kCheckpointVersion));
   writer.set(key("fingerprint"), MetaValue::string(settings_fingerprint(session)));
@@ -129,69 +222,61 @@ Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
   writer.set(key("log"),
              MetaValue::string(log.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)));
   writer.set(key("blocks_done"), MetaValue::u32(static_cast<uint32_t>(blocks_done)));
+  const Ranks* ranks = session.ranks.get();
+  const auto add = [&](const std::string& name, const at::Tensor& share, const LeafLayout& layout) {
+    return add_tensor(writer, name, share, layout, ranks);
+  };
   // Steps may have been taken none of which was usable: then there is no state to keep.
   const TrainerState none;
   const TrainerState& state = distill != nullptr ? distill->trainer : none;
   size_t matrix = 0;
-  const SharedLeaves shared = shared_leaves(session.student, session.ranks);
-  std::deque<StudentBlock> kept;  // until their signs are written
   for (int64_t layer = 0; layer < blocks_done; ++layer) {
-    const StudentBlock& block =
-        kept.emplace_back(whole_block(session.student.blocks[static_cast<size_t>(layer)]));
+    const StudentBlock& block = session.student.blocks[static_cast<size_t>(layer)];
     for (const Role role : kRoles) {
-      at::Tensor average;
-      if (distill != nullptr && !distill->average.empty()) {
-        average = distill->average[matrix];
-        if (session.ranks) {
-          average = whole_of(average, shared.latents[matrix], *session.ranks);
-        }
-      }
-      if (!session.first()) {
-        ++matrix;
-        continue;
-      }
       const StudentLinear& linear = block[role];
       const std::string name = linear_name(layer, role);
-      RABIT_CHECK(tensors.add(writer, name + ".latent", linear.latent));
-      RABIT_CHECK(tensors.add(writer, name + ".g", linear.g));
-      RABIT_CHECK(tensors.add(writer, name + ".h", linear.h));
-      RABIT_CHECK(writer.add_tensor(name + ".start_sign", TensorType::kI32,
-                                    sign_extents(linear.shape),
-                                    std::as_bytes(std::span(linear.start_signs))));
+      const LeafLayout rows = rows_along(linear.latent.dim() - 2, block, role);
+      RABIT_CHECK(add(name + ".latent", linear.latent, rows));
+      RABIT_CHECK(add(name + ".g", linear.g, rows_along(1, block, role)));
+      RABIT_CHECK(add(name + ".h", linear.h, {}));
+      RABIT_CHECK(add(name + ".start_sign", sign_word_tensor(linear.start_signs, linear.shape),
+                      rows_along(1, block, role)));
       if (!state.momentum.empty()) {
-        RABIT_CHECK(tensors.add(writer, name + ".momentum", state.momentum[matrix]));
+        RABIT_CHECK(add(name + ".momentum", state.momentum[matrix], rows));
       }
-      if (average.defined()) {
-        RABIT_CHECK(tensors.add(writer, name + ".average", average));
+      if (distill != nullptr && !distill->average.empty()) {
+        RABIT_CHECK(add(name + ".average", distill->average[matrix], rows));
       }
       ++matrix;
     }
     for (const auto& [name, norm] : block_norms(block, layer)) {
       if (norm->defined()) {
-        RABIT_CHECK(tensors.add(writer, name, *norm));
+        RABIT_CHECK(add(name, *norm, {}));
       }
     }
   }
-  if (!session.first()) {
-    return {};
-  }
   if (session.student.output_norm.defined()) {
-    RABIT_CHECK(tensors.add(writer, "output_norm", session.student.output_norm));
+    RABIT_CHECK(add("output_norm", session.student.output_norm, {}));
   }
   if (distill != nullptr) {
     writer.set(key("distill_step"), MetaValue::u64(static_cast<uint64_t>(distill->step)));
-    for (const auto& [name, adam] :
-         {std::pair{"scales", &state.scales}, std::pair{"latents", &state.latents}}) {
-      if (adam->mean.defined()) {
-        const std::string part = std::string("adam.") + name;
-        writer.set(key(part.c_str()), MetaValue::u64(static_cast<uint64_t>(adam->steps)));
-        RABIT_CHECK(tensors.add(writer, part + ".mean", adam->mean));
-        RABIT_CHECK(tensors.add(writer, part + ".square", adam->square));
+    const SharedLeaves shared = shared_leaves(session.student, session.ranks);
+    const auto add_adam = [&](const char* of, const AdamW::State& adam,
+                              const std::vector<at::Tensor>& leaves,
+                              const std::vector<LeafLayout>& layouts) -> Status {
+      if (!adam.mean.defined()) {
+        return {};
       }
-    }
+      const std::string part = std::string("adam.") + of;
+      writer.set(key(part.c_str()), MetaValue::u64(static_cast<uint64_t>(adam.steps)));
+      RABIT_CHECK(add_flat(writer, part + ".mean", adam.mean, leaves, layouts, ranks));
+      return add_flat(writer, part + ".square", adam.square, leaves, layouts, ranks);
+    };
+    RABIT_CHECK(add_adam("scales", state.scales, scales_and_norms(session.student), shared.scales));
+    RABIT_CHECK(
+        add_adam("latents", state.latents, latents(session.student.blocks), shared.latents));
   }
-  RABIT_CHECK(
-      replace_checkpoint(writer, session.checkpoint_path, session.options.keep_checkpoints));
+  RABIT_CHECK(write_together(session, writer));
   if (session.observer.message) {
     session.observer.message("checkpoint: " + session.checkpoint_path.string());
   }
@@ -251,15 +336,57 @@ std::string differences(const nlohmann::json& before, const nlohmann::json& now)
   return found;
 }
 
-// A tensor of finite values.
-Result<at::Tensor> read_finite(const GgufFile& file, const std::string& name,
+// A tensor of float32 as it lies in the file, (sizes) slowest first.
+Result<at::Tensor> find_floats(const GgufFile& file, const std::string& name,
                                at::IntArrayRef sizes) {
-  RABIT_ASSIGN(at::Tensor tensor, read_tensor(file, name, sizes));
-  if (!tensor.isfinite().all().item<bool>()) {
+  const std::vector<int64_t> ne(sizes.rbegin(), sizes.rend());
+  RABIT_ASSIGN(const TensorInfo* tensor, file.get_tensor(name, ne));
+  if (tensor->type != TensorType::kF32) {
+    return Error{file.path().string() + ": tensor " + name + " is not of type F32"};
+  }
+  return at::from_blob(const_cast<std::byte*>(tensor->data.data()), sizes, at::kFloat);
+}
+
+// What a process has of a tensor, which must be finite.
+Result<at::Tensor> own_finite(const GgufFile& file, const std::string& name,
+                              const at::Tensor& whole, const LeafLayout& layout,
+                              const Ranks* ranks) {
+  at::Tensor own = (ranks != nullptr ? share_of(whole, layout, *ranks) : whole).clone();
+  if (!own.isfinite().all().item<bool>()) {
     return Error{file.path().string() + ": damaged: tensor " + name +
                  " holds values that are not finite"};
   }
-  return tensor;
+  return own;
+}
+
+// This process's share of a tensor of these sizes.
+Result<at::Tensor> read_share(const GgufFile& file, const std::string& name, at::IntArrayRef sizes,
+                              const LeafLayout& layout, const Ranks* ranks) {
+  RABIT_ASSIGN(const at::Tensor whole, find_floats(file, name, sizes));
+  return own_finite(file, name, whole, layout, ranks);
+}
+
+// As add_flat() wrote it.
+Result<at::Tensor> read_flat(const GgufFile& file, const std::string& name,
+                             const std::vector<at::Tensor>& leaves,
+                             const std::vector<LeafLayout>& layouts, const Ranks* ranks) {
+  int64_t count = 0;
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    count += c10::multiply_integers(whole_sizes(leaves[i], layouts[i]));
+  }
+  RABIT_ASSIGN(const at::Tensor flat, find_floats(file, name, {count}));
+  std::vector<at::Tensor> shares;
+  int64_t begin = 0;
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    const std::vector<int64_t> sizes = whole_sizes(leaves[i], layouts[i]);
+    const int64_t values = c10::multiply_integers(sizes);
+    RABIT_ASSIGN(
+        const at::Tensor share,
+        own_finite(file, name, flat.narrow(0, begin, values).view(sizes), layouts[i], ranks));
+    shares.push_back(share.flatten());
+    begin += values;
+  }
+  return at::cat(shares);
 }
 
 // What `body` returns; metadata of other types than were written are damage.
@@ -270,31 +397,43 @@ auto as_written(const std::string& where, const Body& body) -> decltype(body()) 
   return Error{where + ": damaged: what it says of its run is not what rabit quantize wrote"};
 }
 
-// The layers of blocks [0, blocks_done) and their norms; the blocks after them stay empty.
+// The layers of blocks [0, blocks_done) and their norms, or what a process has of them; the blocks
+// after them stay empty.
 Result<Student> read_student(const GgufFile& file, int64_t blocks_done, const ModelConfig& config,
                              const QuantizeOptions& options, const PathPlan& bits,
-                             at::Device device) {
+                             at::Device device, const std::shared_ptr<Ranks>& ranks) {
   const auto read_norm = [&](const std::string& name) -> Result<at::Tensor> {
-    RABIT_ASSIGN(const at::Tensor norm, read_finite(file, name, {config.d_model}));
+    RABIT_ASSIGN(const at::Tensor norm, read_share(file, name, {config.d_model}, {}, nullptr));
     return norm.to(device).clone().set_requires_grad(true);
   };
   Student student;
   student.blocks.resize(static_cast<size_t>(config.layers));
   for (int64_t layer = 0; layer < blocks_done; ++layer) {
     StudentBlock& block = student.blocks[static_cast<size_t>(layer)];
+    block.ranks = ranks;
     for (const Role role : kRoles) {
       RABIT_CHECK(check_interrupt());
       const LinearShape sizes = linear_shape(config, role);
       const quant::Shape shape = {sizes.d_out, sizes.d_in, bits.paths(layer, role)};
       const std::string name = linear_name(layer, role);
+      const auto read = [&](const char* part, at::IntArrayRef of, const LeafLayout& layout) {
+        return read_share(file, name + part, of, layout, ranks.get());
+      };
+      block.rows[index_of(role)] = shape.d_out;
       std::vector<int64_t> latent_sizes = {shape.d_out, shape.d_in};
       if (has_independent_latents(options.method)) {
         latent_sizes.insert(latent_sizes.begin(), shape.paths);
       }
-      RABIT_ASSIGN(const at::Tensor latent, read_finite(file, name + ".latent", latent_sizes));
-      RABIT_ASSIGN(const at::Tensor g, read_finite(file, name + ".g", {shape.paths, shape.d_out}));
-      RABIT_ASSIGN(const at::Tensor h, read_finite(file, name + ".h", {shape.paths, shape.d_in}));
+      const auto row_dim = static_cast<int64_t>(latent_sizes.size()) - 2;
+      const LeafLayout path_rows = rows_along(1, block, role);
+      RABIT_ASSIGN(const at::Tensor latent,
+                   read(".latent", latent_sizes, rows_along(row_dim, block, role)));
+      RABIT_ASSIGN(const at::Tensor g, read(".g", {shape.paths, shape.d_out}, path_rows));
+      RABIT_ASSIGN(const at::Tensor h, read(".h", {shape.paths, shape.d_in}, {}));
       RABIT_ASSIGN(std::vector<uint32_t> signs, read_signs(file, name + ".start_sign", shape));
+      if (ranks) {
+        signs = sign_words(share_of(sign_word_tensor(signs, shape), path_rows, *ranks));
+      }
       block[role] = restore_student_linear(options.method, latent, g, h, std::move(signs), device);
     }
     if (options.train_norms) {
@@ -395,52 +534,44 @@ Result<Resumed> read_checkpoint(TrainSession& session) {
   }
   RABIT_ASSIGN(session.student,
                read_student(*file, resumed.blocks_done, session.config(), session.options,
-                            session.bits, session.teacher.device));
-  int64_t scale_count = 0, latent_count = 0;
-  for (const auto& tensor : scales_and_norms(session.student)) {
-    scale_count += tensor.numel();
+                            session.bits, session.teacher.device, session.ranks));
+  if (!resumed.distilling) {
+    return resumed;
   }
-  const auto done =
-      std::span(session.student.blocks).first(static_cast<size_t>(resumed.blocks_done));
-  size_t layer = 0;
-  for (const StudentBlock& block : done) {
+  const Ranks* ranks = session.ranks.get();
+  const SharedLeaves shared = shared_leaves(session.student, session.ranks);
+  const std::vector<at::Tensor> matrices = latents(session.student.blocks);
+  size_t matrix = 0;
+  for (int64_t layer = 0; layer < resumed.blocks_done; ++layer) {
     for (const Role role : kRoles) {
-      const std::string name = linear_name(static_cast<int64_t>(layer), role);
-      const auto sizes = block[role].latent.sizes();
-      latent_count += block[role].latent.numel();
+      const std::string name = linear_name(layer, role);
+      const LeafLayout& rows = shared.latents[matrix];
+      const std::vector<int64_t> sizes = whole_sizes(matrices[matrix], rows);
+      ++matrix;
       if (momentum) {
-        RABIT_ASSIGN(at::Tensor tensor, read_finite(*file, name + ".momentum", sizes));
-        resumed.distill.trainer.momentum.push_back(std::move(tensor));
+        RABIT_ASSIGN(at::Tensor share, read_share(*file, name + ".momentum", sizes, rows, ranks));
+        resumed.distill.trainer.momentum.push_back(std::move(share));
       }
-      if (resumed.distilling && session.options.ema > 0.0) {
-        RABIT_ASSIGN(const at::Tensor tensor, read_finite(*file, name + ".average", sizes));
-        resumed.distill.average.push_back(tensor.to(session.teacher.device));
+      if (session.options.ema > 0.0) {
+        RABIT_ASSIGN(const at::Tensor share,
+                     read_share(*file, name + ".average", sizes, rows, ranks));
+        resumed.distill.average.push_back(share.to(session.teacher.device));
       }
     }
-    ++layer;
   }
-  const auto adam = [&](const std::string& part, int64_t count) -> Result<AdamW::State> {
+  const auto adam = [&](const std::string& part, const std::vector<at::Tensor>& leaves,
+                        const std::vector<LeafLayout>& layouts) -> Result<AdamW::State> {
     AdamW::State state;
     RABIT_ASSIGN(state.steps, file->get_int(key(part.c_str())));
-    RABIT_ASSIGN(state.mean, read_finite(*file, part + ".mean", {count}));
-    RABIT_ASSIGN(state.square, read_finite(*file, part + ".square", {count}));
+    RABIT_ASSIGN(state.mean, read_flat(*file, part + ".mean", leaves, layouts, ranks));
+    RABIT_ASSIGN(state.square, read_flat(*file, part + ".square", leaves, layouts, ranks));
     return state;
   };
   if (optimized) {
-    RABIT_ASSIGN(resumed.distill.trainer.scales, adam("adam.scales", scale_count));
+    RABIT_ASSIGN(resumed.distill.trainer.scales,
+                 adam("adam.scales", scales_and_norms(session.student), shared.scales));
     if (!momentum) {
-      RABIT_ASSIGN(resumed.distill.trainer.latents, adam("adam.latents", latent_count));
-    }
-  }
-  if (session.ranks) {
-    for (int64_t done = 0; done < resumed.blocks_done; ++done) {
-      StudentBlock& block = session.student.blocks[static_cast<size_t>(done)];
-      block = shard_block(block, session.ranks);
-    }
-    const SharedLeaves shared = shared_leaves(session.student, session.ranks);
-    for (size_t i = 0; i < resumed.distill.average.size(); ++i) {
-      at::Tensor& average = resumed.distill.average[i];
-      average = share_of(average, shared.latents[i], *session.ranks).clone();
+      RABIT_ASSIGN(resumed.distill.trainer.latents, adam("adam.latents", matrices, shared.latents));
     }
   }
   return resumed;
@@ -485,7 +616,7 @@ Result<CheckpointStudent> read_checkpoint_student(const GgufFile& file, const Mo
   RABIT_ASSIGN(PathPlan bits, PathPlan::parse(options.bits));
   RABIT_CHECK(take_searched(run.log, options, bits));
   RABIT_ASSIGN(Student student,
-               read_student(file, run.blocks_done, config, options, bits, at::kCPU));
+               read_student(file, run.blocks_done, config, options, bits, at::kCPU, nullptr));
   // Where there is an average, it is what would be packed.
   const at::NoGradGuard no_grad;
   for (int64_t layer = 0; layer < run.blocks_done; ++layer) {
@@ -493,7 +624,7 @@ Result<CheckpointStudent> read_checkpoint_student(const GgufFile& file, const Mo
       const std::string name = linear_name(layer, role) + ".average";
       at::Tensor latent = student.at(layer, role).latent;
       if (file.find_tensor(name) != nullptr) {
-        RABIT_ASSIGN(const at::Tensor average, read_tensor(file, name, latent.sizes()));
+        RABIT_ASSIGN(const at::Tensor average, find_floats(file, name, latent.sizes()));
         latent.copy_(average);
       }
     }

@@ -8,7 +8,10 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <functional>
+#include <memory>
 #include <optional>
+#include <utility>
 
 #include "base/interrupt.h"
 #include "train/optimizer.h"
@@ -130,26 +133,50 @@ Losses distill_loss(const TrainSession& session, const Student& student, const R
   {
     const at::NoGradGuard no_grad;
     x_teacher = x0;
-    for (const auto& block : teacher.blocks) {
-      x_teacher =
-          block_forward(config, block, rotary, x_teacher, teacher.compute, of_teacher.tap());
-      of_teacher.see_stream(x_teacher);
-    }
+    block_by_block(
+        config.layers, [&](int64_t b) { return begin_weights(teacher, b); },
+        [&](int64_t, const BlockWeights& weights) {
+          x_teacher =
+              block_forward(config, weights, rotary, x_teacher, teacher.compute, of_teacher.tap());
+          of_teacher.see_stream(x_teacher);
+        });
   }
   ended(kOriginal);
+  // What a tap sees would be gone when a block is computed again.
+  TORCH_CHECK(!options.recompute || of_student.tap() == nullptr);
   at::Tensor x = x0;
-  for (size_t b = 0; b < teacher.blocks.size(); ++b) {
-    // May be called after this function has returned.
-    const auto block = [&student, &teacher, &config, &rotary, b,
-                        tap = of_student.tap()](const at::Tensor& in) {
-      const BlockWeights weights =
-          student_weights(student.blocks[b], teacher.blocks[b], teacher.compute);
-      return block_forward(config, weights, rotary, in, teacher.compute, tap);
-    };
-    // What a tap sees would be gone by then.
-    TORCH_CHECK(!options.recompute || of_student.tap() == nullptr);
-    x = options.recompute ? recomputed(block, x, student.blocks[b].linear[0].latent) : block(x);
-    of_student.see_stream(x);
+  if (options.recompute) {
+    // Is called on the way back, too, after this function has returned. The weights of the block
+    // that comes next are on their way meanwhile.
+    const size_t blocks = student.blocks.size();
+    const auto coming = std::make_shared<std::vector<std::function<BlockWeights()>>>(blocks);
+    for (size_t b = 0; b < blocks; ++b) {
+      const auto block = [&student, &teacher, &config, &rotary, coming, b](const at::Tensor& in) {
+        const auto begin = [&](size_t of) {
+          return begin_weights(student.blocks[of], teacher.blocks[of], teacher.compute);
+        };
+        const auto begun = std::exchange((*coming)[b], {});
+        const BlockWeights weights = begun ? begun() : begin(b)();
+        const bool back = c10::GradMode::is_enabled();
+        if (const size_t next = back ? b - 1 : b + 1; next < coming->size()) {
+          (*coming)[next] = begin(next);
+        }
+        return block_forward(config, weights, rotary, in, teacher.compute);
+      };
+      x = recomputed(block, x, student.blocks[b].linear[0].latent);
+      of_student.see_stream(x);
+    }
+  } else {
+    block_by_block(
+        config.layers,
+        [&](int64_t b) {
+          const auto block = static_cast<size_t>(b);
+          return begin_weights(student.blocks[block], teacher.blocks[block], teacher.compute);
+        },
+        [&](int64_t, const BlockWeights& weights) {
+          x = block_forward(config, weights, rotary, x, teacher.compute, of_student.tap());
+          of_student.see_stream(x);
+        });
   }
   ended(kForward);
   DistillationLoss head = head_loss(session, student, x, x_teacher, ids);
@@ -176,9 +203,8 @@ struct StepLosses {
 Result<StepLosses> accumulate(const TrainSession& session, const Student& student,
                               const Rotary& rotary, const at::Tensor& ids, Trainer& trainer,
                               PartTimes* times = nullptr) {
-  Ranks* ranks = session.ranks.get();
-  const int64_t windows = ids.size(0), own = windows / (ranks != nullptr ? ranks->size() : 1);
-  const int64_t first = ranks != nullptr ? ranks->rank() * own : 0;
+  const int64_t windows = ids.size(0), own = windows / session.processes();
+  const int64_t first = session.rank() * own;
   const int64_t at_once = session.options.micro_batch > 0 ? session.options.micro_batch : own;
   StepLosses sum;
   const auto add = [](at::Tensor& total, const at::Tensor& part, double share) {
@@ -202,9 +228,9 @@ Result<StepLosses> accumulate(const TrainSession& session, const Student& studen
     add(sum.watched, losses.watched, share);
   }
   for (at::Tensor* part : {&sum.loss, &sum.nll, &sum.watched}) {
-    if (ranks != nullptr && part->defined()) {
+    if (part->defined()) {
       *part = part->clone();
-      ranks->sum(*part);
+      session.sum(*part);
     }
   }
   return sum;
@@ -213,8 +239,8 @@ Result<StepLosses> accumulate(const TrainSession& session, const Student& studen
 // The teacher's weights as latents: the same sizes, and finite losses.
 Student stand_in(const TrainSession& session) {
   Student student;
-  int64_t layer = 0;
-  for (const BlockWeights& weights : session.teacher.blocks) {
+  for (int64_t layer = 0; layer < session.config().layers; ++layer) {
+    const BlockWeights weights = whole_weights(session.teacher, layer);
     StudentBlock& block = student.blocks.emplace_back();
     for (const Role role : kRoles) {
       const at::Tensor latent = weights.linear[index_of(role)].to(at::kFloat);
@@ -234,7 +260,6 @@ Student stand_in(const TrainSession& session) {
     if (session.ranks) {
       block = shard_block(block, session.ranks);
     }
-    ++layer;
   }
   if (session.options.train_norms) {
     add_output_norm(session.teacher, student);
@@ -291,7 +316,7 @@ Result<double> measure_distill(const TrainSession& session, int64_t tokens) {
   const std::vector<at::Tensor> matrices = latents(student.blocks);
   Trainer trainer(options, matrices, scales_and_norms(student),
                   shared_leaves(student, session.ranks));
-  const int64_t processes = session.ranks ? session.ranks->size() : 1;
+  const int64_t processes = session.processes();
   const auto seconds_of = [&](int64_t windows, PartTimes* times) -> Result<double> {
     RABIT_CHECK(check_interrupt());
     const Clock clock;
@@ -344,7 +369,7 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   const std::vector<at::Tensor> matrices = latents(session.student.blocks);
   Trainer trainer(options, matrices, scales_and_norms(session.student),
                   shared_leaves(session.student, session.ranks));
-  trainer.load_state(trainer.share(state.trainer));
+  trainer.load_state(state.trainer);
   const Rotary rotary = make_rotary(session.config(), options.seq_len, session.teacher.device);
   const int64_t step_tokens = options.batch * options.seq_len;
   const int64_t steps = distill_steps(options, tokens);
@@ -359,9 +384,7 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
       average.push_back(matrix.detach().clone());
     }
   }
-  const auto state_at = [&](int64_t step) {
-    return DistillState{step, trainer.whole(trainer.state()), average};
-  };
+  const auto state_at = [&](int64_t step) { return DistillState{step, trainer.state(), average}; };
   const auto save = [&](int64_t step) {
     const DistillState now = state_at(step);
     return save_checkpoint(session, static_cast<int64_t>(blocks), &now);
@@ -393,7 +416,8 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
   }
   int64_t step = first_step;
   for (; step < steps; ++step) {
-    if (session.stopped_together()) {  // the only place to stop at
+    bool due = since_checkpoint.elapsed() > options.checkpoint_minutes * 60.0;
+    if (session.stopped_together(due)) {  // the only place to stop at
       RABIT_CHECK(save(step));
       return Error{"interrupted", true};
     }
@@ -473,8 +497,7 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
     }
     const bool by_count =
         options.checkpoint_steps > 0 && (step + 1) % options.checkpoint_steps == 0;
-    const bool by_clock = since_checkpoint.elapsed() > options.checkpoint_minutes * 60.0;
-    if (by_count || session.anywhere(by_clock)) {
+    if (by_count || due) {
       const DistillState now = state_at(step + 1);
       save_or_say(session, static_cast<int64_t>(blocks), &now);
       since_checkpoint = Clock();

@@ -250,7 +250,7 @@ at::Tensor coupled_weight_by_operations(const StudentLinear& linear, at::ScalarT
 BlockWeights student_weights(const StudentBlock& student, const BlockWeights& teacher,
                              at::ScalarType compute) {
   if (student.ranks) {
-    return gathered_weights(student, teacher, compute);
+    return begin_weights(student, teacher, compute)();
   }
   const auto own = [](const at::Tensor& norm, const at::Tensor& otherwise) {
     return norm.defined() ? norm : otherwise;

@@ -35,6 +35,18 @@ std::vector<int64_t> sign_extents(const quant::Shape& shape) {
   return {(shape.d_in + 31) / 32, shape.d_out, shape.paths};
 }
 
+at::Tensor sign_word_tensor(const std::vector<uint32_t>& signs, const quant::Shape& shape) {
+  const at::Tensor out = at::empty({shape.paths, shape.d_out, (shape.d_in + 31) / 32}, at::kInt);
+  std::memcpy(out.mutable_data_ptr(), signs.data(), signs.size() * sizeof(uint32_t));
+  return out;
+}
+
+std::vector<uint32_t> sign_words(const at::Tensor& signs) {
+  const at::Tensor own = signs.to(at::kCPU).contiguous();
+  const auto* words = static_cast<const uint32_t*>(own.const_data_ptr());
+  return {words, words + own.numel()};
+}
+
 Result<std::vector<uint32_t>> read_signs(const GgufFile& file, const std::string& name,
                                          const quant::Shape& shape) {
   RABIT_ASSIGN(const TensorInfo* tensor, file.get_tensor(name, sign_extents(shape)));

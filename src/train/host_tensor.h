@@ -26,6 +26,11 @@ Result<at::Tensor> read_tensor(const GgufFile& file, const std::string& name,
 /// Extents of a tensor of packed signs, fastest first.
 std::vector<int64_t> sign_extents(const quant::Shape& shape);
 
+/// Packed signs as a tensor of int32 (k, d_out, ceil(d_in/32)) on the host, and back from one on
+/// any device.
+at::Tensor sign_word_tensor(const std::vector<uint32_t>& signs, const quant::Shape& shape);
+std::vector<uint32_t> sign_words(const at::Tensor& signs);
+
 /// Packed signs (k, d_out, ceil(d_in/32)) of a file. Errors: missing, other sizes, not of type I32.
 Result<std::vector<uint32_t>> read_signs(const GgufFile& file, const std::string& name,
                                          const quant::Shape& shape);

@@ -20,8 +20,10 @@ struct Sizes {
   int64_t latents = 0;
   int64_t scales = 0;
   int64_t largest_block = 0;  // linear weights of one
+  int64_t trained_block = 0;  // of these, what a process trains
   int64_t processes = 1;
   int64_t exchanged = 0;  // bytes of a block's weights and gradients on their way
+  int64_t original = 0;   // bytes of the original, with its blocks under way
 };
 
 Sizes sizes_of(const ModelConfig& config, const PathPlan& bits, const QuantizeOptions& options,
@@ -43,9 +45,17 @@ Sizes sizes_of(const ModelConfig& config, const PathPlan& bits, const QuantizeOp
   const auto share = [&](int64_t values) { return (values + processes - 1) / processes; };
   sizes.latents = share(sizes.latents);
   sizes.scales = share(sizes.scales);
+  sizes.trained_block = share(sizes.largest_block);
+  sizes.original =
+      kBf16 * (sizes.linear + config.vocab_size * config.d_model * (config.tied_head ? 1 : 2)) +
+      kFloat * config.d_model * (2 * config.layers + 1);
   if (processes > 1) {
-    // Gathered and put together; gradients of the block under way and of those before it.
-    sizes.exchanged = sizes.largest_block * (kBf16 + 3 * kFloat) + kBf16 * share(sizes.linear);
+    // Gathered, put together and the next one on its way; gradients of the block under way and of
+    // the one before it.
+    sizes.exchanged = sizes.largest_block * (2 * kBf16 + 3 * kFloat);
+    if (options.share_original) {
+      sizes.original -= kBf16 * (sizes.linear - share(sizes.linear) - 3 * sizes.largest_block);
+    }
   }
   return sizes;
 }
@@ -72,7 +82,7 @@ void add_slack(MemoryPhase& phase, double factor) {
 }
 
 MemoryPhase blocks_phase(const ModelConfig& config, const QuantizeOptions& options,
-                         const Sizes& sizes, int64_t teacher, int64_t tokens) {
+                         const Sizes& sizes, int64_t tokens) {
   const int64_t d = config.d_model;
   // In the fit both models' streams before and after the attention, and what the attention gave; in
   // training the block's input, and the teacher's before and after it.
@@ -81,7 +91,8 @@ MemoryPhase blocks_phase(const ModelConfig& config, const QuantizeOptions& optio
       options.error_feedback ? 4 * kFloat * d + 2 * kBf16 * config.d_q() : trained_token;
   const int64_t trained = std::min(tokens, options.warm_batch * options.seq_len);
   const int64_t training = options.warm_epochs > 0.0
-                               ? sizes.largest_block * (3 * kFloat + kBf16) +
+                               ? sizes.trained_block * 3 * kFloat + sizes.largest_block * kBf16 +
+                                     sizes.exchanged +
                                      trained * (2 * block_activations(config) + 4 * kFloat * d) +
                                      head_bytes(config, trained)
                                : 0;
@@ -91,7 +102,7 @@ MemoryPhase blocks_phase(const ModelConfig& config, const QuantizeOptions& optio
   const int64_t whole = sizes.processes > 1 ? sizes.largest_block : 0;  // the block under way
   MemoryPhase phase{
       "start and warm start",
-      {{"original", teacher},
+      {{"original", sizes.original},
        {"latents and scales", kFloat * (sizes.latents + sizes.scales + whole)},
        {"streams of the text", tokens * (fits_more ? fitted_token : trained_token)},
        {fits_more ? "a layer's fit" : "a block's training", fits_more ? fit : training}}};
@@ -100,7 +111,7 @@ MemoryPhase blocks_phase(const ModelConfig& config, const QuantizeOptions& optio
 }
 
 MemoryPhase distill_phase(const ModelConfig& config, const QuantizeOptions& options,
-                          const Sizes& sizes, int64_t teacher) {
+                          const Sizes& sizes) {
   const int64_t windows =
       options.micro_batch > 0 ? std::min(options.micro_batch, options.batch) : options.batch;
   const int64_t tokens = windows * options.seq_len, d = config.d_model;
@@ -121,7 +132,7 @@ MemoryPhase distill_phase(const ModelConfig& config, const QuantizeOptions& opti
   const int64_t working = std::max(of_block + 2 * tokens * kFloat * d, head_bytes(config, tokens));
   MemoryPhase phase{
       "distillation",
-      {{"original", teacher},
+      {{"original", sizes.original},
        {"latents and scales", kFloat * (sizes.latents + sizes.scales)},
        {"optimizer", moments * sizes.latents + 2 * kFloat * sizes.scales},
        {"weights of the paths", kBf16 * (options.recompute ? sizes.largest_block : sizes.linear)}}};
@@ -132,8 +143,9 @@ MemoryPhase distill_phase(const ModelConfig& config, const QuantizeOptions& opti
     phase.parts.push_back({"activations", kept});
   }
   phase.parts.push_back({"a block's gradients, or the head", working});
-  if (sizes.exchanged > 0) {
-    phase.parts.push_back({"exchanges", sizes.exchanged});
+  if (sizes.exchanged > 0) {  // and the rows' weights, which wait for their gradients
+    const int64_t rows = (options.recompute ? sizes.largest_block : sizes.linear) / sizes.processes;
+    phase.parts.push_back({"exchanges", sizes.exchanged + kBf16 * rows});
   }
   if (options.ema > 0.0) {
     phase.parts.push_back({"average of the latents", kFloat * sizes.latents});
@@ -165,16 +177,15 @@ std::vector<MemoryPhase> plan_memory(const ModelConfig& config, const PathPlan& 
                                      int64_t distill_tokens, int processes) {
   QuantizeOptions options = given;
   options.batch /= processes;
+  options.warm_batch /= processes;
+  calib_tokens /= processes;
   const Sizes sizes = sizes_of(config, bits, options, processes);
-  const int64_t teacher =
-      kBf16 * (sizes.linear + config.vocab_size * config.d_model * (config.tied_head ? 1 : 2)) +
-      kFloat * config.d_model * (2 * config.layers + 1);
   std::vector<MemoryPhase> phases;
   if (calib_tokens > 0) {
-    phases.push_back(blocks_phase(config, options, sizes, teacher, calib_tokens));
+    phases.push_back(blocks_phase(config, options, sizes, calib_tokens));
   }
   if (distill_tokens > 0) {
-    phases.push_back(distill_phase(config, options, sizes, teacher));
+    phases.push_back(distill_phase(config, options, sizes));
   }
   return phases;
 }
@@ -187,9 +198,12 @@ int64_t peak_bytes(const std::vector<MemoryPhase>& phases) {
   return most;
 }
 
-std::optional<std::string> options_within(const ModelConfig& config, const PathPlan& bits,
-                                          const QuantizeOptions& options, int64_t calib_tokens,
-                                          int64_t distill_tokens, int64_t bytes, int processes) {
+namespace {
+
+// With --share-original as it is.
+std::optional<std::string> others_within(const ModelConfig& config, const PathPlan& bits,
+                                         const QuantizeOptions& options, int64_t calib_tokens,
+                                         int64_t distill_tokens, int64_t bytes, int processes) {
   QuantizeOptions tried = options;
   std::string written;
   const auto fits = [&] {
@@ -244,6 +258,26 @@ std::optional<std::string> options_within(const ModelConfig& config, const PathP
     written += " --momentum bf16";
   }
   return written.empty() ? written : written.substr(1);
+}
+
+}  // namespace
+
+std::optional<std::string> options_within(const ModelConfig& config, const PathPlan& bits,
+                                          const QuantizeOptions& options, int64_t calib_tokens,
+                                          int64_t distill_tokens, int64_t bytes, int processes) {
+  const auto others = [&](const QuantizeOptions& given) {
+    return others_within(config, bits, given, calib_tokens, distill_tokens, bytes, processes);
+  };
+  if (processes == 1 || options.share_original) {
+    return others(options);
+  }
+  QuantizeOptions shared = options;
+  shared.share_original = true;
+  const auto without = others(options), with = others(shared);
+  if (with && with->empty() && !(without && without->empty())) {
+    return "--share-original";
+  }
+  return without || !with ? without : "--share-original " + *with;
 }
 
 }  // namespace rabit::train

@@ -8,6 +8,7 @@
 #include "train/gpu_ops.h"
 #endif
 #include "train/host_tensor.h"
+#include "train/shards.h"
 
 namespace rabit::train {
 namespace {
@@ -44,8 +45,10 @@ at::Tensor join(BlockWeights& block, std::span<const Role> roles) {
 
 }  // namespace
 
-Result<Network> load_network(const GgufFile& file, at::Device device, at::ScalarType compute) {
+Result<Network> load_network(const GgufFile& file, at::Device device, at::ScalarType compute,
+                             const std::shared_ptr<Ranks>& ranks) {
   Network network;
+  network.ranks = ranks;
   RABIT_ASSIGN(network.config, read_model_config(file));
   network.device = device;
   network.compute = compute;
@@ -76,7 +79,9 @@ Result<Network> load_network(const GgufFile& file, at::Device device, at::Scalar
       RABIT_ASSIGN(block.linear[index_of(role)],
                    load(name + ".weight", {shape.d_in, shape.d_out}, compute));
     }
-    if (device.is_cuda()) {
+    if (ranks) {
+      share_out(block, config, *ranks);
+    } else if (device.is_cuda()) {
       block.qkv = join(block, kJoinedQkv);
       block.gate_up = join(block, kJoinedGateUp);
     }

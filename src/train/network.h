@@ -7,6 +7,7 @@
 #include <c10/core/GradMode.h>
 
 #include <array>
+#include <memory>
 #include <vector>
 
 #include "io/gguf.h"
@@ -25,6 +26,8 @@ struct BlockWeights {
   at::Tensor ffn_norm;
   // Weights of layers that share an input one below the other, where they were made so.
   at::Tensor qkv, gate_up;
+  // Where the block is shared out (train/shards.h), this process's rows, and `linear` is empty.
+  at::Tensor share;
 
   /// Another weight in one layer's place.
   void replace(Role role, const at::Tensor& weight) {
@@ -37,20 +40,25 @@ struct BlockWeights {
 inline constexpr std::array kJoinedQkv = {Role::kAttnQ, Role::kAttnK, Role::kAttnV};
 inline constexpr std::array kJoinedGateUp = {Role::kFfnGate, Role::kFfnUp};
 
+class Ranks;
+
 /// The original model, dequantized.
 struct Network {
   ModelConfig config;
   std::vector<BlockWeights> blocks;
-  at::Tensor embedding;    // (vocab, d_model), compute type
-  at::Tensor head;         // (vocab, d_model), compute type; the embedding itself where tied
-  at::Tensor output_norm;  // (d_model) float32
+  std::shared_ptr<Ranks> ranks;  // that share its blocks out, or none
+  at::Tensor embedding;          // (vocab, d_model), compute type
+  at::Tensor head;               // (vocab, d_model), compute type; the embedding itself where tied
+  at::Tensor output_norm;        // (d_model) float32
   at::Device device = at::kCPU;
   at::ScalarType compute = at::kFloat;
 };
 
 /// Reads every tensor of the model. Errors: a tensor that is missing or cannot be dequantized, a
-/// linear layer that is already packed, an interrupt.
-Result<Network> load_network(const GgufFile& file, at::Device device, at::ScalarType compute);
+/// linear layer that is already packed, an interrupt. ranks: to share the blocks out among, or
+/// none.
+Result<Network> load_network(const GgufFile& file, at::Device device, at::ScalarType compute,
+                             const std::shared_ptr<Ranks>& ranks = {});
 
 /// cos and sin of every position's angles, (positions, head_dim / 2) float32.
 struct Rotary {

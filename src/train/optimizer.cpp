@@ -1,7 +1,6 @@
 #include "train/optimizer.h"
 
 #include <c10/core/GradMode.h>
-#include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <cmath>
@@ -384,81 +383,6 @@ void Trainer::load_state(const TrainerState& state) {
   } else {
     latent_adam_->load_state(state.latents);
   }
-}
-
-namespace {
-
-// A state's pieces leaf by leaf, each of the size that `size_of` gives, through `change`.
-template <typename SizeOf, typename Change>
-AdamW::State changed(const AdamW::State& state, const std::vector<at::Tensor>& leaves,
-                     const std::vector<LeafLayout>& layouts, const SizeOf& size_of,
-                     const Change& change) {
-  AdamW::State out{{}, {}, state.steps};
-  const auto through = [&](const at::Tensor& flat) {
-    std::vector<at::Tensor> pieces;
-    int64_t begin = 0;
-    for (size_t i = 0; i < leaves.size(); ++i) {
-      const std::vector<int64_t> sizes = size_of(leaves[i], layouts[i]);
-      const int64_t count = c10::multiply_integers(sizes);
-      const at::Tensor piece = change(flat.narrow(0, begin, count).view(sizes), layouts[i]);
-      if (piece.defined()) {
-        pieces.push_back(piece.flatten());
-      }
-      begin += count;
-    }
-    return pieces.empty() ? at::Tensor() : at::cat(pieces);
-  };
-  if (state.mean.defined()) {
-    out.mean = through(state.mean);
-    out.square = through(state.square);
-  }
-  return out;
-}
-
-std::vector<int64_t> own_size(const at::Tensor& leaf, const LeafLayout&) {
-  return leaf.sizes().vec();
-}
-
-std::vector<int64_t> whole_size(const at::Tensor& leaf, const LeafLayout& layout) {
-  std::vector<int64_t> sizes = leaf.sizes().vec();
-  if (layout.dim >= 0) {
-    sizes[static_cast<size_t>(layout.dim)] = layout.rows;
-  }
-  return sizes;
-}
-
-}  // namespace
-
-TrainerState Trainer::whole(const TrainerState& share) const {
-  if (!shared_.ranks) {
-    return share;
-  }
-  const auto gather = [&](const at::Tensor& piece, const LeafLayout& layout) {
-    return whole_of(piece, layout, *shared_.ranks);
-  };
-  TrainerState out;
-  for (size_t i = 0; i < share.momentum.size(); ++i) {
-    out.momentum.push_back(gather(share.momentum[i], shared_.latents[i]));
-  }
-  out.latents = changed(share.latents, latents_, shared_.latents, own_size, gather);
-  out.scales = changed(share.scales, scales_, shared_.scales, own_size, gather);
-  return out;
-}
-
-TrainerState Trainer::share(const TrainerState& whole) const {
-  if (!shared_.ranks) {
-    return whole;
-  }
-  const auto take = [&](const at::Tensor& piece, const LeafLayout& layout) {
-    return share_of(piece, layout, *shared_.ranks);
-  };
-  TrainerState out;
-  for (size_t i = 0; i < whole.momentum.size(); ++i) {
-    out.momentum.push_back(take(whole.momentum[i], shared_.latents[i]));
-  }
-  out.latents = changed(whole.latents, latents_, shared_.latents, whole_size, take);
-  out.scales = changed(whole.scales, scales_, shared_.scales, whole_size, take);
-  return out;
 }
 
 double cosine_schedule(double progress, double warmup) {

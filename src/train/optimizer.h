@@ -94,7 +94,7 @@ at::Tensor gradient_norm(const std::vector<at::Tensor>& parameters);
 void scale_gradients(const std::vector<at::Tensor>& parameters, double factor);
 void clear_gradients(const std::vector<at::Tensor>& parameters);
 
-/// What a training leaves for its continuation.
+/// What a training leaves for its continuation; of leaves that are shared out, a process's share.
 struct TrainerState {
   std::vector<at::Tensor> momentum;  // Muon's; empty with AdamW and before the first step
   AdamW::State latents;              // AdamW's of the latents; undefined with Muon
@@ -125,10 +125,6 @@ class Trainer {
 
   TrainerState state() const;
   void load_state(const TrainerState& state);
-  /// The whole of a state on the host of the first process, from what each has (elsewhere
-  /// unspecified; all processes call it), and this process's share of a whole one.
-  TrainerState whole(const TrainerState& share) const;
-  TrainerState share(const TrainerState& whole) const;
 
  private:
   // Sums what each process has of the leaves that all have copies of.

@@ -166,6 +166,10 @@ std::vector<Setting> make_settings() {
        "gradients: "
        "far less memory, up to a third more work",
        kMayChange},
+      {"share_original", "--share-original", "Training", Flag{&Q::share_original, true},
+       "Of several processes each holds a part of the original, too, and all gather a block when "
+       "it is its turn: less memory, more exchanges",
+       kMayChange},
       {"latent_lr", "--latent-lr", "Training", Number{&Q::latent_lr, 0, 10},
        "The latents' rate end to end"},
       {"scale_lr", "--scale-lr", "Training", Number{&Q::scale_lr, 0, 10},

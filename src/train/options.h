@@ -81,6 +81,7 @@ struct QuantizeOptions {
   int64_t batch = 16;
   int64_t micro_batch = 0;  // 0: all of a step
   bool recompute = false;
+  bool share_original = false;
   double latent_lr = 3e-4;
   double scale_lr = 3e-5;
   double ema = 0.0;

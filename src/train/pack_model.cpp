@@ -13,6 +13,7 @@
 #include "io/dequant.h"
 #include "train/host_tensor.h"
 #include "train/session.h"
+#include "train/shards.h"
 
 namespace rabit::train {
 namespace {
@@ -107,8 +108,9 @@ Status verify(const TrainSession& session, const std::map<std::string, at::Tenso
   RABIT_ASSIGN(const ModelConfig config, read_model_config(*file));
   const at::NoGradGuard no_grad;
   for (int64_t layer = 0; layer < config.layers; ++layer) {
+    const StudentBlock block = whole_block(session.student.blocks[static_cast<size_t>(layer)]);
     for (const Role role : kRoles) {
-      const StudentLinear& linear = session.student.at(layer, role);
+      const StudentLinear& linear = block[role];
       const auto& shape = linear.shape;
       const std::string name = linear_name(layer, role);
       const auto read = [&](const char* part, std::vector<int64_t> ne) {
@@ -142,12 +144,21 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
                           const std::filesystem::path& out) {
   const ModelConfig& config = session.config();
   const QuantizeOptions& options = session.options;
+  if (!session.first()) {  // gives the first what it packs and what it compares with
+    for (int time = 0; time < 2; ++time) {
+      for (const StudentBlock& block : session.student.blocks) {
+        (void)whole_block(block);
+      }
+    }
+    return {};
+  }
   std::vector<NamedLayer> layers;
   std::vector<double> turned;
   for (int64_t layer = 0; layer < config.layers; ++layer) {
+    const StudentBlock block = whole_block(session.student.blocks[static_cast<size_t>(layer)]);
     for (const Role role : kRoles) {
       RABIT_CHECK(check_interrupt());
-      const StudentLinear& linear = session.student.at(layer, role);
+      const StudentLinear& linear = block[role];
       auto signs = student_signs(linear);
       for (const double share : turned_signs(linear, signs)) {
         turned.push_back(share);

@@ -4,6 +4,7 @@
 
 #include "base/interrupt.h"
 #include "train/host_tensor.h"
+#include "train/shards.h"
 
 namespace rabit::train {
 
@@ -24,8 +25,9 @@ class OutputTap : public LinearTap {
 // One block's student: paths as dense weights, and the sums that its layers' outputs add to.
 class BlockDiagnosis : public LinearTap {
  public:
-  BlockDiagnosis(const Network& teacher, int64_t layer, const BlockPaths& student)
-      : teacher_(teacher.blocks[static_cast<size_t>(layer)]) {
+  BlockDiagnosis(const Network& teacher, const BlockWeights& weights, int64_t layer,
+                 const BlockPaths& student)
+      : teacher_(weights) {
     const auto own = [&](const at::Tensor& norm, const at::Tensor& otherwise) {
       return norm.defined() ? norm.to(teacher.device) : otherwise;
     };
@@ -161,15 +163,16 @@ Result<std::vector<LayerDiagnosis>> diagnose(const Network& teacher, int64_t blo
   std::vector<LayerDiagnosis> out;
   for (int64_t layer = 0; layer < blocks; ++layer) {
     RABIT_ASSIGN(const BlockPaths paths, student(layer));
-    BlockDiagnosis diagnosis(teacher, layer, paths);
+    const BlockWeights weights = whole_weights(teacher, layer);
+    BlockDiagnosis diagnosis(teacher, weights, layer, paths);
     for (int64_t i = 0; i < windows.size(0); ++i) {
       RABIT_CHECK(check_interrupt());
-      const auto forward = [&](const at::Tensor& x, const BlockWeights& weights, LinearTap& tap) {
+      const auto forward = [&](const at::Tensor& x, const BlockWeights& by, LinearTap& tap) {
         at::Tensor window = x.narrow(0, i, 1);
-        window.copy_(block_forward(config, weights, rotary, window, teacher.compute, &tap));
+        window.copy_(block_forward(config, by, rotary, window, teacher.compute, &tap));
       };
       OutputTap outputs;
-      forward(x_teacher, teacher.blocks[static_cast<size_t>(layer)], outputs);
+      forward(x_teacher, weights, outputs);
       diagnosis.set_teacher_outputs(std::move(outputs.outputs));
       forward(x_student, diagnosis.weights(), diagnosis);
     }

@@ -14,7 +14,7 @@ Result<int> number_of(const char* name, int low, int high) {
   if (text == nullptr) {
     return Error{
         fmt::format("WORLD_SIZE is set, and {} is not; start all processes by one launcher "
-                    "(torchrun --no-python, srun), or unset WORLD_SIZE",
+                    "(torchrun --no-python, or another by docs/training.md), or unset WORLD_SIZE",
                     name)};
   }
   const std::string_view digits(text);
@@ -45,6 +45,14 @@ Result<Place> Place::from_environment() {
     return Error{"MASTER_ADDR is not set: the host of the process with RANK 0"};
   }
   place.host = host;
+  if (std::getenv("LOCAL_WORLD_SIZE") != nullptr) {
+    RABIT_ASSIGN(place.local_size, number_of("LOCAL_WORLD_SIZE", 1, place.size));
+  }
+  const char* meets = std::getenv("TORCHELASTIC_USE_AGENT_STORE");
+  place.launcher_meets = meets != nullptr && std::string_view(meets) == "True";
+  if (std::getenv("TORCHELASTIC_RESTART_COUNT") != nullptr) {
+    RABIT_ASSIGN(place.attempt, number_of("TORCHELASTIC_RESTART_COUNT", 0, 1 << 20));
+  }
   return place;
 }
 

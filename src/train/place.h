@@ -8,11 +8,15 @@
 namespace rabit::train {
 
 /// Where this process stands, as launchers say it: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-/// MASTER_PORT. WORLD_SIZE unset or 1: alone.
+/// MASTER_PORT, and LOCAL_WORLD_SIZE if they like. WORLD_SIZE unset or 1: alone.
 struct Place {
   int rank = 0, size = 1, local_rank = 0;
+  int local_size = 1;  // processes on this machine, as far as is known
   std::string host;
   int port = 0;
+  // torchrun's own process listens there, not the first of the run, and may start all anew.
+  bool launcher_meets = false;
+  int attempt = 0;
 
   bool alone() const { return size == 1; }
   bool first() const { return rank == 0; }

@@ -54,6 +54,20 @@ Status check_held_out(const HeldOut& held_out, int64_t vocab) {
   return {};
 }
 
+// The device of this process: of several on one machine each has its own GPU.
+Result<at::Device> own_device(const QuantizeOptions& options) {
+  RABIT_ASSIGN(const Place place, Place::from_environment());
+  if (!place.alone() && options.device.rfind("cuda:", 0) == 0) {
+    return Error{
+        fmt::format("--device {}: of several processes each takes the one of its number; "
+                    "give --device cuda",
+                    options.device)};
+  }
+  return pick_device(!place.alone() && options.device == "cuda"
+                         ? fmt::format("cuda:{}", place.local_rank)
+                         : options.device);
+}
+
 Status write_log(const json& log, const std::filesystem::path& out) {
   std::filesystem::path path = out;
   path += ".json";
@@ -101,7 +115,7 @@ Status diagnose_student(TrainSession& session) {
       std::clamp<int64_t>(options.diagnose_tokens / options.seq_len, 1, session.windows.distinct());
   const int64_t blocks = session.config().layers;
   const auto reader = [&](int64_t layer) -> Result<BlockPaths> {
-    return block_paths(session.student.blocks[static_cast<size_t>(layer)]);
+    return block_paths(whole_block(session.student.blocks[static_cast<size_t>(layer)]));
   };
   RABIT_ASSIGN(
       const auto layers,
@@ -250,23 +264,53 @@ Status check_together(const QuantizeOptions& options, const ModelConfig& config,
     return Error{fmt::format("--batch {}: {} processes cannot share it equally; give a multiple",
                              options.batch, processes)};
   }
+  if (options.warm_epochs > 0.0 && options.warm_batch % processes != 0) {
+    return Error{
+        fmt::format("--warm-batch {}: {} processes cannot share it equally; give a multiple",
+                    options.warm_batch, processes)};
+  }
   return check_shares(config, processes);
 }
 
-// All processes must have been asked for the same.
-Status compare_runs(const TrainSession& session) {
-  const std::string own = sha256_hex(settings_fingerprint(session));
+// Whether all processes have the same bytes; `own` of each equally long.
+bool same_everywhere(const TrainSession& session, const std::string& own) {
   const at::Tensor mine = at::empty({static_cast<int64_t>(own.size())}, at::kByte);
   std::copy(own.begin(), own.end(), mine.mutable_data_ptr<uint8_t>());
   const at::Tensor of_first = mine.to(session.teacher.device, at::kByte, false, /*copy=*/true);
   session.ranks->broadcast(of_first);
-  const bool differs = !at::equal(of_first.to(at::kCPU), mine);
-  if (session.ranks->any(differs)) {
-    return Error{differs
-                     ? fmt::format("process {} of {} has another model, other texts or other "
-                                   "settings than process 0",
-                                   session.ranks->rank(), session.ranks->size())
-                     : std::string("not all processes have the same model, texts and settings")};
+  return at::equal(of_first.to(at::kCPU), mine);
+}
+
+// All processes must have been asked for the same, and see the folder that they write to.
+Status compare_runs(const TrainSession& session, const HeldOut& held_out,
+                    const std::filesystem::path& out) {
+  json own = {{"settings", session.log["settings"]},
+              {"source", session.log["source"]["sha256"]},
+              {"compute", session.log["compute"]},
+              {"held out", {held_out.sha256, held_out.ctx}},
+              {"metrics", static_cast<bool>(session.observer.metrics)},
+              {"run", {session.options.dry_run, session.options.resume}}};
+  own["settings"].erase("threads");
+  for (const json& file : session.log["data"]["files"]) {
+    own["texts"].push_back(file["sha256"]);
+  }
+  const bool same = same_everywhere(
+      session, sha256_hex(own.dump(-1, ' ', false, json::error_handler_t::replace)));
+  const auto who = [&] {
+    return fmt::format("process {} of {}", session.rank(), session.processes());
+  };
+  if (session.anywhere(!same)) {
+    return Error{!same ? who() + " has another model, other texts or other settings than process 0"
+                       : "not all processes have the same model, texts and settings"};
+  }
+  std::filesystem::path lock = out;
+  lock += ".lock";
+  std::error_code unknown;
+  const bool sees = std::filesystem::exists(lock, unknown);
+  if (session.anywhere(!sees)) {
+    return Error{!sees ? fmt::format("-o {}: {} does not see the folder that process 0 writes to",
+                                     out.string(), who())
+                       : fmt::format("-o {}: not all processes see its folder", out.string())};
   }
   return {};
 }
@@ -280,6 +324,11 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     session.observer.message(fmt::format("resuming: {} of {} blocks done, distillation step {}",
                                          resumed.blocks_done, session.config().layers,
                                          resumed.distill.step));
+    const std::string at = fmt::format("{:12}{:12}", resumed.blocks_done,
+                                       resumed.distilling ? resumed.distill.step : -1);
+    if (session.ranks && session.anywhere(!same_everywhere(session, at))) {
+      return Error{"not all processes have the same checkpoint"};
+    }
   }
 
   const auto timed = [&](const char* phase, const auto& body) -> Status {
@@ -381,22 +430,21 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
   const std::vector<at::Tensor> trained = swap_latents(session.student, resumed.distill.average);
   const auto finish = [&]() -> Status {
     RABIT_CHECK(timed("evaluation", [&] { return evaluate(session, held_out); }));
-    if (session.ranks) {  // the rest is the first process's
-      for (StudentBlock& block : session.student.blocks) {
-        block = whole_block(block);
-      }
-      if (!session.first()) {
-        return {};
-      }
-    }
     RABIT_CHECK(timed("packing", [&] { return write_packed_model(session, model, out); }));
     // The model is there; what can be learnt about it must not cost its log.
-    if (const Status told = timed("diagnosis", [&] { return diagnose_student(session); }); !told) {
+    if (session.ranks && session.first()) {  // nor may what happens to another process
+      RABIT_CHECK(write_log(session.log, out));
+    }
+    const Status told = timed("diagnosis", [&] { return diagnose_student(session); });
+    if (!told) {
       session.observer.message("no diagnosis: " + told.error().message);
     }
     session.log["memory"] = peak_memory(session.teacher.device);
     session.log["seconds"] = session.seconds();
-    return write_log(session.log, out);
+    if (session.first()) {
+      RABIT_CHECK(write_log(session.log, out));
+    }
+    return session.ranks ? told : Status();  // others may wait in what this one has left
   };
   if (const Status status = finish(); !status) {
     if (session.ranks) {
@@ -442,29 +490,47 @@ json peak_memory(at::Device device) {
   return out;
 }
 
-Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& held_out,
-                const std::filesystem::path& out, const QuantizeOptions& options,
-                const TrainObserver& caller) {
-  const Clock clock;
-  TrainObserver observer = caller;
-  if (!observer.message) {
-    observer.message = [](const std::string&) {};
-  }
-  if (!observer.lost) {
-    observer.lost = [](const std::string&) { std::abort(); };
-  }
+Result<std::shared_ptr<Ranks>> join_processes(const QuantizeOptions& options,
+                                              std::function<void(const std::string&)> lost) {
   RABIT_ASSIGN(const Place place, Place::from_environment());
-  RABIT_CHECK(check_run(options, out, std::array{model.path()}));
+  if (place.alone()) {
+    return std::shared_ptr<Ranks>();
+  }
+  RABIT_ASSIGN(const at::Device device, own_device(options));
+  return Ranks::join(place, device, std::move(lost));
+}
+
+void leave_processes(const std::shared_ptr<Ranks>& ranks, const Status& status) {
+  if (ranks) {
+    ranks->leave(status ? std::string() : status.error().message);
+  }
+}
+
+namespace {
+
+Status quantize_with(const std::shared_ptr<Ranks>& ranks, const GgufFile& model,
+                     const TrainingText& text, const HeldOut& held_out,
+                     const std::filesystem::path& out, const QuantizeOptions& options,
+                     const TrainObserver& observer) {
+  const Clock clock;
+  const int processes = ranks ? ranks->size() : 1;
+  const bool first = !ranks || ranks->first();
+  std::optional<HoldInterrupts> together;
+  if (ranks) {
+    together.emplace();  // all stop at the same places
+    observer.message(fmt::format("{} processes", processes));
+  }
   std::optional<FileLock> lock;
-  if (place.first()) {
+  if (first) {
+    RABIT_CHECK(check_run(options, out, std::array{model.path()}));
     RABIT_ASSIGN(FileLock taken, FileLock::take(out));
     lock.emplace(std::move(taken));
   }
-  RABIT_ASSIGN(const at::Device device, pick_device(!place.alone() && options.device == "cuda"
-                                                        ? fmt::format("cuda:{}", place.local_rank)
-                                                        : options.device));
+  RABIT_ASSIGN(const at::Device device, own_device(options));
   const at::ScalarType compute = pick_compute(options.compute, device);
-  const int threads = pick_threads(options.threads);
+  RABIT_ASSIGN(const Place place, Place::from_environment());
+  const int threads = options.threads > 0 ? static_cast<int>(options.threads)
+                                          : std::max(1, pick_threads(0) / place.local_size);
   at::set_num_threads(threads);
 
   RABIT_ASSIGN(const ModelConfig config, read_model_config(model));
@@ -499,17 +565,12 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
     }
   }
   RABIT_CHECK(check_held_out(held_out, config.vocab_size));
-  if (place.first()) {
+  if (first) {
     RABIT_CHECK(
         check_room(options, model, config, bits, planned_tokens(options, device), out, observer));
   }
-  std::optional<HoldInterrupts> together;
-  std::shared_ptr<Ranks> ranks;
-  if (!place.alone()) {
-    RABIT_CHECK(check_together(options, config, place.size));
-    RABIT_ASSIGN(ranks, Ranks::join(place, device, observer.lost));
-    together.emplace();  // from here on all stop at the same places
-    observer.message(fmt::format("{} processes", place.size));
+  if (ranks) {
+    RABIT_CHECK(check_together(options, config, processes));
   }
   RABIT_ASSIGN(const auto weights, parse_weights(options.data_weights));
   RABIT_ASSIGN(TextWindows windows,
@@ -517,9 +578,9 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
                                 static_cast<uint64_t>(options.seed)));
   Network teacher;
   RABIT_CHECK(without_exceptions([&]() -> Status {
-    RABIT_CHECK(
-        check_memory(options, config, bits, windows, device, compute, place.size, observer));
-    RABIT_ASSIGN(teacher, load_network(model, device, compute));
+    RABIT_CHECK(check_memory(options, config, bits, windows, device, compute, processes, observer));
+    RABIT_ASSIGN(teacher,
+                 load_network(model, device, compute, options.share_original ? ranks : nullptr));
     return {};
   }));
 
@@ -548,30 +609,44 @@ Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& 
   session.log["source"] = {{"name", model.path().filename().string()}, {"sha256", digest}};
   session.log["compute"] = compute == at::kBFloat16 ? "bf16" : "f32";
   session.log["threads"] = threads;
-  session.log["processes"] = place.size;
+  session.log["processes"] = processes;
   session.log["resumed"] = options.resume;
   session.log["warm_start"] = json::array();
   session.log["distill"] = json::array();
   session.ranks = ranks;
-  const Status done = without_exceptions([&]() -> Status {
-    if (ranks) {
-      RABIT_CHECK(compare_runs(session));
-    }
-    return run(session, model, held_out, out);
-  });
-  if (!done) {
-    if (!ranks || done.error().interrupted) {
-      return done.error();
-    }
-    ranks->leave(done.error().message);
-    return Error{fmt::format("process {} of {}: {}", place.rank, place.size, done.error().message)};
+  if (ranks) {
+    RABIT_CHECK(compare_runs(session, held_out, out));
   }
+  RABIT_CHECK(run(session, model, held_out, out));
   if (options.dry_run && device.is_cuda()) {
     const auto bytes = peak_memory(device)["device_bytes"].get<double>();
     observer.message(
         fmt::format("measured: {:.2f} GB held on {} at most", bytes / 1e9, device.str()));
   }
   return {};
+}
+
+}  // namespace
+
+Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& held_out,
+                const std::filesystem::path& out, const QuantizeOptions& options,
+                const TrainObserver& caller, const std::shared_ptr<Ranks>& ranks) {
+  TrainObserver observer = caller;
+  if (!observer.message) {
+    observer.message = [](const std::string&) {};
+  }
+  const Status done = without_exceptions(
+      [&] { return quantize_with(ranks, model, text, held_out, out, options, observer); });
+  if (!ranks) {
+    return done;
+  }
+  if (done || done.error().interrupted) {  // all at the same place
+    ranks->part();
+    return done;
+  }
+  ranks->leave(done.error().message);
+  return Error{
+      fmt::format("process {} of {}: {}", ranks->rank(), ranks->size(), done.error().message)};
 }
 
 }  // namespace rabit::train

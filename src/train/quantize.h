@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
@@ -27,9 +28,6 @@ struct TrainProgress {
 struct TrainObserver {
   std::function<void(const TrainProgress&)> progress;
   std::function<void(const std::string&)> message;  // one line
-  /// Of several processes: another was lost, and this one cannot end by itself; called once, from
-  /// another thread, with what to say. It must end the process.
-  std::function<void(const std::string&)> lost;
   /// An object for every block and every step of distillation; docs/training.md, "Metrics".
   std::function<void(const nlohmann::json&)> metrics;
 };
@@ -41,13 +39,25 @@ struct HeldOut {
   std::string sha256;  // of the text, for the log; may be empty
 };
 
+class Ranks;
+
+/// Meets the other processes of a run, as the launcher's environment says; null where this one is
+/// alone. lost: another was lost, and this one cannot end by itself; called once, from another
+/// thread, with what to say, and must end the process. Errors: an environment that makes no sense,
+/// processes that do not come.
+Result<std::shared_ptr<Ranks>> join_processes(const QuantizeOptions& options,
+                                              std::function<void(const std::string&)> lost);
+/// Tells them how this one's part has ended, if they do not know.
+void leave_processes(const std::shared_ptr<Ranks>& ranks, const Status& status);
+
 /// Runs everything and writes the packed model to `out`, a log of all settings and losses to
 /// `<out>.json`; from time to time, on an interrupt, and when what follows training fails, a
 /// checkpoint to `<out>.ckpt`. Errors:
 /// an unsupported model, a missing device, too little text, settings that contradict each other, a
-/// checkpoint of other settings, a loss that is not finite, a full disk, an interrupt.
+/// checkpoint of other settings, a loss that is not finite, a full disk, an interrupt. ranks: the
+/// processes that do it together; all get an error where one does.
 Status quantize(const GgufFile& model, const TrainingText& text, const HeldOut& held_out,
                 const std::filesystem::path& out, const QuantizeOptions& options,
-                const TrainObserver& observer);
+                const TrainObserver& observer, const std::shared_ptr<Ranks>& ranks = {});
 
 }  // namespace rabit::train

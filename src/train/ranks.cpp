@@ -13,11 +13,13 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <deque>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -35,11 +37,14 @@ constexpr auto kBeat = seconds(2);
 c10::intrusive_ptr<c10d::Store> connect(const Place& place, bool meets) {
   c10d::TCPStoreOptions options;
   options.port = static_cast<uint16_t>(place.port);
-  options.isServer = meets && place.first();
+  options.isServer = meets && place.first() && !place.launcher_meets;
   options.numWorkers = static_cast<size_t>(place.size);
-  options.waitWorkers = meets;
+  options.waitWorkers = meets && !place.launcher_meets;
   options.timeout = seconds(Ranks::kJoinSeconds);
-  return c10::make_intrusive<c10d::TCPStore>(place.host, options);
+  // A launcher may start all anew and keep its store.
+  return c10::make_intrusive<c10d::PrefixStore>(
+      fmt::format("rabit/{}", place.attempt),
+      c10::make_intrusive<c10d::TCPStore>(place.host, options));
 }
 
 std::string first_line(const std::exception& error) {
@@ -51,92 +56,136 @@ std::string first_line(const std::exception& error) {
 }  // namespace
 
 // Tells through a connection of its own that this process lives, and looks whether the others do.
+// One thread speaks to the store, which may keep it waiting for ever; another watches the clock.
 struct Ranks::Watch {
-  Place place;
-  c10::intrusive_ptr<c10d::Store> store;
-  std::function<void(const std::string&)> lost;
-  std::mutex mutex;  // of all below, and of the store
-  std::condition_variable wake;
-  bool ends = false, left = false;
-  int64_t beat = 0;
-  std::vector<std::string> seen;                             // the others' last beats
-  std::vector<std::chrono::steady_clock::time_point> since;  // when they came
-  std::thread thread;
+  using Time = std::chrono::steady_clock::time_point;
 
+  Place place;
+  c10::intrusive_ptr<c10d::Store> store;  // the pulse's alone
+  std::function<void(const std::string&)> lost;
+  int64_t beat = 0;               // the pulse's, as the next two
+  std::vector<std::string> seen;  // the others' last beats
+  std::vector<Time> since;        // when they came
+
+  std::mutex mutex;  // of all below
+  std::condition_variable changed;
+  std::string found;                   // of a process that was lost
+  Time answered;                       // by the store
+  std::optional<std::string> leaving;  // what to tell the others, once
+  bool told = false, all_left = false, ends = false, pulse_ended = false;
+  std::thread pulse, guard;
+
+  static Time now() { return std::chrono::steady_clock::now(); }
   static std::string key(const char* what, int rank) { return fmt::format("{}/{}", what, rank); }
 
-  static std::vector<uint8_t> bytes(const std::string& text) { return {text.begin(), text.end()}; }
-
   std::string value(const std::string& key) {
-    const std::vector<uint8_t> found = store->get(key);
-    return {found.begin(), found.end()};
+    const std::vector<uint8_t> found_bytes = store->get(key);
+    return {found_bytes.begin(), found_bytes.end()};
+  }
+  void tell(const char* what, const std::string& text) {
+    store->set(key(what, place.rank), std::vector<uint8_t>(text.begin(), text.end()));
   }
 
-  // What is known of a process that was lost, "" if none was. Throws without the first process.
-  std::string look() {
-    store->set(key("beat", place.rank), bytes(std::to_string(++beat)));
-    const auto now = std::chrono::steady_clock::now();
+  // What is known of a process that was lost, "" if none was; others_left: whether all have ended.
+  std::string look(bool& others_left) {
+    tell("beat", std::to_string(++beat));
+    others_left = true;
     for (int rank = 0; rank < place.size; ++rank) {
       if (rank == place.rank) {
         continue;
       }
+      const auto i = static_cast<size_t>(rank);
       if (store->check({key("left", rank)})) {
-        const std::string why = value(key("left", rank));
-        if (!why.empty()) {
+        if (const std::string why = value(key("left", rank)); !why.empty()) {
           return fmt::format("process {} has ended: {}", rank, why);
         }
-        since[static_cast<size_t>(rank)] = now;  // has done its part
-        continue;
+        continue;  // has done its part
       }
-      const std::string now_seen =
+      others_left = false;
+      const std::string last =
           store->check({key("beat", rank)}) ? value(key("beat", rank)) : std::string();
-      if (now_seen != seen[static_cast<size_t>(rank)]) {
-        seen[static_cast<size_t>(rank)] = now_seen;
-        since[static_cast<size_t>(rank)] = now;
-      } else if (now - since[static_cast<size_t>(rank)] > seconds(kSilentSeconds)) {
+      if (last != seen[i]) {
+        seen[i] = last;
+        since[i] = now();
+      } else if (now() - since[i] > seconds(kSilentSeconds)) {
         return fmt::format("process {} has not been heard of for {} s", rank, kSilentSeconds);
       }
     }
     return {};
   }
 
-  void run() {
+  void run_pulse() {
     std::unique_lock lock(mutex);
-    while (!wake.wait_for(lock, kBeat, [&] { return ends; })) {
-      std::string found;
+    while (!ends) {
+      changed.wait_for(lock, kBeat, [&] { return ends || (leaving && !told); });
+      const std::optional<std::string> say = told ? std::nullopt : leaving;
+      lock.unlock();
+      std::string what;
+      bool others_left = false;
       try {
-        found = look();
+        if (say) {
+          tell("left", *say);
+        }
+        what = look(others_left);
       } catch (const std::exception& error) {
-        found = "process 0 has ended (" + first_line(error) + ")";
+        what = fmt::format("process 0 or the launcher has ended ({})", first_line(error));
       }
-      // Who waits for the lost one has some time to find out by itself.
-      if (!found.empty() && !wake.wait_for(lock, 2 * kBeat, [&] { return ends; })) {
-        lost(fmt::format("process {} of {}: {}", place.rank, place.size, found));
-        return;
+      lock.lock();
+      answered = now();
+      told = told || say;
+      all_left = others_left;
+      if (found.empty()) {
+        found = what;
       }
+      changed.notify_all();
+    }
+    pulse_ended = true;
+    changed.notify_all();
+  }
+
+  void run_guard() {
+    std::unique_lock lock(mutex);
+    while (!changed.wait_for(lock, kBeat, [&] { return ends || !found.empty(); })) {
+      if (now() - answered > seconds(kSilentSeconds)) {
+        found = fmt::format("process 0 has not been heard of for {} s", kSilentSeconds);
+      }
+    }
+    // Who waits for the lost one has some time to find out by itself.
+    if (!ends && !changed.wait_for(lock, 2 * kBeat, [&] { return ends || leaving; })) {
+      lost(fmt::format("process {} of {}: {}", place.rank, place.size, found));
     }
   }
 
+  // What is known of a lost process, for one that has noticed that something is wrong.
+  std::string reason() {
+    std::unique_lock lock(mutex);
+    changed.wait_for(lock, 2 * kBeat, [&] { return !found.empty(); });
+    return found;
+  }
+
   void leave(const std::string& why) {
-    const std::lock_guard lock(mutex);
-    if (std::exchange(left, true)) {
+    std::unique_lock lock(mutex);
+    if (leaving) {
       return;
     }
-    try {
-      store->set(key("left", place.rank), bytes(why));
-    } catch (const std::exception&) {  // nobody is left to be told
+    leaving = why;
+    changed.notify_all();
+    changed.wait_for(lock, 3 * kBeat, [&] { return told; });
+    if (place.first() && !place.launcher_meets) {  // with this process the store ends
+      changed.wait_for(lock, why.empty() ? seconds(kSilentSeconds) : 3 * kBeat,
+                       [&] { return all_left || !found.empty(); });
     }
   }
 
   void end() {
-    {
-      const std::lock_guard lock(mutex);
-      ends = true;
-    }
-    wake.notify_all();
-    if (thread.joinable()) {
-      thread.join();
-    }
+    std::unique_lock lock(mutex);
+    ends = true;
+    changed.notify_all();
+    changed.wait_for(lock, 2 * kBeat, [&] { return pulse_ended; });
+    const bool joins = pulse_ended;
+    lock.unlock();
+    guard.join();
+    joins ? pulse.join() : pulse.detach();  // it has its own share of this
   }
 };
 
@@ -151,20 +200,12 @@ auto Ranks::with_others(const Body& body) const -> decltype(body()) {
   std::string what;
   try {
     return body();
+  } catch (const c10::OutOfMemoryError&) {
+    throw;  // this process's own
   } catch (const std::exception& error) {
     what = first_line(error);
   }
-  // It may have said why.
-  std::string known;
-  for (int attempt = 0; attempt < 20 && known.empty(); ++attempt) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(100));
-    try {
-      const std::lock_guard lock(watch_->mutex);
-      known = watch_->look();
-    } catch (const std::exception&) {
-      known = "process 0 has ended";
-    }
-  }
+  const std::string known = watch_->reason();
   throw std::runtime_error(known.empty() ? "another process has ended (" + what + ")" : known);
 }
 
@@ -189,17 +230,22 @@ Ranks::Ranks(Place place, at::Device device)
       group_(std::make_unique<Group>()) {}
 
 Ranks::~Ranks() {
-  leave("");
-  watch_->end();
+  if (watch_->pulse.joinable()) {
+    leave("it did not say why");
+    watch_->end();
+  }
 }
 
-void Ranks::leave(const std::string& why) {
-  if (watch_->store) {
-    watch_->leave(why);
-    if (!why.empty() && first()) {  // with this process the others' connection ends
-      std::this_thread::sleep_for(3 * kBeat);
-    }
+void Ranks::leave(const std::string& why) { watch_->leave(why); }
+
+void Ranks::part() {
+  try {
+    std::array done = {true};
+    any(done);
+    group_->backend->shutdown();
+  } catch (const std::exception&) {  // all that was to be done together is done
   }
+  leave("");
 }
 
 Result<std::shared_ptr<Ranks>> Ranks::join(const Place& place, at::Device device,
@@ -234,8 +280,10 @@ Result<std::shared_ptr<Ranks>> Ranks::join(const Place& place, at::Device device
     watch.store = c10::make_intrusive<c10d::PrefixStore>("watch", connect(place, false));
     watch.lost = std::move(lost);
     watch.seen.resize(static_cast<size_t>(place.size));
-    watch.since.assign(watch.seen.size(), std::chrono::steady_clock::now());
-    watch.thread = std::thread([watch = ranks->watch_] { watch->run(); });
+    watch.since.assign(watch.seen.size(), Watch::now());
+    watch.answered = Watch::now();
+    watch.pulse = std::thread([watch = ranks->watch_] { watch->run_pulse(); });
+    watch.guard = std::thread([watch = ranks->watch_] { watch->run_guard(); });
     return {};
   });
   if (!joined) {
@@ -276,11 +324,14 @@ void Ranks::swap_parts(const at::Tensor& in, const at::Tensor& out) {
   }).wait();
 }
 
-bool Ranks::any(bool value) {
-  const at::Tensor count =
-      at::full({1}, value ? 1.0F : 0.0F, at::TensorOptions(device_).dtype(at::kFloat));
-  sum(count);
-  return count.item<float>() > 0.0F;
+void Ranks::any(std::span<bool> values) {
+  at::Tensor counts = at::zeros({static_cast<int64_t>(values.size())}, at::kFloat);
+  std::copy(values.begin(), values.end(), counts.mutable_data_ptr<float>());
+  counts = counts.to(device_);
+  sum(counts);
+  counts = counts.to(at::kCPU);
+  std::transform(counts.const_data_ptr<float>(), counts.const_data_ptr<float>() + counts.numel(),
+                 values.begin(), [](float count) { return count > 0.0F; });
 }
 
 void Ranks::later(std::function<void()> work, size_t most) {
@@ -319,7 +370,7 @@ at::Tensor share_of(const at::Tensor& whole, const LeafLayout& layout, const Ran
 at::Tensor whole_of(const at::Tensor& share, const LeafLayout& layout, Ranks& ranks) {
   const at::NoGradGuard no_grad;
   if (layout.dim < 0) {
-    return ranks.first() ? share.detach().to(at::kCPU) : at::Tensor();
+    return share.detach();
   }
   // Rows first, as long as the longest share.
   const at::Tensor rows = share.detach().movedim(layout.dim, 0);
@@ -330,11 +381,8 @@ at::Tensor whole_of(const at::Tensor& share, const LeafLayout& layout, Ranks& ra
   sizes[0] *= ranks.size();
   const at::Tensor all = at::empty(sizes, rows.options());
   ranks.gather(mine.flatten(), all.view(-1)).wait();
-  if (!ranks.first()) {
-    return {};
-  }
   // All shares but the last are as long as the first: no gaps.
-  return all.narrow(0, 0, layout.rows).movedim(0, layout.dim).to(at::kCPU).contiguous();
+  return all.narrow(0, 0, layout.rows).movedim(0, layout.dim).contiguous();
 }
 
 }  // namespace rabit::train

@@ -6,6 +6,7 @@
 
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -37,23 +38,25 @@ class Exchange {
 };
 
 /// Between CPUs an operation throws what without_exceptions() turns into an Error as soon as
-/// another process has ended. Between GPUs it may wait for ever; but a thread of each process tells
-/// the others that it lives, and looks whether they do.
+/// another process has ended. Between GPUs it may wait for ever; but threads of each process tell
+/// the others that it lives, and look whether they do.
 class Ranks {
  public:
   static constexpr int kJoinSeconds = 300;
   static constexpr int kAnswerSeconds = 1800;  // a process may be that much later than another
-  static constexpr int kSilentSeconds = 30;    // its thread may not
+  static constexpr int kSilentSeconds = 30;    // its sign of life may not
 
   /// Meets the others. device: what the tensors will be on. lost: called from another thread, once,
   /// with what to say when a process was lost and this one has not come to an end by itself soon
   /// after. Errors: they did not come.
   static Result<std::shared_ptr<Ranks>> join(const Place& place, at::Device device,
                                              std::function<void(const std::string&)> lost);
-  /// Leaves, without a reason if leave() has not given one.
+  /// Leaves, without a reason if neither of the next two has been called: then the others end, too.
   ~Ranks();
-  /// Tells the others that this process ends, and why: empty where it has done its part.
+  /// Tells the others that this process has failed, and why.
   void leave(const std::string& why);
+  /// All have done what they were to do: waits for all of them, and leaves.
+  void part();
 
   int rank() const { return place_.rank; }
   int size() const { return place_.size; }
@@ -69,8 +72,8 @@ class Ranks {
   Exchange sum_parts(const at::Tensor& all, const at::Tensor& mine);
   /// Part r of `out` (size * n) becomes part `rank()` of process r's `in`.
   void swap_parts(const at::Tensor& in, const at::Tensor& out);
-  /// Whether `value` is true anywhere.
-  bool any(bool value);
+  /// Which of these are true anywhere, in place.
+  void any(std::span<bool> values);
 
   /// Work that an exchange under way holds up: done by finish(), or before, where more than `most`
   /// have come after it. So a backward pass goes on while gradients are under way.
@@ -105,8 +108,7 @@ RowShare rows_of(int64_t rows, int rank, int size);
 struct LeafLayout {
   int64_t dim = -1, rows = 0;
 };
-/// This process's part of a tensor that is whole, and the whole of it on the host of the first
-/// process (elsewhere undefined; all processes call it).
+/// This process's part of a tensor that is whole, and the whole of it (all processes call it).
 at::Tensor share_of(const at::Tensor& whole, const LeafLayout& layout, const Ranks& ranks);
 at::Tensor whole_of(const at::Tensor& share, const LeafLayout& layout, Ranks& ranks);
 

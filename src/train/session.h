@@ -64,15 +64,34 @@ struct TrainSession {
   const ModelConfig& config() const { return teacher.config; }
   double seconds() const { return earlier_seconds + whole.elapsed(); }
   bool first() const { return !ranks || ranks->first(); }
+  int64_t processes() const { return ranks ? ranks->size() : 1; }
+  int64_t rank() const { return ranks ? ranks->rank() : 0; }
+  /// In place, over all processes.
+  void sum(const at::Tensor& tensor) const {
+    if (ranks) {
+      ranks->sum(tensor);
+    }
+  }
   /// Whether it holds on any of the processes.
-  bool anywhere(bool here) const { return ranks ? ranks->any(here) : here; }
-  /// Whether several processes are to stop, since one was asked to; then all were.
-  bool stopped_together() const {
-    if (!ranks || !ranks->any(interrupted())) {
+  bool anywhere(bool here) const {
+    if (ranks) {
+      ranks->any(std::span(&here, 1));
+    }
+    return here;
+  }
+  /// Whether several processes are to stop, since one was asked to; then all were. due: becomes
+  /// whether it holds on any of them.
+  bool stopped_together(bool& due) const {
+    if (!ranks) {
       return false;
     }
-    set_interrupted(true, ranks->any(terminated()));
-    return true;
+    std::array flags = {interrupted(), terminated(), due};
+    ranks->any(flags);
+    due = flags[2];
+    if (flags[0]) {
+      set_interrupted(true, flags[1]);
+    }
+    return flags[0];
   }
 };
 
@@ -155,7 +174,7 @@ inline int64_t distill_steps(const QuantizeOptions& options, int64_t tokens) {
   return tokens > 0 ? std::max<int64_t>(1, tokens / (options.batch * options.seq_len)) : 0;
 }
 
-/// Of several processes: the optimizers' state is whole, on the first; the averages are each one's.
+/// Of several processes each has its share.
 struct DistillState {
   int64_t step = 0;
   TrainerState trainer;
@@ -187,7 +206,7 @@ void remove_checkpoints(const std::filesystem::path& checkpoint);
 std::string settings_fingerprint(const TrainSession& session);
 
 /// Writes blocks [0, blocks_done) and, if given, the state of distillation. Several processes call
-/// it together; the first writes one file, from which any number of processes can go on.
+/// it together and write one file, each what it holds; any number of processes can go on from it.
 Status save_checkpoint(const TrainSession& session, int64_t blocks_done,
                        const DistillState* distill);
 /// The same in the middle of a run, where a full disk must not end it: says what failed and goes
@@ -217,7 +236,7 @@ Result<CheckpointStudent> student_of_checkpoint(const GgufFile& file, const Mode
 inline constexpr char kTurnedSignsKey[] = "rabit.train.turned_signs";
 
 /// Packs the student and writes the model, reads it back and compares it with the student, then
-/// gives it its name.
+/// gives it its name. Several processes call it together; the first writes.
 Status write_packed_model(TrainSession& session, const GgufFile& model,
                           const std::filesystem::path& out);
 

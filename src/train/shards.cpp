@@ -7,7 +7,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
-#include <cstring>
 #include <map>
 #include <utility>
 
@@ -37,15 +36,23 @@ class Layout {
     int64_t offset, rows, d_in;  // in the flat tensor; whole rows
   };
 
-  explicit Layout(const StudentBlock& block) : size_(block.ranks->size()) {
+  // shape_of(role): a LinearShape of the whole layer.
+  template <typename ShapeOf>
+  Layout(int size, const ShapeOf& shape_of) : size_(size) {
     for (const auto& roles : matrices()) {
       for (const Role role : roles) {
-        const int64_t rows = block.rows[index_of(role)], d_in = block[role].shape.d_in;
-        parts_.push_back({role, each_, rows, d_in});
-        each_ += rows_each(rows, size_) * d_in;
+        const LinearShape shape = shape_of(role);
+        parts_.push_back({role, each_, shape.d_out, shape.d_in});
+        each_ += rows_each(shape.d_out, size_) * shape.d_in;
       }
     }
   }
+  Layout(const StudentBlock& block)
+      : Layout(block.ranks->size(), [&](Role role) {
+          return LinearShape{block.rows[index_of(role)], block[role].shape.d_in};
+        }) {}
+  Layout(const ModelConfig& config, int size)
+      : Layout(size, [&](Role role) { return linear_shape(config, role); }) {}
 
   const std::vector<Part>& parts() const { return parts_; }
   const Part& part(Role role) const {
@@ -63,6 +70,52 @@ class Layout {
         .view({share.count, part.d_in});
   }
 
+  // A process's part of a flat tensor, from its rows by part, as pieces to put together.
+  void add_pieces(const std::vector<at::Tensor>& rows_by_part,
+                  std::vector<at::Tensor>& pieces) const {
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      const at::Tensor& rows = rows_by_part[i];
+      pieces.push_back(rows.flatten());
+      if (const int64_t missing = rows_each(parts_[i].rows, size_) - rows.size(0); missing > 0) {
+        pieces.push_back(at::zeros({missing * parts_[i].d_in}, rows.options()));
+      }
+    }
+  }
+  at::Tensor flat(const std::vector<at::Tensor>& rows_by_part) const {
+    std::vector<at::Tensor> pieces;
+    add_pieces(rows_by_part, pieces);
+    return at::cat(pieces);
+  }
+
+  // The matrices, from all processes' parts (all).
+  std::vector<at::Tensor> whole(const at::Tensor& flat_of_all) const {
+    std::vector<at::Tensor> out;
+    for (const auto& roles : matrices()) {
+      std::vector<at::Tensor> pieces;
+      for (const Role role : roles) {
+        for (int rank = 0; rank < size_; ++rank) {
+          pieces.push_back(rows(flat_of_all.narrow(0, rank * each_, each_), part(role), rank));
+        }
+      }
+      out.push_back(at::cat(pieces));
+    }
+    return out;
+  }
+
+  // Gives a block its weights from the matrices.
+  void set(const std::vector<at::Tensor>& matrix, BlockWeights& weights) const {
+    for (size_t i = 0; i < matrix.size(); ++i) {
+      int64_t row = 0;
+      for (const Role role : matrices()[i]) {
+        const int64_t count = part(role).rows;
+        weights.linear[index_of(role)] = matrix[i].narrow(0, row, count);
+        row += count;
+      }
+    }
+    weights.qkv = matrix[0];
+    weights.gate_up = matrix[2];
+  }
+
  private:
   int size_;
   int64_t each_ = 0;
@@ -71,11 +124,18 @@ class Layout {
 
 // What a pass through the gathered weights leaves for its way back.
 struct Pass : torch::CustomClassHolder {
-  Pass(std::shared_ptr<Ranks> given, Layout of, std::vector<at::Tensor> own)
-      : ranks(std::move(given)), layout(std::move(of)), rows(std::move(own)) {}
-  std::shared_ptr<Ranks> ranks;
+  Pass(Ranks& given, Layout of, std::vector<at::Tensor> own)
+      : ranks(&given),
+        layout(std::move(of)),
+        rows(std::move(own)),
+        mine(layout.flat(rows)),
+        all(at::empty({layout.all()}, mine.options())),
+        gathered(ranks->gather(mine, all)) {}
+  Ranks* ranks;  // of the block
   Layout layout;
   std::vector<at::Tensor> rows;  // this process's weights by part, with their graphs
+  at::Tensor mine, all;          // until they are gathered
+  Exchange gathered;
 };
 
 // The matrices of a block from every process's rows.
@@ -84,25 +144,9 @@ class GatherWeights : public torch::autograd::Function<GatherWeights> {
   // leaf: any that needs a gradient, so that there is a way back; it gets none from here.
   static variable_list forward(AutogradContext* context, const at::Tensor&,
                                const c10::intrusive_ptr<Pass>& pass) {
-    const Layout& layout = pass->layout;
-    const at::TensorOptions options = pass->rows.front().options().requires_grad(false);
-    const at::Tensor mine = at::zeros({layout.each()}, options);
-    const at::Tensor all = at::empty({layout.all()}, options);
-    for (size_t i = 0; i < layout.parts().size(); ++i) {
-      layout.rows(mine, layout.parts()[i], pass->ranks->rank()).copy_(pass->rows[i]);
-    }
-    pass->ranks->gather(mine, all).wait();
-    variable_list out;
-    for (const auto& roles : matrices()) {
-      std::vector<at::Tensor> pieces;
-      for (const Role role : roles) {
-        for (int rank = 0; rank < layout.size(); ++rank) {
-          pieces.push_back(layout.rows(all.narrow(0, rank * layout.each(), layout.each()),
-                                       layout.part(role), rank));
-        }
-      }
-      out.push_back(at::cat(pieces));
-    }
+    pass->gathered.wait();
+    variable_list out = pass->layout.whole(pass->all);
+    pass->mine = pass->all = at::Tensor();
     context->saved_data["pass"] = c10::IValue::make_capsule(pass);
     return out;
   }
@@ -111,23 +155,23 @@ class GatherWeights : public torch::autograd::Function<GatherWeights> {
     const auto capsule = context->saved_data["pass"].toCapsule();
     const auto pass = c10::intrusive_ptr<Pass>::reclaim_copy(static_cast<Pass*>(capsule.get()));
     const Layout& layout = pass->layout;
-    const at::Tensor all =
-        at::zeros({layout.all()}, pass->rows.front().options().dtype(at::kFloat));
-    for (size_t i = 0; i < grads.size(); ++i) {
-      if (!grads[i].defined()) {
-        continue;
-      }
-      int64_t row = 0;
-      for (const Role role : matrices()[i]) {
-        const Layout::Part& part = layout.part(role);
-        for (int rank = 0; rank < layout.size(); ++rank) {
+    std::vector<at::Tensor> pieces;
+    for (int rank = 0; rank < layout.size(); ++rank) {
+      std::vector<at::Tensor> rows;
+      for (size_t i = 0; i < grads.size(); ++i) {
+        int64_t row = 0;
+        for (const Role role : matrices()[i]) {
+          const Layout::Part& part = layout.part(role);
           const RowShare share = rows_of(part.rows, rank, layout.size());
-          layout.rows(all.narrow(0, rank * layout.each(), layout.each()), part, rank)
-              .copy_(grads[i].narrow(0, row + share.begin, share.count));
+          rows.push_back(grads[i].defined()
+                             ? grads[i].narrow(0, row + share.begin, share.count)
+                             : at::zeros({share.count, part.d_in}, pass->rows.front().options()));
+          row += part.rows;
         }
-        row += part.rows;
       }
+      layout.add_pieces(rows, pieces);
     }
+    const at::Tensor all = at::cat(pieces).to(at::kFloat);
     const at::Tensor mine = at::empty({layout.each()}, all.options());
     auto exchange = std::make_shared<Exchange>(pass->ranks->sum_parts(all, mine));
     pass->ranks->later([pass, exchange, mine, all] {  // all: read until it was waited for
@@ -150,19 +194,6 @@ at::Tensor leaf(const at::Tensor& values, const at::Tensor& like) {
 
 at::Tensor on_host(const at::Tensor& tensor) {
   return tensor.defined() ? leaf(tensor.to(at::kCPU), tensor) : tensor;
-}
-
-// (k, d_out, words), as integers that can be sent.
-at::Tensor sign_tensor(const std::vector<uint32_t>& signs, const quant::Shape& shape) {
-  const at::Tensor out = at::empty({shape.paths, shape.d_out, (shape.d_in + 31) / 32}, at::kInt);
-  std::memcpy(out.mutable_data_ptr(), signs.data(), signs.size() * sizeof(uint32_t));
-  return out;
-}
-
-std::vector<uint32_t> sign_words(const at::Tensor& signs) {
-  const at::Tensor own = signs.contiguous();
-  const auto* words = static_cast<const uint32_t*>(own.const_data_ptr());
-  return {words, words + own.numel()};
 }
 
 }  // namespace
@@ -204,7 +235,7 @@ StudentBlock shard_block(const StudentBlock& whole, const std::shared_ptr<Ranks>
     to.g = leaf(share(from.g, 1), from.g);
     to.h = leaf(of_first(from.h), from.h);
     to.start_signs = sign_words(
-        share(sign_tensor(from.start_signs, from.shape).to(from.latent.device()), 1).to(at::kCPU));
+        share(sign_word_tensor(from.start_signs, from.shape).to(from.latent.device()), 1));
     to.shape.d_out = to.g.size(1);
     block.rows[index_of(role)] = d_out;
   }
@@ -217,73 +248,88 @@ StudentBlock whole_block(const StudentBlock& block) {
   if (!block.ranks) {
     return block;
   }
-  Ranks& ranks = *block.ranks;
   StudentBlock whole;
   for (const Role role : kRoles) {
     const StudentLinear& from = block[role];
-    const int64_t d_out = block.rows[index_of(role)];
-    const at::Tensor latent = whole_of(from.latent, {from.latent.dim() - 2, d_out}, ranks);
-    const at::Tensor g = whole_of(from.g, {1, d_out}, ranks);
-    const at::Tensor signs = whole_of(
-        sign_tensor(from.start_signs, from.shape).to(from.latent.device()), {1, d_out}, ranks);
-    if (ranks.first()) {
-      StudentLinear& to = whole[role];
-      to = from;
-      to.shape.d_out = d_out;
-      to.latent = leaf(latent, from.latent);
-      to.g = leaf(g, from.g);
-      to.h = on_host(from.h);
-      to.start_signs = sign_words(signs);
-    }
+    StudentLinear& to = whole[role];
+    to = from;
+    to.shape.d_out = block.rows[index_of(role)];
+    const auto all = [&](const at::Tensor& share, int64_t dim) {
+      return whole_of(share, {dim, to.shape.d_out}, *block.ranks).to(at::kCPU);
+    };
+    to.latent = leaf(all(from.latent, from.latent.dim() - 2), from.latent);
+    to.g = leaf(all(from.g, 1), from.g);
+    to.h = on_host(from.h);
+    to.start_signs =
+        sign_words(all(sign_word_tensor(from.start_signs, from.shape).to(from.latent.device()), 1));
   }
-  if (ranks.first()) {
-    whole.attn_norm = on_host(block.attn_norm);
-    whole.ffn_norm = on_host(block.ffn_norm);
-  }
+  whole.attn_norm = on_host(block.attn_norm);
+  whole.ffn_norm = on_host(block.ffn_norm);
   return whole;
 }
 
-BlockWeights gathered_weights(const StudentBlock& student, const BlockWeights& teacher,
-                              at::ScalarType compute) {
+std::function<BlockWeights()> begin_weights(const StudentBlock& student,
+                                            const BlockWeights& teacher, at::ScalarType compute) {
+  if (!student.ranks) {
+    return [&student, &teacher, compute] { return student_weights(student, teacher, compute); };
+  }
   const Layout layout(student);
   std::vector<at::Tensor> rows;
   for (const Layout::Part& part : layout.parts()) {
     rows.push_back(fake_quant_weight(student[part.role], compute));
   }
-  const variable_list all = GatherWeights::apply(
-      student.linear.front().latent, c10::make_intrusive<Pass>(student.ranks, layout, rows));
-  BlockWeights weights{{},
-                       student.attn_norm.defined() ? student.attn_norm : teacher.attn_norm,
-                       student.ffn_norm.defined() ? student.ffn_norm : teacher.ffn_norm};
-  for (size_t i = 0; i < all.size(); ++i) {
-    int64_t row = 0;
-    for (const Role role : matrices()[i]) {
-      const int64_t count = student.rows[index_of(role)];
-      weights.linear[index_of(role)] = all[i].narrow(0, row, count);
-      row += count;
-    }
-  }
-  weights.qkv = all[0];
-  weights.gate_up = all[2];
-  return weights;
+  const at::NoGradGuard no_grad;  // of what is sent
+  auto pass = c10::make_intrusive<Pass>(*student.ranks, layout, std::move(rows));
+  return [&student, &teacher, pass = std::move(pass)] {
+    BlockWeights weights{{},
+                         student.attn_norm.defined() ? student.attn_norm : teacher.attn_norm,
+                         student.ffn_norm.defined() ? student.ffn_norm : teacher.ffn_norm};
+    pass->layout.set(GatherWeights::apply(student.linear.front().latent, pass), weights);
+    return weights;
+  };
 }
 
-SharedLeaves shared_leaves(const Student& student, const std::shared_ptr<Ranks>& ranks) {
-  SharedLeaves out{ranks, {}, {}};
-  if (!ranks) {
-    return out;
+std::function<BlockWeights()> begin_weights(const Network& network, int64_t layer) {
+  const BlockWeights& block = network.blocks[static_cast<size_t>(layer)];
+  if (!network.ranks) {
+    return [&block] { return block; };
   }
-  std::map<const at::TensorImpl*, int64_t> row_scales;
-  for (const StudentBlock& block : student.blocks) {
+  const Layout layout(network.config, network.ranks->size());
+  const at::Tensor all = at::empty({layout.all()}, block.share.options());
+  auto gathered = std::make_shared<Exchange>(network.ranks->gather(block.share, all));
+  return [&block, layout, all, gathered] {
+    gathered->wait();
+    BlockWeights weights{{}, block.attn_norm, block.ffn_norm};
+    layout.set(layout.whole(all), weights);
+    return weights;
+  };
+}
+
+void share_out(BlockWeights& block, const ModelConfig& config, const Ranks& ranks) {
+  const Layout layout(config, ranks.size());
+  std::vector<at::Tensor> rows;
+  for (const Layout::Part& part : layout.parts()) {
+    rows.push_back(share_of(block.linear[index_of(part.role)], {0, part.rows}, ranks));
+  }
+  block = {{}, block.attn_norm, block.ffn_norm, {}, {}, layout.flat(rows)};
+}
+
+SharedLeaves shared_leaves(std::span<const StudentBlock> blocks,
+                           const std::vector<at::Tensor>& scales,
+                           const std::shared_ptr<Ranks>& ranks) {
+  SharedLeaves out{ranks, {}, {}};
+  std::map<const at::TensorImpl*, LeafLayout> row_scales;
+  for (const StudentBlock& block : blocks) {
     for (const Role role : kRoles) {
       const int64_t rows = block.rows[index_of(role)];
-      out.latents.push_back({block[role].latent.dim() - 2, rows});
-      row_scales[block[role].g.unsafeGetTensorImpl()] = rows;
+      const auto along = [&](int64_t dim) { return ranks ? LeafLayout{dim, rows} : LeafLayout{}; };
+      out.latents.push_back(along(block[role].latent.dim() - 2));
+      row_scales[block[role].g.unsafeGetTensorImpl()] = along(1);
     }
   }
-  for (const at::Tensor& leaf : scales_and_norms(student)) {
+  for (const at::Tensor& leaf : scales) {
     const auto rows = row_scales.find(leaf.unsafeGetTensorImpl());
-    out.scales.push_back(rows != row_scales.end() ? LeafLayout{1, rows->second} : LeafLayout{});
+    out.scales.push_back(rows != row_scales.end() ? rows->second : LeafLayout{});
   }
   return out;
 }

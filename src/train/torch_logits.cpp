@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "train/shards.h"
+
 namespace rabit::train {
 namespace {
 
@@ -11,14 +13,27 @@ constexpr int64_t kChunk = 128;  // positions whose logits exist at once
 
 TorchLogits::TorchLogits(const Network& network, const Student* student)
     : network_(network),
+      student_(student),
       output_norm_(student != nullptr ? output_norm(*student, network).detach()
                                       : network.output_norm) {
   const at::NoGradGuard no_grad;
-  for (size_t i = 0; i < network.blocks.size(); ++i) {
-    blocks_.push_back(student != nullptr
-                          ? student_weights(student->blocks[i], network.blocks[i], network.compute)
-                          : network.blocks[i]);
+  if (student != nullptr ? !student->blocks.front().ranks : !network.ranks) {
+    std::vector<BlockWeights> blocks;
+    for (int64_t layer = 0; layer < network.config.layers; ++layer) {
+      blocks.push_back(begin(layer)());
+    }
+    blocks_ = std::move(blocks);
   }
+}
+
+std::function<BlockWeights()> TorchLogits::begin(int64_t layer) const {
+  const auto block = static_cast<size_t>(layer);
+  if (!blocks_.empty()) {
+    return [this, block] { return blocks_[block]; };
+  }
+  return student_ != nullptr
+             ? begin_weights(student_->blocks[block], network_.blocks[block], network_.compute)
+             : begin_weights(network_, layer);
 }
 
 Status TorchLogits::score(std::span<const int32_t> tokens, std::span<double> nll) {
@@ -31,9 +46,11 @@ Status TorchLogits::score(std::span<const int32_t> tokens, std::span<double> nll
   std::copy(tokens.begin(), tokens.end(), host_ids.mutable_data_ptr<int64_t>());
   const at::Tensor ids = host_ids.to(network_.device);
   at::Tensor x = embed(network_, ids);
-  for (const auto& block : blocks_) {
-    x = block_forward(network_.config, block, rotary_, x, network_.compute);
-  }
+  block_by_block(
+      network_.config.layers, [this](int64_t layer) { return begin(layer); },
+      [&](int64_t, const BlockWeights& weights) {
+        x = block_forward(network_.config, weights, rotary_, x, network_.compute);
+      });
   const at::Tensor hidden = norm(network_.config, x, output_norm_, network_.compute).squeeze(0);
   for (int64_t begin = 0; begin + 1 < count; begin += kChunk) {
     const int64_t size = std::min(kChunk, count - 1 - begin);

@@ -42,25 +42,29 @@ at::Tensor relative(const at::Tensor& error, const at::Tensor& change, const at:
 // sum |y - target|^2 / sum |target - x|^2. Sums over all tokens: the few with outsized activations
 // set the scale, and dividing token by token was measured worse (docs/results/start.md).
 // Features weighted by --alpha-out were measured worse, too.
-at::Tensor block_loss(const at::Tensor& y, const at::Tensor& target, const at::Tensor& change) {
+// Of several processes each has its windows' part of the error, in units of the whole batch.
+at::Tensor block_loss(const TrainSession& session, const at::Tensor& y, const at::Tensor& target,
+                      const at::Tensor& change) {
   const auto size = [](const at::Tensor& x) { return x.square().sum(); };
-  return relative(size(y - target), size(change), size(target));
+  const at::Tensor units = at::stack({size(change), size(target)});
+  session.sum(units);
+  return relative(size(y - target), units[0], units[1]);
 }
 
 // block_loss of whole streams, a few windows at a time: y, target and the teacher's stream before
 // the block (S, T, d_model).
-double stream_error(const at::Tensor& y, const at::Tensor& target, const at::Tensor& before) {
-  at::Tensor error = at::zeros({}, y.options().dtype(at::kDouble));
-  at::Tensor change = at::zeros_like(error), whole = at::zeros_like(error);
+double stream_error(const TrainSession& session, const at::Tensor& y, const at::Tensor& target,
+                    const at::Tensor& before) {
+  at::Tensor sums = at::zeros({3}, y.options().dtype(at::kDouble));  // error, change, whole
   const auto size = [](const at::Tensor& x) { return x.square().sum(at::kDouble); };
   for (int64_t begin = 0; begin < y.size(0); begin += kForwardWindows) {
     const int64_t count = std::min(kForwardWindows, y.size(0) - begin);
     const at::Tensor t = target.narrow(0, begin, count);
-    error += size(y.narrow(0, begin, count) - t);
-    change += size(t - before.narrow(0, begin, count));
-    whole += size(t);
+    sums += at::stack(
+        {size(y.narrow(0, begin, count) - t), size(t - before.narrow(0, begin, count)), size(t)});
   }
-  return relative(error, change, whole).item<double>();
+  session.sum(sums);
+  return relative(sums[0], sums[1], sums[2]).item<double>();
 }
 
 struct BlockRun {
@@ -71,11 +75,15 @@ struct BlockRun {
 };
 
 // Trains student block `layer` for `epochs` passes over x, the last one by what the head makes of
-// its output; `budget` seconds bound it where > 0.
+// its output; `budget` seconds bound it where > 0. The windows lie in as many lanes as a batch has
+// places, and each place goes through a lane of its own: so several processes, which have some of
+// the lanes each, see the batches that one process would see. first: of x among all windows.
 Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary& rotary,
                              const at::Tensor& x, const at::Tensor& target,
-                             const at::Tensor& teacher_x, double epochs, double budget) {
+                             const at::Tensor& teacher_x, int64_t first, double epochs,
+                             double budget) {
   const QuantizeOptions& options = session.options;
+  const int64_t processes = session.processes();
   const auto block = static_cast<size_t>(layer);
   const bool last = layer + 1 == session.config().layers;
   const std::span trained(&session.student.blocks[block], 1);
@@ -83,16 +91,19 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
   if (last && session.student.output_norm.defined()) {
     others.push_back(session.student.output_norm);
   }
-  Trainer trainer(options, latents(trained), others);
+  Trainer trainer(options, latents(trained), others, shared_leaves(trained, others, session.ranks));
 
-  const int64_t windows = x.size(0);
-  const int64_t batch = std::min(options.warm_batch, windows);
-  const auto steps = static_cast<int64_t>(
-      std::floor(epochs * static_cast<double>(windows) / static_cast<double>(batch)));
+  const int64_t lanes = std::min(options.warm_batch / processes, x.size(0));  // of this process
+  const int64_t lane = x.size(0) / lanes;  // its windows; what is left over is not trained on
+  const auto steps = static_cast<int64_t>(std::floor(epochs * static_cast<double>(lane)));
   BlockRun run;
   std::vector<double> losses;
-  WindowOrder order(
-      windows, static_cast<uint64_t>(options.seed) * 1000003 + static_cast<uint64_t>(layer) * 1009);
+  std::vector<WindowOrder> orders;
+  for (int64_t i = 0; i < lanes; ++i) {
+    orders.emplace_back(lane, static_cast<uint64_t>(options.seed) * 1000003 +
+                                  static_cast<uint64_t>(layer) * 1009 +
+                                  static_cast<uint64_t>(session.rank() * lanes + i) * 7907);
+  }
   const Clock clock(budget);
   for (int64_t step = 0; step < steps; ++step) {
     RABIT_CHECK(check_interrupt());
@@ -103,9 +114,11 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
     if (progress >= 1.0) {
       break;
     }
-    std::vector<int64_t> drawn = order.batch(step, batch);
-    for (int64_t& place : drawn) {
-      place %= windows;  // the same in every epoch
+    std::vector<int64_t> drawn, distinct;  // in x, and of all windows
+    for (int64_t i = 0; i < lanes; ++i) {
+      // The same windows in every epoch.
+      drawn.push_back(i * lane + orders[static_cast<size_t>(i)].batch(step, 1).front() % lane);
+      distinct.push_back(first + drawn.back());
     }
     const at::Tensor picks = at::tensor(drawn, at::kLong).to(x.device());
     const at::Tensor x_batch = x.index_select(0, picks);
@@ -114,15 +127,18 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
         session.student.blocks[block], session.teacher.blocks[block], session.teacher.compute);
     const at::Tensor y =
         block_forward(session.config(), weights, rotary, x_batch, session.teacher.compute);
-    const at::Tensor loss =
-        last ? head_loss(session, session.student, y, target_batch,
-                         session.windows.pick_distinct(drawn).to(x.device()))
-                   .loss
-             : block_loss(y, target_batch, target_batch - teacher_x.index_select(0, picks));
+    const at::Tensor loss = last ? head_loss(session, session.student, y, target_batch,
+                                             session.windows.pick_distinct(distinct).to(x.device()))
+                                           .loss /
+                                       static_cast<double>(processes)
+                                 : block_loss(session, y, target_batch,
+                                              target_batch - teacher_x.index_select(0, picks));
     const double factor = cosine_schedule(progress, options.warmup);
     trainer.accumulate(loss);
+    const at::Tensor whole_loss = loss.detach().clone();
+    session.sum(whole_loss);
     const auto taken =
-        trainer.step(loss, options.warm_latent_lr * factor, options.warm_scale_lr * factor);
+        trainer.step(whole_loss, options.warm_latent_lr * factor, options.warm_scale_lr * factor);
     if (!taken) {
       return Error{fmt::format("block {}: {}; lower --warm-latent-lr and --warm-scale-lr", layer,
                                taken.error().message)};
@@ -141,8 +157,8 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
   }
   wait_for(latents(trained).front());
   run.steps = static_cast<int64_t>(losses.size());
-  run.tokens_per_second =
-      static_cast<double>(run.steps * batch * x.size(1)) / std::max(1e-9, clock.elapsed());
+  run.tokens_per_second = static_cast<double>(run.steps * lanes * processes * x.size(1)) /
+                          std::max(1e-9, clock.elapsed());
   return run;
 }
 
@@ -184,6 +200,32 @@ BlockWork work_from(const TrainSession& session, int64_t layer, int64_t replayed
   return work;
 }
 
+// Of a block that all processes have fitted, each goes on with its share.
+void share_block(TrainSession& session, int64_t layer) {
+  StudentBlock& block = session.student.blocks[static_cast<size_t>(layer)];
+  if (session.ranks) {
+    block = shard_block(block, session.ranks);
+  }
+}
+
+// Windows of each process, of so many in all: as many to each, in whole batches where blocks are
+// trained.
+Result<int64_t> windows_of_each(const TrainSession& session, int64_t windows) {
+  const int64_t processes = session.processes(), layers = session.config().layers;
+  if (processes == 1) {
+    return windows;
+  }
+  const bool trains = first_trained_block(session.options, layers) < layers;
+  const int64_t unit = trains ? session.options.warm_batch / processes : 1;
+  const int64_t each = windows / processes / unit * unit;
+  if (each == 0) {
+    return Error{fmt::format("--calib-tokens {}: {} windows are too few for {} processes{}",
+                             session.options.calib_tokens, windows, processes,
+                             trains ? " and a batch" : "")};
+  }
+  return each;
+}
+
 // Runs the phases on block 0 with a few windows and forgets the outcome.
 Result<BlockSeconds> measure_block(TrainSession& session, const Rotary& rotary,
                                    const at::Tensor& x) {
@@ -191,7 +233,7 @@ Result<BlockSeconds> measure_block(TrainSession& session, const Rotary& rotary,
   const int64_t layers = session.config().layers;
   const int64_t windows = std::min(kMeasuredWindows, x.size(0));
   const at::Tensor sample = x.narrow(0, 0, windows);
-  const BlockWeights& teacher = session.teacher.blocks[0];
+  const BlockWeights teacher = whole_weights(session.teacher, 0);
   at::Tensor target;
   BlockSeconds cost;
   const StudentBlock kept = session.student.blocks[0];
@@ -207,6 +249,7 @@ Result<BlockSeconds> measure_block(TrainSession& session, const Rotary& rotary,
     const auto outputs = start_block(session, 0, sample, sample, final);
     session.options = given;
     RABIT_CHECK(outputs);
+    share_block(session, 0);
     at::Tensor student = outputs->student;
     if (!student.defined()) {
       student = at::empty_like(sample);
@@ -223,7 +266,7 @@ Result<BlockSeconds> measure_block(TrainSession& session, const Rotary& rotary,
     cost.pass = (clock.elapsed() - fit) / static_cast<double>(windows);
   }
   if (given.warm_epochs > 0.0) {
-    const int64_t batch = std::min(given.warm_batch, windows);
+    const int64_t batch = std::min(given.warm_batch / session.processes(), windows);
     const at::Tensor in = sample.narrow(0, 0, batch), out = target.narrow(0, 0, batch);
     // After the first the fastest counts: what else runs on the machine only adds, and little text
     // for all blocks would come of it.
@@ -232,7 +275,7 @@ Result<BlockSeconds> measure_block(TrainSession& session, const Rotary& rotary,
     };
     for (int i = 0; i < kMeasuredSteps; ++i) {
       const Clock train_clock;
-      RABIT_CHECK(train_block(session, 0, rotary, in, out, in, 1.0, 0.0));
+      RABIT_CHECK(train_block(session, 0, rotary, in, out, in, 0, 1.0, 0.0));
       note(i, cost.train, train_clock.elapsed() / static_cast<double>(batch));
       if (layers == 1) {
         continue;  // it is the last
@@ -258,8 +301,8 @@ struct Plan {
   double epochs = 0.0;
 };
 
-// Times a block, says what the phase will do with at most `windows`, and, where time is bounded,
-// takes as many of them and as many epochs as it can pay for.
+// Times a block, says what the phase will do with at most `windows` in each process, and, where
+// time is bounded, takes as many of them and as many epochs as it can pay for.
 Result<Plan> make_plan(TrainSession& session, const Rotary& rotary, int64_t first_block,
                        int64_t windows) {
   const QuantizeOptions& options = session.options;
@@ -267,14 +310,16 @@ Result<Plan> make_plan(TrainSession& session, const Rotary& rotary, int64_t firs
   const at::Tensor sample = [&] {
     const at::NoGradGuard no_grad;
     const int64_t count = std::min(windows, kMeasuredWindows);
-    return embed(teacher, session.windows.distinct_range(0, count).to(teacher.device));
+    return embed(
+        teacher,
+        session.windows.distinct_range(session.rank() * windows, count).to(teacher.device));
   }();
   RABIT_ASSIGN(const BlockSeconds cost, measure_block(session, rotary, sample));
   BlockWork work = work_from(session, first_block, first_block, options.warm_epochs);
+  const auto tokens = static_cast<double>(options.seq_len * session.processes());
   const auto rate = [&](double seconds_per_window) {
-    return seconds_per_window > 0.0
-               ? fmt::format("{:.0f}", static_cast<double>(options.seq_len) / seconds_per_window)
-               : std::string("-");
+    return seconds_per_window > 0.0 ? fmt::format("{:.0f}", tokens / seconds_per_window)
+                                    : std::string("-");
   };
   const std::string speed =
       fmt::format("{:.2f} s to fit a block, {} tokens/s through it, {} tokens/s in its training",
@@ -300,7 +345,7 @@ Result<Plan> make_plan(TrainSession& session, const Rotary& rotary, int64_t firs
   }
   session.observer.message(
       fmt::format("measured: {}; plan: {} blocks, each from {} tokens x {} epochs, {:.0f} s", speed,
-                  work.blocks, windows * options.seq_len, work.epochs,
+                  work.blocks, windows * session.processes() * options.seq_len, work.epochs,
                   seconds_for(cost, work, static_cast<double>(windows))));
   return Plan{cost, windows, work.epochs};
 }
@@ -313,17 +358,22 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   const Network& teacher = session.teacher;
   const Rotary rotary = make_rotary(config, options.seq_len, teacher.device);
   const int64_t first_trained = first_trained_block(options, config.layers);
-  RABIT_ASSIGN(const Plan plan,
-               make_plan(session, rotary, first_block,
-                         std::min(session.windows.distinct(),
-                                  std::max<int64_t>(1, options.calib_tokens / options.seq_len))));
+  RABIT_ASSIGN(const int64_t most,
+               windows_of_each(session, std::min(session.windows.distinct(),
+                                                 std::max<int64_t>(
+                                                     1, options.calib_tokens / options.seq_len))));
+  RABIT_ASSIGN(const Plan plan, make_plan(session, rotary, first_block, most));
   if (options.dry_run) {
     return {};
   }
-  int64_t windows = plan.windows;
-  session.log["calib_tokens_used"] = windows * options.seq_len;
+  int64_t windows = plan.windows;  // of each process
+  const auto note_tokens = [&] {
+    session.log["calib_tokens_used"] = windows * session.processes() * options.seq_len;
+  };
+  note_tokens();
 
-  const at::Tensor ids = session.windows.distinct_range(0, windows).to(teacher.device);
+  const int64_t first = session.rank() * windows;
+  const at::Tensor ids = session.windows.distinct_range(first, windows).to(teacher.device);
   at::Tensor x_teacher;
   at::Tensor x_student = [&] {
     const at::NoGradGuard no_grad;
@@ -341,18 +391,24 @@ Status warm_start(TrainSession& session, int64_t first_block) {
     const auto block = static_cast<size_t>(layer);
     RABIT_CHECK(run_block(session, weights_of(block), rotary, x_student, x_student));
     if (both) {
-      RABIT_CHECK(run_block(session, teacher.blocks[block], rotary, x_teacher, x_teacher));
+      RABIT_CHECK(run_block(session, whole_weights(teacher, layer), rotary, x_teacher, x_teacher));
     }
   }
 
   Clock since_checkpoint;
   BlockTimes times(plan.cost);
   for (int64_t layer = first_block; layer < config.layers; ++layer) {
-    if (session.stopped_together()) {  // the only place to stop at
+    bool due = layer > first_block &&  // something is finished
+               since_checkpoint.elapsed() > options.checkpoint_minutes * 60.0;
+    if (session.stopped_together(due)) {  // the only place to stop at
       if (layer > 0) {
         RABIT_CHECK(save_checkpoint(session, layer, nullptr));
       }
       return Error{"interrupted", true};
+    }
+    if (due) {
+      save_or_say(session, layer, nullptr);
+      since_checkpoint = Clock();
     }
     const bool train = layer >= first_trained;
     const auto block = static_cast<size_t>(layer);
@@ -365,7 +421,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       if (windows > kMinWindows &&
           static_cast<double>(affordable) < kTolerance * static_cast<double>(windows)) {
         windows = std::max(kMinWindows, affordable);
-        session.log["calib_tokens_used"] = windows * options.seq_len;
+        note_tokens();
         for (at::Tensor* stream : {&x_student, &x_teacher}) {
           *stream = stream->defined() ? stream->narrow(0, 0, windows).clone() : *stream;
         }
@@ -384,25 +440,20 @@ Status warm_start(TrainSession& session, int64_t first_block) {
     const auto body = [&]() -> Status {
       RABIT_ASSIGN(const BlockOutputs outputs,
                    start_block(session, layer, x_student, x_teacher, !train));
+      share_block(session, layer);
       BlockRun run;
       const double init_seconds = block_clock.elapsed();
       double train_seconds = 0.0;
       at::Tensor target = outputs.teacher;
       if (both && !target.defined()) {
         target = at::empty_like(x_teacher);
-        RABIT_CHECK(run_block(session, teacher.blocks[block], rotary, x_teacher, target));
+        RABIT_CHECK(run_block(session, whole_weights(teacher, layer), rotary, x_teacher, target));
       }
       if (train) {
         const Clock train_clock;
-        RABIT_ASSIGN(run, train_block(session, layer, rotary, x_student, target, x_teacher,
+        RABIT_ASSIGN(run, train_block(session, layer, rotary, x_student, target, x_teacher, first,
                                       plan.epochs, budget));
         train_seconds = train_clock.elapsed();
-      }
-      if (session.ranks) {
-        session.student.blocks[block] = shard_block(session.student.blocks[block], session.ranks);
-        if (session.student.output_norm.defined()) {
-          session.ranks->broadcast(session.student.output_norm.detach());
-        }
       }
       if (outputs.student.defined() && !session.ranks) {
         x_student = outputs.student;
@@ -411,7 +462,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
       }
       double output_error = NAN;
       if (both) {
-        output_error = stream_error(x_student, target, x_teacher);
+        output_error = stream_error(session, x_student, target, x_teacher);
         x_teacher = target;
       }
       wait_for(x_student);
@@ -423,7 +474,7 @@ Status warm_start(TrainSession& session, int64_t first_block) {
         times.train.add(static_cast<double>(options.seq_len) / run.tokens_per_second);
       }
       session.log["warm_start"].push_back({{"block", layer},
-                                           {"windows", windows},
+                                           {"windows", windows * session.processes()},
                                            {"steps", run.steps},
                                            {"loss", layer + 1 == config.layers ? "head" : "block"},
                                            {"loss_first", run.first_loss},
@@ -455,10 +506,6 @@ Status warm_start(TrainSession& session, int64_t first_block) {
         RABIT_CHECK(save_checkpoint(session, layer, nullptr));
       }
       return status;
-    }
-    if (session.anywhere(since_checkpoint.elapsed() > options.checkpoint_minutes * 60.0)) {
-      save_or_say(session, layer + 1, nullptr);
-      since_checkpoint = Clock();
     }
   }
   return {};
