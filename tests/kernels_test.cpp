@@ -6,9 +6,11 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <memory>
 #include <random>
 #include <string>
 
@@ -171,13 +173,79 @@ std::vector<double> matmul_tolerance(const Layer& layer, const Floats& x, int64_
 
 Floats reference_product(const Layer& layer, const Floats& x, int64_t tokens) {
   Floats y(static_cast<size_t>(tokens * layer.w.d_out));
-  reference_kernels().matmul(layer.w, x.data(), tokens, y.data(), 0, layer.w.d_out, nullptr);
+  reference_kernels().matmul(layer.w, x.data(), nullptr, tokens, y.data(), 0, layer.w.d_out,
+                             nullptr);
   return y;
+}
+
+/// A layer in the order that a table takes, and what its matmul reads beside x.
+class Prepared {
+ public:
+  Prepared(const KernelTable& table, const Layer& layer, const Floats& x, int64_t tokens)
+      : w(layer.w) {
+    if (w.format != WeightFormat::kResidualBinary) {
+      return;
+    }
+    const int64_t words = (w.d_in + 31) / 32, tiles = sign_tiles(w.d_out);
+    if (table.sign_order == SignOrder::kTiles) {
+      signs_ = std::make_unique<Scratch>(tiles * kTileRows * w.paths * words);
+      auto* to = reinterpret_cast<uint32_t*>(signs_->data());
+      tile_signs(layer.w, 0, tiles / 2, to);
+      tile_signs(layer.w, tiles / 2, tiles, to);
+      w.signs = to;
+      w.order = SignOrder::kTiles;
+    }
+    if (const int64_t bytes = table.input_bytes(w.d_in, tokens, w.paths); bytes > 0) {
+      EXPECT_EQ(bytes % 64, 0);
+      input_ = std::make_unique<Scratch>(bytes / 4);
+      table.prepare(w, x.data(), tokens, input_->data(), words / 3, words);
+      table.prepare(w, x.data(), tokens, input_->data(), 0, words / 3);
+    }
+  }
+  LinearWeights w;
+  const void* input() const { return input_ ? input_->data() : nullptr; }
+
+ private:
+  std::unique_ptr<Scratch> signs_, input_;
+};
+
+// Largest sum of |h x| over four neighbouring columns of a path, as kernels by lookup take it.
+float largest_sum(const Layer& layer, int64_t path, const float* x) {
+  float largest = 0;
+  for (int64_t c = 0; c < layer.w.d_in; c += 4) {
+    std::array<float, 4> size{};
+    for (int64_t i = 0; i < std::min<int64_t>(4, layer.w.d_in - c); ++i) {
+      size[i] = std::abs(half_to_float(layer.col_scale[path * layer.w.d_in + c + i]) * x[c + i]);
+    }
+    largest = std::max(largest, (size[0] + size[1]) + (size[2] + size[3]));
+  }
+  return largest;
 }
 
 class Kernels : public testing::TestWithParam<const KernelTable*> {
  protected:
   const KernelTable& table() const { return *GetParam(); }
+
+  /// What tables of integer sums may be off by: half a unit in every column, in random directions.
+  std::vector<double> tolerance_of(const Layer& layer, const Floats& x, int64_t tokens) const {
+    std::vector<double> tolerance = matmul_tolerance(layer, x, tokens);
+    const LinearWeights& w = layer.w;
+    if (w.format != WeightFormat::kResidualBinary ||
+        table().input_bytes(w.d_in, tokens, w.paths) == 0) {
+      return tolerance;
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t path = 0; path < w.paths; ++path) {
+        const double unit = largest_sum(layer, path, x.data() + t * w.d_in) / 32765.0;
+        for (int64_t r = 0; r < w.d_out; ++r) {
+          tolerance[t * w.d_out + r] +=
+              kSafety * 0.5 * unit * std::sqrt(static_cast<double>(w.d_in)) *
+              std::abs(half_to_float(layer.row_scale[path * w.d_out + r]));
+        }
+      }
+    }
+    return tolerance;
+  }
 
   void check_matmul(WeightFormat format, int64_t d_out, int64_t d_in, int64_t paths,
                     int64_t tokens) {
@@ -189,11 +257,12 @@ class Kernels : public testing::TestWithParam<const KernelTable*> {
     const Floats want = reference_product(layer, x, tokens);
     Floats got = guarded(tokens * d_out);
     Scratch scratch(table().matmul_scratch(d_in, tokens, paths));
-    table().matmul(layer.w, x.data(), tokens, got.data(), 0, d_out, scratch.data());
+    const Prepared prepared(table(), layer, x, tokens);
+    table().matmul(prepared.w, x.data(), prepared.input(), tokens, got.data(), 0, d_out,
+                   scratch.data());
     EXPECT_TRUE(guards_hold(got));
-    EXPECT_LE(
-        worst(got.data(), want.data(), matmul_tolerance(layer, x, tokens).data(), tokens * d_out),
-        1);
+    EXPECT_LE(worst(got.data(), want.data(), tolerance_of(layer, x, tokens).data(), tokens * d_out),
+              1);
   }
 };
 
@@ -240,12 +309,14 @@ TEST_P(Kernels, MatmulWritesItsRowsOnly) {
     for (const int64_t tokens : {1, 6, 20}) {
       const Floats x = normals(tokens * d_in);
       const Floats want = reference_product(layer, x, tokens);
-      const std::vector<double> tolerance = matmul_tolerance(layer, x, tokens);
+      const std::vector<double> tolerance = tolerance_of(layer, x, tokens);
+      const Prepared prepared(table(), layer, x, tokens);
       for (const auto& [begin, end] :
            {std::pair<int64_t, int64_t>{0, 32}, {32, 150}, {5, 6}, {31, 66}, {40, 40}}) {
         Floats got = guarded(tokens * d_out);
         Scratch scratch(table().matmul_scratch(d_in, tokens, 2));
-        table().matmul(layer.w, x.data(), tokens, got.data(), begin, end, scratch.data());
+        table().matmul(prepared.w, x.data(), prepared.input(), tokens, got.data(), begin, end,
+                       scratch.data());
         for (int64_t i = 0; i < tokens * d_out; ++i) {
           if (i % d_out >= begin && i % d_out < end) {
             ASSERT_LE(worst(&got[i], &want[i], &tolerance[i], 1), 1) << begin << " " << end;
@@ -256,6 +327,76 @@ TEST_P(Kernels, MatmulWritesItsRowsOnly) {
         EXPECT_TRUE(guards_hold(got));
       }
     }
+  }
+}
+
+// The sums of integers are exact: the same bits as a scalar computation of them.
+TEST_P(Kernels, LookupSumsAreExact) {
+  for (const int64_t d_in : {1, 3, 4, 31, 32, 33, 63, 64, 65, 127, 576, 4096, 11008}) {
+    for (const int64_t d_out : {1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200}) {
+      if (d_in > 600 && d_out > 129) {
+        continue;
+      }
+      const int64_t paths = 1 + (d_in + d_out) % 4;
+      const int64_t tokens = 1 + d_out % 3;
+      if (table().input_bytes(d_in, tokens, paths) == 0) {
+        GTEST_SKIP() << "no lookup here";
+      }
+      const Layer layer = Layer::make(WeightFormat::kResidualBinary, d_out, d_in, paths);
+      const Floats x = normals(tokens * d_in, 3.0F);
+      const Prepared prepared(table(), layer, x, tokens);
+      Floats got = guarded(tokens * d_out);
+      table().matmul(prepared.w, x.data(), prepared.input(), tokens, got.data(), 0, d_out, nullptr);
+      EXPECT_TRUE(guards_hold(got));
+      const int64_t words = (d_in + 31) / 32;
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t r = 0; r < d_out; ++r) {
+          float want = 0;
+          for (int64_t path = 0; path < paths; ++path) {
+            const float largest = largest_sum(layer, path, x.data() + t * d_in);
+            const float unit = 32765.0F / largest;
+            int64_t sum = 0;
+            for (int64_t c = 0; c < d_in; ++c) {
+              const float scaled =
+                  half_to_float(layer.col_scale[path * d_in + c]) * x[t * d_in + c];
+              const auto q = static_cast<int64_t>(std::nearbyint(scaled * unit));
+              const uint32_t word = layer.signs[(path * d_out + r) * words + c / 32];
+              sum += (word >> (c % 32)) & 1U ? q : -q;
+            }
+            const float scale =
+                largest / 32765.0F * half_to_float(layer.row_scale[path * d_out + r]);
+            want = std::fma(static_cast<float>(sum), scale, want);
+          }
+          ASSERT_EQ(got[t * d_out + r], want) << d_in << " " << d_out << " " << t << " " << r;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Kernels, LookupOfNothingAndOfWhatIsNotFinite) {
+  const Layer layer = Layer::make(WeightFormat::kResidualBinary, 40, 70, 2);
+  if (table().input_bytes(70, 1, 2) == 0) {
+    GTEST_SKIP() << "no lookup here";
+  }
+  const auto product = [&](const Floats& x) {
+    const Prepared prepared(table(), layer, x, 1);
+    Floats y(40);
+    table().matmul(prepared.w, x.data(), prepared.input(), 1, y.data(), 0, 40, nullptr);
+    return y;
+  };
+  Floats x(70, 0.0F);
+  EXPECT_EQ(product(x), Floats(40, 0.0F));
+  for (const float value :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    x[33] = value;
+    for (const float y : product(x)) {
+      EXPECT_FALSE(std::isfinite(y));
+    }
+  }
+  x.assign(70, 1e-38F);
+  for (const float y : product(x)) {
+    EXPECT_LT(std::abs(y), 1e-30F);
   }
 }
 
@@ -495,11 +636,11 @@ TEST(Reference, ProductsOfSmallIntegers) {
       WeightFormat::kResidualBinary, d_out, d_in, 2, nullptr, signs.data(), g.data(), h.data()};
   Floats y(3);
   for (const LinearWeights* weights : {&dense, &halves}) {
-    reference_kernels().matmul(*weights, x.data(), 1, y.data(), 0, d_out, nullptr);
+    reference_kernels().matmul(*weights, x.data(), nullptr, 1, y.data(), 0, d_out, nullptr);
     EXPECT_EQ(y, (Floats{780, 1560, 2340}));
   }
   // Alternating sum 0 - 1 + 2 - ... - 39 = -20; times h = 2.
-  reference_kernels().matmul(binary, x.data(), 1, y.data(), 0, d_out, nullptr);
+  reference_kernels().matmul(binary, x.data(), nullptr, 1, y.data(), 0, d_out, nullptr);
   EXPECT_EQ(y, (Floats{-40 + 780, -80 + 390, -120 - 1560}));
 }
 

@@ -67,6 +67,25 @@ Result<const T*> in_place(const TensorInfo& tensor, std::vector<Buffer>& owned) 
   return owned.back().as<const T>();
 }
 
+/// Signs in the order that the kernels take, from the file's.
+Status arrange(Linear& linear, SignOrder order, ThreadPool& pool) {
+  LinearWeights& w = linear.weights;
+  if (order == w.order) {
+    return {};
+  }
+  const int64_t tiles = sign_tiles(w.d_out), words = (w.d_in + 31) / 32;
+  RABIT_ASSIGN(Buffer buffer,
+               Buffer::make(static_cast<uint64_t>(tiles * kTileRows * w.paths * words),
+                            sizeof(uint32_t), "packed signs"));
+  pool.parallel_for(tiles, 1, [&](int64_t begin, int64_t end, int) {
+    tile_signs(w, begin, end, buffer.as<uint32_t>());
+  });
+  w.signs = buffer.as<uint32_t>();
+  w.order = order;
+  linear.owned.push_back(std::move(buffer));
+  return {};
+}
+
 Result<Linear> load_packed(const GgufFile& file, const std::string& name, LinearShape shape) {
   Linear linear;
   const TensorInfo* sign = file.find_tensor(name + ".sign");
@@ -256,6 +275,7 @@ Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
       Linear& linear = block.linears[static_cast<size_t>(role)];
       if (file.find_tensor(name + ".sign") != nullptr) {
         RABIT_ASSIGN(linear, load_packed(file, name, shape));
+        RABIT_CHECK(arrange(linear, model->table->sign_order, *model->pool));
       } else {
         RABIT_ASSIGN(linear, load_dense(file, name + ".weight", shape, as_f32, *model->pool));
       }

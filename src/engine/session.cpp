@@ -22,6 +22,8 @@ namespace {
 constexpr int64_t kChunk = 512;        // tokens that go through the blocks together
 constexpr int64_t kLogitsChunk = 256;  // tokens whose logits are in memory at once
 
+constexpr int64_t kMostProducts = 3;  // that share an input
+
 /// One product of a group that shares its input.
 struct Product {
   const LinearWeights& weights;
@@ -51,6 +53,7 @@ class LoadedSession : public Session {
   void store_cache(int64_t layer, int64_t begin, int64_t end);
   void attend(int64_t layer, int64_t tokens);
   void multiply(const float* x, int64_t tokens, std::initializer_list<Product> products);
+  void prepare(const float* x, int64_t tokens, std::initializer_list<Product> products);
   void head(int64_t first, int64_t tokens, float* logits);
   template <typename Task>
   void share_tasks(int64_t count, const Task& task);
@@ -75,7 +78,9 @@ class LoadedSession : public Session {
   float* turns_ = nullptr;           // (chunk, head_dim): cos and sin of each pair
   float* last_ = nullptr;            // (vocab): logits of the last token
   std::vector<double> frequencies_;  // (head_dim / 2): radians a position
-  Buffer scratch_;                   // (threads, scratch_stride_)
+  Buffer input_;                     // (kMostProducts, input_bytes_): made ready for products
+  int64_t input_bytes_ = 0;
+  Buffer scratch_;  // (threads, scratch_stride_)
   int64_t scratch_stride_ = 0;
   Buffer logits_;  // (kLogitsChunk, vocab), from the first forward_all on
   int64_t logits_rows_ = 0;
@@ -124,12 +129,16 @@ Status LoadedSession::allocate() {
     // Small numbers of tokens may need more than large ones.
     for (int64_t tokens = 1; tokens <= chunk_; ++tokens) {
       scratch = std::max(scratch, table.matmul_scratch(w.d_in, tokens, w.paths));
+      input_bytes_ = std::max(input_bytes_, table.input_bytes(w.d_in, tokens, w.paths));
     }
   };
   grow(model_->head.weights);
   for (const Linear& linear : model_->blocks.front().linears) {
     grow({.d_in = linear.weights.d_in, .paths = 4});
   }
+  input_bytes_ = (input_bytes_ + 63) / 64 * 64;
+  RABIT_ASSIGN(input_, Buffer::make(static_cast<uint64_t>(kMostProducts * input_bytes_), 1,
+                                    "inputs of products"));
   scratch_stride_ = padded(scratch);
   RABIT_ASSIGN(scratch_, Buffer::make(static_cast<uint64_t>(scratch_stride_) * model_->threads(), 4,
                                       "kernel scratch"));
@@ -194,24 +203,59 @@ void LoadedSession::multiply(const float* x, int64_t tokens,
     const int64_t rows = std::max(kFewestRows, (w.d_out + parts - 1) / parts);
     return (rows + table.matmul_row_grain - 1) / table.matmul_row_grain * table.matmul_row_grain;
   };
+  prepare(x, tokens, products);
   int64_t tasks = 0;
   for (const Product& product : products) {
     const int64_t rows = rows_per_task(product.weights);
     tasks += (product.weights.d_out + rows - 1) / rows;
   }
   share_tasks(tasks, [&](int64_t task, int thread) {
+    const std::byte* input = input_.as<std::byte>();
     for (const Product& product : products) {
       const LinearWeights& w = product.weights;
       const int64_t rows = rows_per_task(w);
       const int64_t here = (w.d_out + rows - 1) / rows;
       if (task < here) {
-        table.matmul(w, x, tokens, product.y, task * rows, std::min(w.d_out, (task + 1) * rows),
+        table.matmul(w, x, input, tokens, product.y, task * rows,
+                     std::min(w.d_out, (task + 1) * rows),
                      scratch_.as<float>() + thread * scratch_stride_);
         return;
       }
       task -= here;
+      input += input_bytes_;
     }
   });
+}
+
+/// What the products read beside x, a part of the columns in each thread where that is worth it.
+void LoadedSession::prepare(const float* x, int64_t tokens,
+                            std::initializer_list<Product> products) {
+  constexpr int64_t kWorthwhile = 256;  // words
+  const KernelTable& table = *model_->table;
+  int64_t words = 0;
+  for (const auto& [w, y] : products) {
+    if (w.format == WeightFormat::kResidualBinary &&
+        table.input_bytes(w.d_in, tokens, w.paths) > 0) {
+      words += (w.d_in + 31) / 32 * w.paths * tokens;
+    }
+  }
+  const int parts = words < kWorthwhile ? 1 : model_->threads();
+  const auto part = [&](int64_t i) {
+    std::byte* input = input_.as<std::byte>();
+    for (const auto& [w, y] : products) {
+      if (w.format == WeightFormat::kResidualBinary &&
+          table.input_bytes(w.d_in, tokens, w.paths) > 0) {
+        const int64_t all = (w.d_in + 31) / 32;
+        table.prepare(w, x, tokens, input, all * i / parts, all * (i + 1) / parts);
+      }
+      input += input_bytes_;
+    }
+  };
+  if (words > 0 && parts == 1) {
+    part(0);
+  } else if (words > 0) {
+    share_tasks(parts, [&](int64_t i, int) { part(i); });
+  }
 }
 
 /// Keys and values of tokens [begin, end) of the chunk into the cache.

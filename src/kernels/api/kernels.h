@@ -12,6 +12,14 @@ namespace rabit {
 
 enum class WeightFormat { kF32, kF16, kResidualBinary };
 
+/// How packed signs lie, words = ceil(d_in/32) of 32 columns. kRows: as in a file, (k, d_out,
+/// words). kTiles: (ceil(d_out/kTileRows), k, words, kTileRows), words of rows beyond d_out zero,
+/// so that a register takes the words of neighbouring rows and a product goes straight through
+/// memory.
+enum class SignOrder { kRows, kTiles };
+inline constexpr int64_t kTileRows = 64;
+constexpr int64_t sign_tiles(int64_t d_out) { return (d_out + kTileRows - 1) / kTileRows; }
+
 /// A linear layer's weights as they lie in memory, (d_out, d_in) row-major. F16 weights and scales
 /// must be finite: kernels may decode an infinity or a NaN as some finite number.
 struct LinearWeights {
@@ -20,9 +28,10 @@ struct LinearWeights {
   int64_t d_in = 0;
   int64_t paths = 0;                    // kResidualBinary only (1 to 4), as all below but `dense`
   const void* dense = nullptr;          // float or F16, (d_out, d_in)
-  const uint32_t* signs = nullptr;      // (k, d_out, ceil(d_in/32)), see quant/residual_binary.h
+  const uint32_t* signs = nullptr;      // bits: see quant/residual_binary.h
   const uint16_t* row_scale = nullptr;  // F16 (k, d_out)
   const uint16_t* col_scale = nullptr;  // F16 (k, d_in)
+  SignOrder order = SignOrder::kRows;
 };
 
 /// Largest head_dim that attention takes.
@@ -51,11 +60,21 @@ struct AttentionInput {
 struct KernelTable {
   std::string_view name;
 
+  /// The order of packed signs that matmul takes; the reference takes both.
+  SignOrder sign_order;
+  /// Bytes that prepare() makes of the input of a residual-binary product; 0: matmul reads x alone.
+  int64_t (*input_bytes)(int64_t d_in, int64_t tokens, int64_t paths);
+  /// Makes what matmul reads beside x, its part for words [word_begin, word_end) of the columns;
+  /// threads may share the words. x: (tokens, d_in); input: 64-byte aligned. Null where
+  /// input_bytes() is 0 for all sizes.
+  void (*prepare)(const LinearWeights& w, const float* x, int64_t tokens, void* input,
+                  int64_t word_begin, int64_t word_end);
   /// y[t, r] = sum_c W[r, c] x[t, c] for rows [row_begin, row_end) of all tokens.
   /// x: (tokens, d_in); y: (tokens, d_out), only columns [row_begin, row_end) written.
+  /// `input`: as prepare() made it for all words, where input_bytes() is not 0.
   /// `scratch`: this thread's own, matmul_scratch() floats, 64-byte aligned.
-  void (*matmul)(const LinearWeights& w, const float* x, int64_t tokens, float* y,
-                 int64_t row_begin, int64_t row_end, float* scratch);
+  void (*matmul)(const LinearWeights& w, const float* x, const void* input, int64_t tokens,
+                 float* y, int64_t row_begin, int64_t row_end, float* scratch);
   /// Floats of scratch that matmul needs for any call with at most d_in columns, `tokens` tokens
   /// and `paths` paths (0 for dense weights).
   int64_t (*matmul_scratch)(int64_t d_in, int64_t tokens, int64_t paths);
@@ -85,6 +104,10 @@ struct KernelTable {
   /// is NaN or +infinity.
   double (*cross_entropy)(const float* logits, int64_t vocab, int32_t target);
 };
+
+/// Tiles [begin, end) of signs in kTiles order, from weights in kRows order. `to`: the first of all
+/// tiles.
+void tile_signs(const LinearWeights& rows, int64_t begin, int64_t end, uint32_t* to);
 
 /// The scalar reference: plain loops, sums in double. The oracle of every other table.
 const KernelTable& reference_kernels();

@@ -14,6 +14,9 @@ extern const KernelTable kTable;
 namespace cpu_v4 {
 extern const KernelTable kTable;
 }
+namespace cpu_vbmi {
+extern const KernelTable kTable;
+}
 #endif
 
 std::vector<const KernelTable*> cpu_kernels() {
@@ -25,6 +28,9 @@ std::vector<const KernelTable*> cpu_kernels() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
+  if (v4 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
+    tables.push_back(&cpu_vbmi::kTable);
+  }
   if (v4) {
     tables.push_back(&cpu_v4::kTable);
   }

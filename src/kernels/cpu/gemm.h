@@ -62,7 +62,8 @@ TileProduct tile_product_for(int64_t rows) {
     return tile_product<n, kAdd>;
     RABIT_TILE(1)
     RABIT_TILE(2)
-    RABIT_TILE(3) RABIT_TILE(4) RABIT_TILE(5)
+    RABIT_TILE(3)
+    RABIT_TILE(4) RABIT_TILE(5)
 #if RABIT_LANES == 16
         RABIT_TILE(6) RABIT_TILE(7) RABIT_TILE(8) RABIT_TILE(9) RABIT_TILE(10) RABIT_TILE(11)
 #endif
@@ -145,20 +146,36 @@ RABIT_INLINE Vec flip(Vec v, UintVec bits) {
   return reinterpret_cast<Vec>(reinterpret_cast<UintVec>(v) ^ bits);
 }
 
+/// Where packed signs lie, in words.
+struct SignPlaces {
+  int64_t path, tile, row, word;  // distances between neighbours
+  RABIT_INLINE int64_t at(int64_t p, int64_t r, int64_t w) const {
+    return p * path + r / kTileRows * tile + r % kTileRows * row + w * word;
+  }
+};
+
+RABIT_INLINE SignPlaces places_of(const LinearWeights& w) {
+  const int64_t words = (w.d_in + 31) / 32;
+  if (w.order == SignOrder::kRows) {
+    return {w.d_out * words, kTileRows * words, words, 1};
+  }
+  return {words * kTileRows, w.paths * words * kTileRows, 1, kTileRows};
+}
+
 template <int kPaths>
 struct BinaryRows {
-  const uint32_t* signs;      // (k, d_out, words)
+  const uint32_t* signs;
+  SignPlaces places;
   const uint16_t* row_scale;  // F16 (k, d_out)
   const float* h;             // (k, h_stride), zeros after d_in
-  int64_t d_out, words, h_stride;
+  int64_t d_out, h_stride;
   RABIT_INLINE Vec read(int64_t row, int64_t column, int64_t /*left*/) const {
     Vec sum = {};
 #pragma GCC unroll 4
     for (int path = 0; path < kPaths; ++path) {
-      const int64_t at = path * d_out + row;
-      const uint32_t word = signs[at * words + column / 32];
+      const uint32_t word = signs[places.at(path, row, column / 32)];
       const Vec signed_h = flip(load(h + path * h_stride + column), flips(word, column % 32));
-      sum += finite_half(row_scale[at]) * signed_h;
+      sum += finite_half(row_scale[path * d_out + row]) * signed_h;
     }
     return sum;
   }

@@ -191,39 +191,53 @@ void binary_many(const LinearWeights& w, const float* x, int64_t tokens, float* 
   const int64_t words = (w.d_in + 31) / 32;
   float* h = scratch + kGemmScratch;
   decode_columns(w, words * 32, h);
-  const BinaryRows<kPaths> rows = {w.signs, w.row_scale, h, w.d_out, words, words * 32};
+  const BinaryRows<kPaths> rows = {w.signs, places_of(w), w.row_scale, h, w.d_out, words * 32};
   gemm(rows, w.d_out, w.d_in, x, tokens, y, row_begin, row_end, scratch);
 }
 
-void matmul(const LinearWeights& w, const float* x, int64_t tokens, float* y, int64_t row_begin,
-            int64_t row_end, float* scratch) {
-  if (row_begin >= row_end || tokens <= 0) {
-    return;
+void binary_many(const LinearWeights& w, const float* x, int64_t tokens, float* y,
+                 int64_t row_begin, int64_t row_end, float* scratch) {
+  switch (w.paths) {
+    case 1:
+      return binary_many<1>(w, x, tokens, y, row_begin, row_end, scratch);
+    case 2:
+      return binary_many<2>(w, x, tokens, y, row_begin, row_end, scratch);
+    case 3:
+      return binary_many<3>(w, x, tokens, y, row_begin, row_end, scratch);
+    default:
+      return binary_many<4>(w, x, tokens, y, row_begin, row_end, scratch);
   }
+}
+
+void dense(const LinearWeights& w, const float* x, int64_t tokens, float* y, int64_t row_begin,
+           int64_t row_end, float* scratch) {
   const bool few = tokens <= kFewTokens;
   if (w.format == WeightFormat::kF32) {
     const FloatRows rows = {static_cast<const float*>(w.dense), w.d_in};
     few ? dense_few(rows, w.d_out, w.d_in, x, tokens, y, row_begin, row_end)
         : gemm(rows, w.d_out, w.d_in, x, tokens, y, row_begin, row_end, scratch);
-  } else if (w.format == WeightFormat::kF16) {
+  } else {
     const FiniteHalfRows rows = {static_cast<const uint16_t*>(w.dense), w.d_in};
     few ? dense_few(rows, w.d_out, w.d_in, x, tokens, y, row_begin, row_end)
         : gemm(rows, w.d_out, w.d_in, x, tokens, y, row_begin, row_end, scratch);
-  } else if (few) {
-    binary_few(w, x, tokens, y, row_begin, row_end, scratch);
-  } else {
-    switch (w.paths) {
-      case 1:
-        return binary_many<1>(w, x, tokens, y, row_begin, row_end, scratch);
-      case 2:
-        return binary_many<2>(w, x, tokens, y, row_begin, row_end, scratch);
-      case 3:
-        return binary_many<3>(w, x, tokens, y, row_begin, row_end, scratch);
-      default:
-        return binary_many<4>(w, x, tokens, y, row_begin, row_end, scratch);
-    }
   }
 }
+
+void matmul(const LinearWeights& w, const float* x, const void* /*input*/, int64_t tokens, float* y,
+            int64_t row_begin, int64_t row_end, float* scratch) {
+  if (row_begin >= row_end || tokens <= 0) {
+    return;
+  }
+  if (w.format != WeightFormat::kResidualBinary) {
+    dense(w, x, tokens, y, row_begin, row_end, scratch);
+  } else if (tokens <= kFewTokens) {
+    binary_few(w, x, tokens, y, row_begin, row_end, scratch);
+  } else {
+    binary_many(w, x, tokens, y, row_begin, row_end, scratch);
+  }
+}
+
+int64_t no_input(int64_t, int64_t, int64_t) { return 0; }
 
 int64_t matmul_scratch(int64_t d_in, int64_t tokens, int64_t paths) {
   const int64_t padded = round_up(d_in, 32);

@@ -10,6 +10,9 @@ namespace rabit::RABIT_ISA {
 
 extern const KernelTable kTable;
 constinit const KernelTable kTable = {.name = RABIT_NAME,
+                                      .sign_order = SignOrder::kRows,
+                                      .input_bytes = no_input,
+                                      .prepare = nullptr,
                                       .matmul = matmul,
                                       .matmul_scratch = matmul_scratch,
                                       .matmul_row_grain = 32,

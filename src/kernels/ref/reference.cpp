@@ -23,7 +23,12 @@ double weight_at(const LinearWeights& w, int64_t row, int64_t column) {
   const int64_t words = (w.d_in + 31) / 32;
   double sum = 0;
   for (int64_t path = 0; path < w.paths; ++path) {
-    const uint32_t word = w.signs[(path * w.d_out + row) * words + column / 32];
+    const int64_t at_word =
+        w.order == SignOrder::kRows
+            ? (path * w.d_out + row) * words + column / 32
+            : ((row / kTileRows * w.paths + path) * words + column / 32) * kTileRows +
+                  row % kTileRows;
+    const uint32_t word = w.signs[at_word];
     const double sign = (word >> (column % 32)) & 1U ? 1.0 : -1.0;
     sum += sign * static_cast<double>(half_to_float(w.row_scale[path * w.d_out + row])) *
            static_cast<double>(half_to_float(w.col_scale[path * w.d_in + column]));
@@ -31,8 +36,8 @@ double weight_at(const LinearWeights& w, int64_t row, int64_t column) {
   return sum;
 }
 
-void matmul(const LinearWeights& w, const float* x, int64_t tokens, float* y, int64_t row_begin,
-            int64_t row_end, float* /*scratch*/) {
+void matmul(const LinearWeights& w, const float* x, const void* /*input*/, int64_t tokens, float* y,
+            int64_t row_begin, int64_t row_end, float* /*scratch*/) {
   for (int64_t token = 0; token < tokens; ++token) {
     for (int64_t row = row_begin; row < row_end; ++row) {
       double sum = 0;
@@ -44,7 +49,7 @@ void matmul(const LinearWeights& w, const float* x, int64_t tokens, float* y, in
   }
 }
 
-int64_t matmul_scratch(int64_t, int64_t, int64_t) { return 0; }
+int64_t none(int64_t, int64_t, int64_t) { return 0; }
 
 void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t d, float epsilon,
               float* y) {
@@ -137,8 +142,11 @@ double cross_entropy(const float* logits, int64_t vocab, int32_t target) {
 }
 
 constexpr KernelTable kReference = {.name = "reference",
+                                    .sign_order = SignOrder::kRows,
+                                    .input_bytes = none,
+                                    .prepare = nullptr,
                                     .matmul = matmul,
-                                    .matmul_scratch = matmul_scratch,
+                                    .matmul_scratch = none,
                                     .matmul_row_grain = 1,
                                     .rms_norm = rms_norm,
                                     .rope = rope,
