@@ -127,8 +127,10 @@ int run_program(int argc, char** argv) {
       if (status) {
         return kSuccess;
       }
-      return fail(status.error().interrupted ? kInterrupted : kFailure, status.error().message);
-    } catch (const CLI::ParseError& error) {  // options that contradict each other
+      const auto& [message, stopped] = status.error();
+      const int code = stopped ? kInterrupted : kFailure;
+      return message.empty() ? code : fail(code, message);  // others of a run may have told
+    } catch (const CLI::ParseError& error) {                // options that contradict each other
       return usage_error(app, error.what());
     }
   }

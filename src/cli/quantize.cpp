@@ -257,6 +257,9 @@ Status run_among(const std::shared_ptr<train::Ranks>& ranks, const train::Place&
         }
         return {};
       }
+      if (!place.first()) {
+        return Error{"", true};
+      }
       return Error{"interrupted; " + checkpoint.string() +
                        " holds what was done, go on with the same command and --resume",
                    true};

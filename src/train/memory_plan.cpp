@@ -213,9 +213,12 @@ std::optional<std::string> others_within(const ModelConfig& config, const PathPl
   const auto start_fits = [&] {
     return peak_bytes(plan_memory(config, bits, tried, calib_tokens, 0, processes)) <= bytes;
   };
-  if (!start_fits() && options.calib_tokens > options.seq_len) {
-    while (!start_fits() && calib_tokens > options.seq_len) {
-      calib_tokens = std::max(options.seq_len, calib_tokens / 2);
+  const int64_t windows_needed =
+      processes == 1 ? 1 : (options.warm_epochs > 0.0 ? options.warm_batch : processes);
+  const int64_t least = windows_needed * options.seq_len;
+  if (!start_fits() && options.calib_tokens > least) {
+    while (!start_fits() && calib_tokens > least) {
+      calib_tokens = std::max(least, calib_tokens / 2);
     }
     written += fmt::format(" --calib-tokens {}", calib_tokens);
   }

@@ -332,9 +332,9 @@ Result<Trainer::Step> Trainer::step(const at::Tensor& watched, double latent_rat
     shared_.ranks->sum(accumulated);
   }
   const auto [of_scales, of_latents] = squares();
-  const at::Tensor values = at::stack({accumulated, watched.detach().to(at::kDouble),
-                                       of_scales.sqrt(), of_latents.sqrt()})
-                                .to(at::kCPU);
+  const at::Tensor reported = watched.defined() ? watched.detach().to(at::kDouble) : accumulated;
+  const at::Tensor values =
+      at::stack({accumulated, reported, of_scales.sqrt(), of_latents.sqrt()}).to(at::kCPU);
   const Step step{true, values[1].item<double>(), values[2].item<double>(),
                   values[3].item<double>()};
   if (!std::isfinite(step.loss) || !std::isfinite(values[0].item<double>()) ||

@@ -119,8 +119,9 @@ class Trainer {
   };
   /// Adds the gradients of `loss`, a number, to those of the step to come.
   void accumulate(const at::Tensor& loss);
-  /// A step of both from the gradients accumulated. `watched`: the number to report, often the
-  /// loss, the same on all processes. Errors: the fifth unusable step running.
+  /// A step of both from the gradients accumulated. `watched`: the number to report, the same on
+  /// all processes; undefined: the losses accumulated on all. Errors: the fifth unusable step
+  /// running.
   Result<Step> step(const at::Tensor& watched, double latent_rate, double scale_rate);
 
   TrainerState state() const;

@@ -147,7 +147,7 @@ Status write_packed_model(TrainSession& session, const GgufFile& model,
   if (!session.first()) {  // gives the first what it packs and what it compares with
     for (int time = 0; time < 2; ++time) {
       for (const StudentBlock& block : session.student.blocks) {
-        (void)whole_block(block);
+        (void)whole_block(block, /*gives_only=*/true);
       }
     }
     return {};

@@ -281,6 +281,18 @@ bool same_everywhere(const TrainSession& session, const std::string& own) {
   return at::equal(of_first.to(at::kCPU), mine);
 }
 
+// Each process needs some of the windows, in whole batches where blocks are trained.
+Status check_windows(const QuantizeOptions& options, const TextWindows& windows, int processes) {
+  const int64_t count = std::min(windows.distinct(), options.calib_tokens / options.seq_len);
+  const bool trains = options.warm_epochs > 0.0;
+  if (count >= (trains ? options.warm_batch : processes)) {
+    return {};
+  }
+  return Error{fmt::format(
+      "--calib-tokens {}: {} windows are too few for {} processes{}", options.calib_tokens, count,
+      processes, trains ? fmt::format(" and --warm-batch {}", options.warm_batch) : std::string())};
+}
+
 // All processes must have been asked for the same, and see the folder that they write to.
 Status compare_runs(const TrainSession& session, const HeldOut& held_out,
                     const std::filesystem::path& out) {
@@ -411,8 +423,10 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
       return {};
     }
     release_memory(session.teacher.device);
-    if (!distilled) {
-      save_or_say(session, layers, nullptr);  // whatever distillation may meet, this is kept
+    // Whatever may come, this is kept; of several processes none can save what all had.
+    const double took = session.log["phase_seconds"]["blocks"].get<double>();
+    if (!distilled || session.ranks || took > options.checkpoint_minutes * 60.0) {
+      save_or_say(session, layers, nullptr);
     }
   }
   // Distillation that time ended is as complete as one that ran out of steps.
@@ -576,6 +590,9 @@ Status quantize_with(const std::shared_ptr<Ranks>& ranks, const GgufFile& model,
   RABIT_ASSIGN(TextWindows windows,
                TextWindows::cut(text, weights, options.seq_len, config.vocab_size,
                                 static_cast<uint64_t>(options.seed)));
+  if (ranks) {
+    RABIT_CHECK(check_windows(options, windows, processes));
+  }
   Network teacher;
   RABIT_CHECK(without_exceptions([&]() -> Status {
     RABIT_CHECK(check_memory(options, config, bits, windows, device, compute, processes, observer));
@@ -594,7 +611,11 @@ Status quantize_with(const std::shared_ptr<Ranks>& ranks, const GgufFile& model,
     add_output_norm(session.teacher, session.student);
   }
   session.log["settings"] = describe(options);
-  if (const auto idle = idle_settings(options, planned_tokens(options, device)); !idle.empty()) {
+  auto idle = idle_settings(options, planned_tokens(options, device));
+  if (!ranks && options.share_original) {
+    idle.emplace_back("--share-original");
+  }
+  if (!idle.empty()) {
     observer.message(fmt::format("note: without effect in this run: {}", fmt::join(idle, ", ")));
   }
   json files = json::array();

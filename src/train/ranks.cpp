@@ -32,6 +32,8 @@ namespace {
 using std::chrono::seconds;
 
 constexpr auto kBeat = seconds(2);
+constexpr char kHeard = '=';            // before a reason that another process has given
+constexpr auto kSuspended = 5 * kBeat;  // a wait of one beat that took this long: so was all else
 
 // meets: as the process itself, of which each comes once.
 c10::intrusive_ptr<c10d::Store> connect(const Place& place, bool meets) {
@@ -90,6 +92,10 @@ struct Ranks::Watch {
   std::string look(bool& others_left) {
     tell("beat", std::to_string(++beat));
     others_left = true;
+    std::string first_found;
+    const auto find = [&](const std::string& what) {
+      first_found = first_found.empty() ? what : first_found;
+    };
     for (int rank = 0; rank < place.size; ++rank) {
       if (rank == place.rank) {
         continue;
@@ -97,9 +103,10 @@ struct Ranks::Watch {
       const auto i = static_cast<size_t>(rank);
       if (store->check({key("left", rank)})) {
         if (const std::string why = value(key("left", rank)); !why.empty()) {
-          return fmt::format("process {} has ended: {}", rank, why);
+          find(why.front() == kHeard ? why.substr(1)
+                                     : fmt::format("process {} has ended: {}", rank, why));
         }
-        continue;  // has done its part
+        continue;
       }
       others_left = false;
       const std::string last =
@@ -108,16 +115,20 @@ struct Ranks::Watch {
         seen[i] = last;
         since[i] = now();
       } else if (now() - since[i] > seconds(kSilentSeconds)) {
-        return fmt::format("process {} has not been heard of for {} s", rank, kSilentSeconds);
+        find(fmt::format("process {} has not been heard of for {} s", rank, kSilentSeconds));
       }
     }
-    return {};
+    return first_found;
   }
 
   void run_pulse() {
     std::unique_lock lock(mutex);
     while (!ends) {
+      const Time before = now();
       changed.wait_for(lock, kBeat, [&] { return ends || (leaving && !told); });
+      if (now() - before > kSuspended) {
+        since.assign(since.size(), now());
+      }
       const std::optional<std::string> say = told ? std::nullopt : leaving;
       lock.unlock();
       std::string what;
@@ -145,13 +156,22 @@ struct Ranks::Watch {
 
   void run_guard() {
     std::unique_lock lock(mutex);
+    Time before = now();
     while (!changed.wait_for(lock, kBeat, [&] { return ends || !found.empty(); })) {
+      if (now() - before > kSuspended) {
+        answered = now();
+      }
+      before = now();
       if (now() - answered > seconds(kSilentSeconds)) {
         found = fmt::format("process 0 has not been heard of for {} s", kSilentSeconds);
       }
     }
-    // Who waits for the lost one has some time to find out by itself.
-    if (!ends && !changed.wait_for(lock, 2 * kBeat, [&] { return ends || leaving; })) {
+    // Who waits for the lost one has some time to find out by itself, and to end what is under way.
+    changed.wait_for(lock, 2 * kBeat, [&] { return ends || leaving; });
+    if (!ends && leaving && !leaving->empty()) {
+      changed.wait_for(lock, 5 * kBeat, [&] { return ends; });
+    }
+    if (!ends && !(leaving && leaving->empty())) {
       lost(fmt::format("process {} of {}: {}", place.rank, place.size, found));
     }
   }
@@ -168,12 +188,13 @@ struct Ranks::Watch {
     if (leaving) {
       return;
     }
-    leaving = why;
+    const bool heard = !found.empty() && why.find(found) != std::string::npos;
+    leaving = heard ? kHeard + found : why;
     changed.notify_all();
     changed.wait_for(lock, 3 * kBeat, [&] { return told; });
     if (place.first() && !place.launcher_meets) {  // with this process the store ends
       changed.wait_for(lock, why.empty() ? seconds(kSilentSeconds) : 3 * kBeat,
-                       [&] { return all_left || !found.empty(); });
+                       [&] { return all_left || (why.empty() && !found.empty()); });
     }
   }
 
@@ -200,8 +221,10 @@ auto Ranks::with_others(const Body& body) const -> decltype(body()) {
   std::string what;
   try {
     return body();
-  } catch (const c10::OutOfMemoryError&) {
-    throw;  // this process's own
+  } catch (const c10::OutOfMemoryError&) {  // this process's own
+    throw;
+  } catch (const std::bad_alloc&) {
+    throw;
   } catch (const std::exception& error) {
     what = first_line(error);
   }
@@ -209,7 +232,6 @@ auto Ranks::with_others(const Body& body) const -> decltype(body()) {
   throw std::runtime_error(known.empty() ? "another process has ended (" + what + ")" : known);
 }
 
-Exchange::Exchange() = default;
 Exchange::Exchange(const Ranks& ranks, c10::intrusive_ptr<c10d::Work> work)
     : ranks_(&ranks), work_(std::move(work)) {}
 Exchange::Exchange(Exchange&&) noexcept = default;
@@ -232,6 +254,7 @@ Ranks::Ranks(Place place, at::Device device)
 Ranks::~Ranks() {
   if (watch_->pulse.joinable()) {
     leave("it did not say why");
+    group_.reset();  // may wait for what is under way, which the guard ends
     watch_->end();
   }
 }

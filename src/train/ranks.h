@@ -24,7 +24,6 @@ class Ranks;
 /// An operation under way; its tensors stay as they are until it was waited for.
 class Exchange {
  public:
-  Exchange();
   Exchange(const Ranks& ranks, c10::intrusive_ptr<c10d::Work> work);
   Exchange(Exchange&&) noexcept;
   Exchange& operator=(Exchange&&) noexcept;

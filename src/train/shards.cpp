@@ -244,7 +244,7 @@ StudentBlock shard_block(const StudentBlock& whole, const std::shared_ptr<Ranks>
   return block;
 }
 
-StudentBlock whole_block(const StudentBlock& block) {
+StudentBlock whole_block(const StudentBlock& block, bool gives_only) {
   if (!block.ranks) {
     return block;
   }
@@ -255,13 +255,20 @@ StudentBlock whole_block(const StudentBlock& block) {
     to = from;
     to.shape.d_out = block.rows[index_of(role)];
     const auto all = [&](const at::Tensor& share, int64_t dim) {
-      return whole_of(share, {dim, to.shape.d_out}, *block.ranks).to(at::kCPU);
+      const at::Tensor gathered = whole_of(share, {dim, block.rows[index_of(role)]}, *block.ranks);
+      return gives_only ? at::Tensor() : gathered.to(at::kCPU);
     };
-    to.latent = leaf(all(from.latent, from.latent.dim() - 2), from.latent);
-    to.g = leaf(all(from.g, 1), from.g);
+    const at::Tensor latent = all(from.latent, from.latent.dim() - 2), g = all(from.g, 1);
+    const at::Tensor signs =
+        all(sign_word_tensor(from.start_signs, from.shape).to(from.latent.device()), 1);
+    if (gives_only) {
+      to = {};
+      continue;
+    }
+    to.latent = leaf(latent, from.latent);
+    to.g = leaf(g, from.g);
     to.h = on_host(from.h);
-    to.start_signs =
-        sign_words(all(sign_word_tensor(from.start_signs, from.shape).to(from.latent.device()), 1));
+    to.start_signs = sign_words(signs);
   }
   whole.attn_norm = on_host(block.attn_norm);
   whole.ffn_norm = on_host(block.ffn_norm);

@@ -24,8 +24,8 @@ Status check_shares(const ModelConfig& config, int size);
 StudentBlock shard_block(const StudentBlock& whole, const std::shared_ptr<Ranks>& ranks);
 
 /// The whole block, on the host. Blocks that are not shared out come back as they are. All
-/// processes call it.
-StudentBlock whole_block(const StudentBlock& block);
+/// processes call it; an empty one for those that only give what they have.
+StudentBlock whole_block(const StudentBlock& block, bool gives_only = false);
 
 /// Begins to put a block's weights together; what it returns gives them, while the arguments are
 /// there, and is called once. All processes call both, in the same order.

@@ -93,16 +93,19 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
   }
   Trainer trainer(options, latents(trained), others, shared_leaves(trained, others, session.ranks));
 
-  const int64_t lanes = std::min(options.warm_batch / processes, x.size(0));  // of this process
-  const int64_t lane = x.size(0) / lanes;  // its windows; what is left over is not trained on
-  const auto steps = static_cast<int64_t>(std::floor(epochs * static_cast<double>(lane)));
+  const int64_t windows = x.size(0);
+  const int64_t lanes = std::min(options.warm_batch / processes, windows);  // of this process
+  const auto lane_begin = [&](int64_t lane) { return lane * windows / lanes; };
+  const auto steps = static_cast<int64_t>(
+      std::floor(epochs * static_cast<double>(windows) / static_cast<double>(lanes)));
   BlockRun run;
   std::vector<double> losses;
   std::vector<WindowOrder> orders;
   for (int64_t i = 0; i < lanes; ++i) {
-    orders.emplace_back(lane, static_cast<uint64_t>(options.seed) * 1000003 +
-                                  static_cast<uint64_t>(layer) * 1009 +
-                                  static_cast<uint64_t>(session.rank() * lanes + i) * 7907);
+    orders.emplace_back(lane_begin(i + 1) - lane_begin(i),
+                        static_cast<uint64_t>(options.seed) * 1000003 +
+                            static_cast<uint64_t>(layer) * 1009 +
+                            static_cast<uint64_t>(session.rank() * lanes + i) * 7907);
   }
   const Clock clock(budget);
   for (int64_t step = 0; step < steps; ++step) {
@@ -116,8 +119,9 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
     }
     std::vector<int64_t> drawn, distinct;  // in x, and of all windows
     for (int64_t i = 0; i < lanes; ++i) {
+      const int64_t begin = lane_begin(i), count = lane_begin(i + 1) - begin;
       // The same windows in every epoch.
-      drawn.push_back(i * lane + orders[static_cast<size_t>(i)].batch(step, 1).front() % lane);
+      drawn.push_back(begin + orders[static_cast<size_t>(i)].batch(step, 1).front() % count);
       distinct.push_back(first + drawn.back());
     }
     const at::Tensor picks = at::tensor(drawn, at::kLong).to(x.device());
@@ -135,10 +139,8 @@ Result<BlockRun> train_block(TrainSession& session, int64_t layer, const Rotary&
                                               target_batch - teacher_x.index_select(0, picks));
     const double factor = cosine_schedule(progress, options.warmup);
     trainer.accumulate(loss);
-    const at::Tensor whole_loss = loss.detach().clone();
-    session.sum(whole_loss);
     const auto taken =
-        trainer.step(whole_loss, options.warm_latent_lr * factor, options.warm_scale_lr * factor);
+        trainer.step({}, options.warm_latent_lr * factor, options.warm_scale_lr * factor);
     if (!taken) {
       return Error{fmt::format("block {}: {}; lower --warm-latent-lr and --warm-scale-lr", layer,
                                taken.error().message)};
@@ -208,22 +210,16 @@ void share_block(TrainSession& session, int64_t layer) {
   }
 }
 
-// Windows of each process, of so many in all: as many to each, in whole batches where blocks are
+// Windows of each process, of so many in all: equally many, in whole batches where blocks are
 // trained.
-Result<int64_t> windows_of_each(const TrainSession& session, int64_t windows) {
-  const int64_t processes = session.processes(), layers = session.config().layers;
+int64_t windows_of_each(const TrainSession& session, int64_t windows) {
+  const int64_t processes = session.processes();
   if (processes == 1) {
     return windows;
   }
-  const bool trains = first_trained_block(session.options, layers) < layers;
-  const int64_t unit = trains ? session.options.warm_batch / processes : 1;
-  const int64_t each = windows / processes / unit * unit;
-  if (each == 0) {
-    return Error{fmt::format("--calib-tokens {}: {} windows are too few for {} processes{}",
-                             session.options.calib_tokens, windows, processes,
-                             trains ? " and a batch" : "")};
-  }
-  return each;
+  const int64_t unit =
+      session.options.warm_epochs > 0.0 ? session.options.warm_batch / processes : 1;
+  return windows / processes / unit * unit;
 }
 
 // Runs the phases on block 0 with a few windows and forgets the outcome.
@@ -358,10 +354,9 @@ Status warm_start(TrainSession& session, int64_t first_block) {
   const Network& teacher = session.teacher;
   const Rotary rotary = make_rotary(config, options.seq_len, teacher.device);
   const int64_t first_trained = first_trained_block(options, config.layers);
-  RABIT_ASSIGN(const int64_t most,
-               windows_of_each(session, std::min(session.windows.distinct(),
-                                                 std::max<int64_t>(
-                                                     1, options.calib_tokens / options.seq_len))));
+  const int64_t most = windows_of_each(
+      session, std::min(session.windows.distinct(),
+                        std::max<int64_t>(1, options.calib_tokens / options.seq_len)));
   RABIT_ASSIGN(const Plan plan, make_plan(session, rotary, first_block, most));
   if (options.dry_run) {
     return {};
