@@ -250,6 +250,15 @@ class WithModel(CliTest):
         self.fails("run", "-m", MODEL, "-f", self.folder / "missing.txt", says="missing.txt")
         self.fails("run", "-m", MODEL, "-p", "a", "-n", 1, "--kernels", "none", says="none")
 
+    def test_kernels_by_environment(self):
+        arguments = ("run", "-m", MODEL, "-p", "a", "-n", 1, "--json")
+        self.addCleanup(lambda: os.environ.pop("RABIT_ISA", None))
+        os.environ["RABIT_ISA"] = "portable"
+        self.assertEqual(json.loads(self.succeeds(*arguments))["kernels"], "portable")
+        self.assertEqual(json.loads(self.succeeds(*arguments, "--kernels", "reference"))["kernels"], "reference")
+        os.environ["RABIT_ISA"] = "none"
+        self.fails(*arguments, says="no kernels named 'none' run here")
+
     def test_eval(self):
         text = self.file("text.txt", TEXT)
         arguments = ("eval", "-m", MODEL, "--ppl", text, "--ctx", 16)

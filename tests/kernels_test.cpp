@@ -374,6 +374,21 @@ TEST_P(Kernels, LookupSumsAreExact) {
   }
 }
 
+// Without a prepared input the sums are of floats, for any number of tokens.
+TEST_P(Kernels, WithoutLookup) {
+  for (const int64_t tokens : {1, 2, 9}) {
+    const Layer layer = Layer::make(WeightFormat::kResidualBinary, 70, 130, 2);
+    const Floats x = normals(tokens * 130), want = reference_product(layer, x, tokens);
+    const Prepared prepared(table(), layer, x, tokens);
+    Floats got = guarded(tokens * 70);
+    Scratch scratch(table().matmul_scratch(130, tokens, 2));
+    table().matmul(prepared.w, x.data(), nullptr, tokens, got.data(), 0, 70, scratch.data());
+    EXPECT_TRUE(guards_hold(got));
+    EXPECT_LE(
+        worst(got.data(), want.data(), matmul_tolerance(layer, x, tokens).data(), tokens * 70), 1);
+  }
+}
+
 TEST_P(Kernels, LookupOfNothingAndOfWhatIsNotFinite) {
   const Layer layer = Layer::make(WeightFormat::kResidualBinary, 40, 70, 2);
   if (table().input_bytes(70, 1, 2) == 0) {

@@ -222,7 +222,8 @@ Command add_bench(CLI::App& app) {
       ->type_name("FORMAT")
       ->capture_default_str();
   sub->add_flag("--dense-f32", options->dense_f32, "Hold dense weights in F32 instead of F16");
-  sub->add_option("--kernels", options->kernels, "Kernel table instead of the best that runs here")
+  sub->add_option("--kernels", options->kernels,
+                  "Kernel table instead of the best that runs here, or that RABIT_ISA names")
       ->type_name("NAME");
   sub->footer(
       "Examples:\n"

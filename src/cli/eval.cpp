@@ -102,7 +102,8 @@ Command add_eval(CLI::App& app) {
   add_integer(sub, "--windows", options->windows, 0, 1 << 30, "Score the first N only; 0: all");
   add_threads(sub, options->threads);
   sub->add_flag("--dense-f32", options->dense_f32, "Hold dense weights in F32 instead of F16");
-  sub->add_option("--kernels", options->kernels, "Kernel table instead of the best that runs here")
+  sub->add_option("--kernels", options->kernels,
+                  "Kernel table instead of the best that runs here, or that RABIT_ISA names")
       ->type_name("NAME");
   sub->add_flag("--json", options->json, "Print one JSON object");
   sub->footer(

@@ -241,7 +241,8 @@ Command add_run(CLI::App& app) {
                 "Read special tokens in the prompt, and show those generated");
   sub->add_flag("--no-display-prompt", options->no_display_prompt, "Print the continuation only");
   sub->add_flag("--dense-f32", options->dense_f32, "Hold dense weights in F32 instead of F16");
-  sub->add_option("--kernels", options->kernels, "Kernel table instead of the best that runs here")
+  sub->add_option("--kernels", options->kernels,
+                  "Kernel table instead of the best that runs here, or that RABIT_ISA names")
       ->type_name("NAME");
   sub->add_flag("--json", options->json, "Print one JSON object at the end instead of the text");
   sub->footer(

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <optional>
@@ -208,8 +209,11 @@ uint64_t linear_bytes(const LinearWeights& w) {
   return static_cast<uint64_t>(w.paths) * (out * ((in + 31) / 32) * 4 + (out + in) * 2);
 }
 
-Result<const KernelTable*> choose_kernels(const std::string& name) {
+Result<const KernelTable*> choose_kernels(std::string name) {
   const std::vector<const KernelTable*> tables = cpu_kernels();
+  if (const char* isa = std::getenv("RABIT_ISA"); isa != nullptr && name.empty()) {
+    name = isa;
+  }
   if (name.empty()) {
     return tables.front();
   }

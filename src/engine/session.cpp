@@ -79,8 +79,8 @@ class LoadedSession : public Session {
   float* last_ = nullptr;            // (vocab): logits of the last token
   std::vector<double> frequencies_;  // (head_dim / 2): radians a position
   Buffer input_;                     // (kMostProducts, input_bytes_): made ready for products
-  int64_t input_bytes_ = 0;
-  Buffer scratch_;  // (threads, scratch_stride_)
+  int64_t input_bytes_ = 0;          // 0: products read floats, with an F32 cache always
+  Buffer scratch_;                   // (threads, scratch_stride_)
   int64_t scratch_stride_ = 0;
   Buffer logits_;  // (kLogitsChunk, vocab), from the first forward_all on
   int64_t logits_rows_ = 0;
@@ -129,7 +129,9 @@ Status LoadedSession::allocate() {
     // Small numbers of tokens may need more than large ones.
     for (int64_t tokens = 1; tokens <= chunk_; ++tokens) {
       scratch = std::max(scratch, table.matmul_scratch(w.d_in, tokens, w.paths));
-      input_bytes_ = std::max(input_bytes_, table.input_bytes(w.d_in, tokens, w.paths));
+      if (model_->cache == CacheFormat::kF16) {
+        input_bytes_ = std::max(input_bytes_, table.input_bytes(w.d_in, tokens, w.paths));
+      }
     }
   };
   grow(model_->head.weights);
@@ -210,7 +212,7 @@ void LoadedSession::multiply(const float* x, int64_t tokens,
     tasks += (product.weights.d_out + rows - 1) / rows;
   }
   share_tasks(tasks, [&](int64_t task, int thread) {
-    const std::byte* input = input_.as<std::byte>();
+    const std::byte* input = input_bytes_ > 0 ? input_.as<std::byte>() : nullptr;
     for (const Product& product : products) {
       const LinearWeights& w = product.weights;
       const int64_t rows = rows_per_task(w);
@@ -232,6 +234,9 @@ void LoadedSession::prepare(const float* x, int64_t tokens,
                             std::initializer_list<Product> products) {
   constexpr int64_t kWorthwhile = 256;  // words
   const KernelTable& table = *model_->table;
+  if (input_bytes_ == 0) {
+    return;
+  }
   int64_t words = 0;
   for (const auto& [w, y] : products) {
     if (w.format == WeightFormat::kResidualBinary &&

@@ -71,7 +71,8 @@ struct KernelTable {
                   int64_t word_begin, int64_t word_end);
   /// y[t, r] = sum_c W[r, c] x[t, c] for rows [row_begin, row_end) of all tokens.
   /// x: (tokens, d_in); y: (tokens, d_out), only columns [row_begin, row_end) written.
-  /// `input`: as prepare() made it for all words, where input_bytes() is not 0.
+  /// `input`: as prepare() made it for all words, where input_bytes() is not 0; null: sums of
+  /// floats, as accurate as those of other tables and slower.
   /// `scratch`: this thread's own, matmul_scratch() floats, 64-byte aligned.
   void (*matmul)(const LinearWeights& w, const float* x, const void* input, int64_t tokens,
                  float* y, int64_t row_begin, int64_t row_end, float* scratch);

@@ -195,7 +195,7 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
     dense(w, x, tokens, y, row_begin, row_end, scratch);
     return;
   }
-  if (tokens > kFewTokens) {
+  if (tokens > kFewTokens || input == nullptr) {
     binary_many(w, x, tokens, y, row_begin, row_end, scratch);
     return;
   }
@@ -216,6 +216,10 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
   }
 }
 
+int64_t lookup_scratch(int64_t d_in, int64_t tokens, int64_t paths) {
+  return larger(matmul_scratch(d_in, tokens, paths), matmul_scratch(d_in, kFewTokens + 1, paths));
+}
+
 }  // namespace
 
 extern const KernelTable kTable;
@@ -224,7 +228,7 @@ constinit const KernelTable kTable = {.name = RABIT_NAME,
                                       .input_bytes = input_bytes,
                                       .prepare = prepare,
                                       .matmul = matmul_by_lookup,
-                                      .matmul_scratch = matmul_scratch,
+                                      .matmul_scratch = lookup_scratch,
                                       .matmul_row_grain = 2 * kTileRows,
                                       .rms_norm = rms_norm,
                                       .rope = rope,
