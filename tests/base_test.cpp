@@ -58,6 +58,16 @@ TEST_F(Files, ReadsWhatIsThere) {
   const auto map = MappedFile::open(folder_ / "x");
   ASSERT_TRUE(map);
   EXPECT_EQ((*map)->bytes().size(), 5U);
+  const std::string pages(100000, 'p');
+  const auto long_map = MappedFile::open(put("pages", pages));
+  ASSERT_TRUE(long_map);
+  const auto bytes = (*long_map)->bytes();
+  const auto as_text = [&] {
+    return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  };
+  EXPECT_EQ(as_text(), pages);
+  (*long_map)->release(bytes.subspan(5, 90000));
+  EXPECT_EQ(as_text(), pages);  // it comes back
   const auto empty = read_file(put("empty", ""));
   ASSERT_TRUE(empty);
   EXPECT_EQ(*empty, "");

@@ -24,6 +24,9 @@ class MappedFile {
   MappedFile& operator=(const MappedFile&) = delete;
 
   std::span<const std::byte> bytes() const { return {data_, size_}; }
+  /// These of its bytes will hardly be read again: their memory may go, and comes back where they
+  /// are.
+  void release(std::span<const std::byte> bytes) const;
   const std::filesystem::path& path() const { return path_; }
 
  private:

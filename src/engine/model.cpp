@@ -280,6 +280,9 @@ Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
       if (file.find_tensor(name + ".sign") != nullptr) {
         RABIT_ASSIGN(linear, load_packed(file, name, shape));
         RABIT_CHECK(arrange(linear, model->table->sign_order, *model->pool));
+        if (linear.weights.order != SignOrder::kRows) {
+          file.release(*file.find_tensor(name + ".sign"));
+        }
       } else {
         RABIT_ASSIGN(linear, load_dense(file, name + ".weight", shape, as_f32, *model->pool));
       }

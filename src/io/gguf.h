@@ -136,6 +136,8 @@ class GgufFile {
 
   const std::vector<TensorInfo>& tensors() const { return tensors_; }
   const TensorInfo* find_tensor(std::string_view name) const;
+  /// The tensor's data will hardly be read again.
+  void release(const TensorInfo& tensor) const { file_->release(tensor.data); }
   /// The tensor, or an error if it is missing or its extents are not `ne` (extents of 1 at the end
   /// may be left out or added: some writers drop them).
   Result<const TensorInfo*> get_tensor(std::string_view name, std::span<const int64_t> ne) const;
