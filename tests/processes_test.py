@@ -254,6 +254,18 @@ class ProcessesTest(unittest.TestCase):
         self.assertTrue((self.folder / "out.gguf").exists())
         self.assertEqual(list(self.folder.glob("*.ckpt*")), [])
 
+    def test_waiting_for_others(self):
+        environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(free_port())}
+        process = subprocess.Popen([RABIT, "quantize", self.model, "-o", "out.gguf", "--data", self.text],
+                                   cwd=self.folder, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
+        self.addCleanup(process.kill)
+        self.assertIn("process 0 of 2 waits for the others at 127.0.0.1:", process.stderr.readline())
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=20)
+        self.assertEqual(process.returncode, 130)
+        self.assertIn("interrupted", error)
+
     def test_refusals(self):
         for processes, options, says in ((2, ("--minutes", "5"), "--minutes: of one process alone, here are 2"),
                                          (2, ("--target-bpw", "3.5"), "--target-bpw: of one process alone"),
@@ -264,8 +276,9 @@ class ProcessesTest(unittest.TestCase):
             for error in self.ended(self.start(processes, *options), code=1):
                 self.assertIn(says, error.strip().splitlines()[-1])
         errors = self.ended(self.start(2, each=(("--seed", 1), ("--seed", 2))), code=1)
-        self.assertIn("process 1 of 2 has another model, other texts or other settings", errors[1])
+        self.assertIn("process 1 of 2: another model, other texts or other settings than process 0 has", errors[1])
         for changed, says in (({"WORLD_SIZE": "x"}, "WORLD_SIZE=x is not a number"),
+                              ({"RANK": "1", "MASTER_ADDR": "localhost"}, "WORLD_SIZE is not"),
                               ({"WORLD_SIZE": "2"}, "RANK is not"), ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 is not"),
                               ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "99999"},
                                "MASTER_PORT=99999"),

@@ -303,7 +303,8 @@ Status run(const Arguments& arguments) {
     write_stderr("rabit: " + one_line(what) + "\n");
     std::_Exit(kFailure);
   };
-  RABIT_ASSIGN(const auto ranks, train::join_processes(arguments.options, lost));
+  const auto waiting = [](const std::string& what) { write_stderr(what + "\n"); };
+  RABIT_ASSIGN(const auto ranks, train::join_processes(arguments.options, lost, waiting));
   const Status done = run_among(ranks, place, arguments);
   train::leave_processes(ranks, done);
   return done;

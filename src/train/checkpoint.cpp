@@ -499,6 +499,15 @@ Result<Resumed> read_checkpoint(TrainSession& session) {
     return Error{where + ": made with " + other};
   }
   const nlohmann::json& log = run.log;
+  if (const auto before =
+          log.value("settings", nlohmann::json::object()).value("tokens", nlohmann::json());
+      before.is_number_integer() && before.get<int64_t>() != session.options.tokens) {
+    const auto say = [](int64_t tokens) {
+      return tokens < 0 ? std::string("by default") : std::to_string(tokens);
+    };
+    session.observer.message(fmt::format("note: begun with --tokens {}, here {}",
+                                         say(before.get<int64_t>()), say(session.options.tokens)));
+  }
   for (const char* phase : {"warm_start", "distill"}) {
     if (log.contains(phase) && log[phase].is_array()) {
       session.log[phase] = log[phase];

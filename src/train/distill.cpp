@@ -385,11 +385,14 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
     }
   }
   const auto state_at = [&](int64_t step) { return DistillState{step, trainer.state(), average}; };
-  const auto save = [&](int64_t step) {
+  const auto save = [&](int64_t step) -> Status {
     const DistillState now = state_at(step);
-    return save_checkpoint(session, static_cast<int64_t>(blocks), &now);
+    const Status saved = save_checkpoint(session, static_cast<int64_t>(blocks), &now);
+    return saved
+               ? saved
+               : Error{saved.error().message + "; what was done since the last checkpoint is lost"};
   };
-  double smoothed = NAN;
+  double smoothed = NAN, first_loss = NAN;
   at::Tensor nll;      // sums of the text's (student, teacher) over `nll_steps` steps
   at::Tensor watched;  // of the last step
   int64_t nll_steps = 0;
@@ -459,6 +462,7 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
     watched = losses.watched;
     ++nll_steps;
     const double value = taken->loss;
+    first_loss = std::isnan(first_loss) ? value : first_loss;
     smoothed = std::isnan(smoothed) ? value : 0.9 * smoothed + 0.1 * value;
 
     const int64_t done = step + 1 - first_step;
@@ -502,6 +506,11 @@ Status distill(TrainSession& session, int64_t tokens, DistillState& state) {
       save_or_say(session, static_cast<int64_t>(blocks), &now);
       since_checkpoint = Clock();
     }
+  }
+  if (smoothed > 1.5 * first_loss) {
+    session.observer.message(fmt::format(
+        "warning: the loss has risen from {:.4f} to {:.4f}; lower --latent-lr and --scale-lr",
+        first_loss, smoothed));
   }
   if (nll_steps > 0) {  // the end came between two entries
     note(step, NAN, NAN, NAN, NAN);

@@ -31,6 +31,9 @@ Result<int> number_of(const char* name, int low, int high) {
 Result<Place> Place::from_environment() {
   Place place;
   if (std::getenv("WORLD_SIZE") == nullptr) {
+    if (std::getenv("RANK") != nullptr && std::getenv("MASTER_ADDR") != nullptr) {
+      return Error{"RANK and MASTER_ADDR are set, and WORLD_SIZE is not"};
+    }
     return place;
   }
   RABIT_ASSIGN(place.size, number_of("WORLD_SIZE", 1, 1 << 16));

@@ -308,11 +308,8 @@ Status compare_runs(const TrainSession& session, const HeldOut& held_out,
   }
   const bool same = same_everywhere(
       session, sha256_hex(own.dump(-1, ' ', false, json::error_handler_t::replace)));
-  const auto who = [&] {
-    return fmt::format("process {} of {}", session.rank(), session.processes());
-  };
   if (session.anywhere(!same)) {
-    return Error{!same ? who() + " has another model, other texts or other settings than process 0"
+    return Error{!same ? "another model, other texts or other settings than process 0 has"
                        : "not all processes have the same model, texts and settings"};
   }
   std::filesystem::path lock = out;
@@ -320,9 +317,9 @@ Status compare_runs(const TrainSession& session, const HeldOut& held_out,
   std::error_code unknown;
   const bool sees = std::filesystem::exists(lock, unknown);
   if (session.anywhere(!sees)) {
-    return Error{!sees ? fmt::format("-o {}: {} does not see the folder that process 0 writes to",
-                                     out.string(), who())
-                       : fmt::format("-o {}: not all processes see its folder", out.string())};
+    return Error{!sees
+                     ? fmt::format("-o {}: not in a folder that process 0 writes to", out.string())
+                     : fmt::format("-o {}: not all processes see its folder", out.string())};
   }
   return {};
 }
@@ -354,6 +351,15 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
   const bool bounded = options.minutes > 0.0;
   const bool distilled = session.log.value("distill_planned", int64_t{0}) >= distill_tokens;
   const bool blocks_left = !resumed.distilling && resumed.blocks_done < layers;
+  const int64_t planned_steps = distill_steps(options, distill_tokens);
+  if (resumed.distilling && !session.log.contains("distill_planned") &&
+      resumed.distill.step > planned_steps) {
+    return Error{
+        fmt::format("--tokens {}: {} has {} tokens behind it; give at least as many, best what it "
+                    "was begun with",
+                    distill_tokens, session.checkpoint_path.string(),
+                    resumed.distill.step * options.batch * options.seq_len)};
+  }
   if (blocks_left) {
     const bool weighted =
         options.alpha_out > 0.0 || (!options.error_feedback && options.alpha_in > 0.0);
@@ -442,9 +448,11 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
   }
   // The average of the latents gives the signs; what was trained comes back if this fails.
   const std::vector<at::Tensor> trained = swap_latents(session.student, resumed.distill.average);
+  bool packed = false;
   const auto finish = [&]() -> Status {
     RABIT_CHECK(timed("evaluation", [&] { return evaluate(session, held_out); }));
     RABIT_CHECK(timed("packing", [&] { return write_packed_model(session, model, out); }));
+    packed = true;
     // The model is there; what can be learnt about it must not cost its log.
     if (session.ranks && session.first()) {  // nor may what happens to another process
       RABIT_CHECK(write_log(session.log, out));
@@ -461,8 +469,9 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     return session.ranks ? told : Status();  // others may wait in what this one has left
   };
   if (const Status status = finish(); !status) {
+    const std::string what = status.error().message + (packed ? "; the packed model is whole" : "");
     if (session.ranks) {
-      return Error{status.error().message + "; go on from the last checkpoint with --resume",
+      return Error{what + "; go on from the last checkpoint with --resume",
                    status.error().interrupted};
     }
     // Training is done: whatever ended the rest, it must not have been in vain.
@@ -474,13 +483,12 @@ Status run(TrainSession& session, const GgufFile& model, const HeldOut& held_out
     const bool older = std::filesystem::exists(session.checkpoint_path, unknown);
     if (!saved) {
       return Error{
-          status.error().message + "; " +
+          what + "; " +
           (older ? "only an earlier state is in " + checkpoint : "what was trained is lost") +
           ": " + saved.error().message};
     }
-    return Error{
-        status.error().message + "; " + checkpoint + " holds what was trained, go on with --resume",
-        status.error().interrupted};
+    return Error{what + "; " + checkpoint + " holds what was trained, go on with --resume",
+                 status.error().interrupted};
   }
   if (session.first()) {
     remove_checkpoints(session.checkpoint_path);
@@ -504,14 +512,15 @@ json peak_memory(at::Device device) {
   return out;
 }
 
-Result<std::shared_ptr<Ranks>> join_processes(const QuantizeOptions& options,
-                                              std::function<void(const std::string&)> lost) {
+Result<std::shared_ptr<Ranks>> join_processes(
+    const QuantizeOptions& options, std::function<void(const std::string&)> lost,
+    const std::function<void(const std::string&)>& waiting) {
   RABIT_ASSIGN(const Place place, Place::from_environment());
   if (place.alone()) {
     return std::shared_ptr<Ranks>();
   }
   RABIT_ASSIGN(const at::Device device, own_device(options));
-  return Ranks::join(place, device, std::move(lost));
+  return Ranks::join(place, device, std::move(lost), waiting);
 }
 
 void leave_processes(const std::shared_ptr<Ranks>& ranks, const Status& status) {

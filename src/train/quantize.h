@@ -43,10 +43,12 @@ class Ranks;
 
 /// Meets the other processes of a run, as the launcher's environment says; null where this one is
 /// alone. lost: another was lost, and this one cannot end by itself; called once, from another
-/// thread, with what to say, and must end the process. Errors: an environment that makes no sense,
-/// processes that do not come.
-Result<std::shared_ptr<Ranks>> join_processes(const QuantizeOptions& options,
-                                              std::function<void(const std::string&)> lost);
+/// thread, with what to say, and must end the process. waiting: called once, with what to say,
+/// where the others do not come at once. Errors: an environment that makes no sense, processes that
+/// do not come, an interrupt.
+Result<std::shared_ptr<Ranks>> join_processes(
+    const QuantizeOptions& options, std::function<void(const std::string&)> lost,
+    const std::function<void(const std::string&)>& waiting);
 /// Tells them how this one's part has ended, if they do not know.
 void leave_processes(const std::shared_ptr<Ranks>& ranks, const Status& status);
 

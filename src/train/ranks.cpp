@@ -24,6 +24,7 @@
 #include <thread>
 #include <utility>
 
+#include "base/interrupt.h"
 #include "train/guard.h"
 
 namespace rabit::train {
@@ -271,13 +272,46 @@ void Ranks::part() {
   leave("");
 }
 
+namespace {
+
+// What `body` returns, computed in a thread that an interrupt leaves to itself: torch waits where
+// it does not look at signals. waiting: called once after a moment.
+Status interruptible(const std::function<Status()>& body, const std::function<void()>& waiting) {
+  struct Shared {
+    std::mutex mutex;
+    std::condition_variable ended;
+    std::optional<Status> status;
+  };
+  const auto shared = std::make_shared<Shared>();
+  std::thread([shared, body] {
+    const Status status = without_exceptions(body);
+    const std::lock_guard lock(shared->mutex);
+    shared->status = status;
+    shared->ended.notify_all();
+  }).detach();
+  constexpr auto kLook = std::chrono::milliseconds(100), kMoment = std::chrono::milliseconds(3000);
+  std::unique_lock lock(shared->mutex);
+  for (auto waited = kLook;; waited += kLook) {
+    if (shared->ended.wait_for(lock, kLook, [&] { return shared->status.has_value(); })) {
+      return *shared->status;
+    }
+    RABIT_CHECK(check_interrupt());
+    if (waited == kMoment) {
+      waiting();
+    }
+  }
+}
+
+}  // namespace
+
 Result<std::shared_ptr<Ranks>> Ranks::join(const Place& place, at::Device device,
-                                           std::function<void(const std::string&)> lost) {
+                                           std::function<void(const std::string&)> lost,
+                                           const std::function<void(const std::string&)>& waiting) {
   // Its warnings carry stack traces; what fails comes as an exception, too.
   setenv("TORCH_CPP_LOG_LEVEL", "FATAL", 0);
   c10::initLogging();
   std::shared_ptr<Ranks> ranks(new Ranks(place, device));
-  const Status joined = without_exceptions([&]() -> Status {
+  const auto meet = [ranks, place, device, lost = std::move(lost)]() -> Status {
     Group& group = *ranks->group_;
     group.store = connect(place, true);
     if (device.is_cuda()) {
@@ -301,15 +335,22 @@ Result<std::shared_ptr<Ranks>> Ranks::join(const Place& place, at::Device device
     Watch& watch = *ranks->watch_;
     watch.place = place;
     watch.store = c10::make_intrusive<c10d::PrefixStore>("watch", connect(place, false));
-    watch.lost = std::move(lost);
+    watch.lost = lost;
     watch.seen.resize(static_cast<size_t>(place.size));
     watch.since.assign(watch.seen.size(), Watch::now());
     watch.answered = Watch::now();
     watch.pulse = std::thread([watch = ranks->watch_] { watch->run_pulse(); });
     watch.guard = std::thread([watch = ranks->watch_] { watch->run_guard(); });
     return {};
+  };
+  const Status joined = interruptible(meet, [&] {
+    waiting(fmt::format("process {} of {} waits for the others at {}:{}", place.rank, place.size,
+                        place.host, place.port));
   });
   if (!joined) {
+    if (joined.error().interrupted) {
+      return joined.error();
+    }
     return Error{fmt::format("process {} of {} could not meet the others at {}:{}: {}", place.rank,
                              place.size, place.host, place.port, joined.error().message)};
   }

@@ -48,8 +48,10 @@ class Ranks {
   /// Meets the others. device: what the tensors will be on. lost: called from another thread, once,
   /// with what to say when a process was lost and this one has not come to an end by itself soon
   /// after. Errors: they did not come.
-  static Result<std::shared_ptr<Ranks>> join(const Place& place, at::Device device,
-                                             std::function<void(const std::string&)> lost);
+  /// waiting: called once where that takes more than a moment. Errors: an interrupt.
+  static Result<std::shared_ptr<Ranks>> join(
+      const Place& place, at::Device device, std::function<void(const std::string&)> lost,
+      const std::function<void(const std::string&)>& waiting);
   /// Leaves, without a reason if neither of the next two has been called: then the others end, too.
   ~Ranks();
   /// Tells the others that this process has failed, and why.
