@@ -40,7 +40,7 @@ COLD = "--warm-epochs 0 --latent-lr 2e-3 --scale-lr 1e-3"  # rates for a start f
 WARM = "--calib-tokens 1048576 --warm-epochs 1"
 PLAINEST = "--ef-target weight --ef-order natural --ef-rounds 0 --ef-sweeps 0"
 NO_TRAINING = "--warm-epochs 0 --tokens 0"
-# What most groups were measured with, where a run says nothing else.
+# What groups with `muon` are measured with, where a run says nothing else.
 MUON = {"--optimizer": "muon", "--latent-lr": "5e-4", "--scale-lr": "1e-4", "--warm-latent-lr": "4e-3",
         "--warm-scale-lr": "1e-3"}
 EDITION = 1  # of the program's defaults and arithmetic: raised, it makes every result stale
@@ -73,7 +73,7 @@ class Group:
     text: str
     column_head: str = ""
     device: str = "cuda"  # that its figures are of
-    muon: bool = False    # trained with MUON
+    muon: bool = False    # trained with MUON, not the default
     runs: list = field(default_factory=list)
 
     def add(self, name, label, options, column="perplexity", seeds=(1,)):
@@ -97,7 +97,7 @@ def grid(tokens, seeds):
               f"Distillation alone, {tokens:,} tokens, two paths, no error feedback and no warm start: "
               "independent latents (`standard`) and the coupled form (`rabit`) from four starts, and the other "
               f"baselines. Greedy SVID is `{GREEDY}`, iterative `{ITERATIVE}`, weighted `{WEIGHTED}`, and both "
-              f"`{FULL}`; with each `{COLD}`. With Muon, as every group but the next was measured.", muon=True)
+              f"`{FULL}`; with each `{COLD}`. With Muon.", muon=True)
     for method in ("standard", "rabit"):
         for label, options in (("greedy SVID", GREEDY), ("iterative SVID", ITERATIVE),
                                ("greedy, weighted by importance", WEIGHTED), ("iterative, weighted", FULL)):
@@ -112,10 +112,11 @@ def grid(tokens, seeds):
 
     g = group("optimizer", "Optimizer and rates",
               f"Error feedback, warm start (`{WARM}`), and distillation or none: the default, and "
-              f"with other options. With Muon at the rates that were best for it (`{muon}`) see the row of as many "
-              "tokens in the next table.", "")
+              f"with other options. What Muon comes to at the rates that were best for it (`{muon}`): \"as it is\" "
+              "under \"Loss and what is trained\", and \"Rates of distillation\".", "")
     for name, options, alone in (
-            ("adamw", "", True), ("adamw-scale", "--scale-lr 1e-4", False),
+            ("adamw", "", True), ("adamw-bf16", "--momentum bf16", False),
+            ("adamw-scale-low", "--scale-lr 1e-5", False), ("adamw-scale", "--scale-lr 1e-4", False),
             ("adamw-l5", "--latent-lr 5e-4 --scale-lr 1e-4", False),
             ("adamw-l8", "--latent-lr 8e-4 --scale-lr 1e-4", False),
             ("adamw-w1", "--warm-latent-lr 1e-3 --scale-lr 1e-4", True),
@@ -134,35 +135,38 @@ def grid(tokens, seeds):
         if alone:
             warm = " ".join(re.findall(r"--warm-latent-lr \S+", options))
             g.add(f"{name}-0", label, f"{WARM} --tokens 0 {warm}".strip(), "warm start alone")
-    g.add("adamw-full", "the default", f"{WARM} --tokens {tokens}", f"{tokens:,} tokens")
+    g.add("adamw-full", "the default", f"{WARM} --tokens {tokens}", f"{tokens:,} tokens", seeds)
+    g.add("adamw-shipped", "and `--calib-tokens 262144 --warm-epochs 4`", f"--tokens {tokens // 2}",
+          f"{tokens // 2:,} tokens")
 
     g = group("warm", "Error feedback, warm start, distillation",
               "The coupled form with two paths from error feedback, with and without the warm start "
-              f"(`{WARM}`), then distillation from more and more text, all with Muon; and without error "
-              f"feedback (`{FULL}`). Error feedback alone does better at other rates (\"Rates of distillation\").",
-              "tokens end to end", muon=True)
-    for share, label in ((0, "0"), (1 / 8, f"{tokens // 8:,}"), (1 / 2, f"{tokens // 2:,}"), (1, f"{tokens:,}")):
-        count = int(tokens * share)
-        g.add(f"ef-{label.replace(',', '')}", label, f"--calib-tokens 262144 --warm-epochs 0 --tokens {count}",
-              "error feedback", seeds)
-        g.add(f"ef-warm-{label.replace(',', '')}", label, f"{WARM} --tokens {count}",
-              "and warm start", seeds)
-        g.add(f"no-ef-warm-{label.replace(',', '')}", label, f"{FULL} {WARM} --tokens {count}",
-              "warm start, no error feedback", seeds if share in (0, 1) else seeds[:1])
+              f"(`{WARM}`), then distillation from more and more text; and without error feedback (`{FULL}`).",
+              "tokens end to end")
+    for count in (0, tokens // 8, tokens // 2, tokens):
+        twice = seeds if count in (0, tokens) else seeds[:1]
+        warm = {0: "adamw-0", tokens // 2: "adamw", tokens: "adamw-full"}.get(count, f"adamw-{count}")
+        g.add(f"adamw-ef-{count}" if count else "ef-0", f"{count:,}",
+              f"--calib-tokens 262144 --warm-epochs 0 --tokens {count}", "error feedback", twice)
+        g.add(warm, f"{count:,}", f"{WARM} --tokens {count}", "and warm start", seeds if warm == "adamw" else twice)
+        g.add(f"adamw-no-ef-{count}", f"{count:,}", f"{FULL} {WARM} --tokens {count}",
+              "warm start, no error feedback", twice)
+    g.add("adamw-ef-rates", f"{tokens:,}", "--calib-tokens 262144 --warm-epochs 0 --latent-lr 1e-3 --scale-lr 3e-4 "
+          f"--tokens {tokens}", "error feedback, `--latent-lr 1e-3 --scale-lr 3e-4`")
 
     g = group("paths", "Paths",
-              f"Error feedback, warm start (`{WARM}`) and {tokens:,} tokens of distillation.", "paths", muon=True)
+              f"Error feedback, warm start (`{WARM}`) and {tokens:,} tokens of distillation.", "paths")
     for k in (1, 2, 3, 4):
-        name = f"ef-warm-{tokens}" if k == 2 else f"paths-{k}"
+        name = "adamw-full" if k == 2 else f"adamw-paths-{k}"
         options = f"{WARM} --tokens {tokens}" + ("" if k == 2 else f" --bits {k}")
         g.add(name, str(k), options, seeds=seeds if k == 2 else seeds[:1])
         g.add("ef-0" if k == 2 else f"paths-{k}-ef", str(k),
               "--calib-tokens 262144 --warm-epochs 0 --tokens 0" + ("" if k == 2 else f" --bits {k}"),
               "error feedback alone", seeds if k == 2 else seeds[:1])
 
-    g = group("training", "Loss, optimizer and what is trained",
-              f"Error feedback, warm start (`{WARM}`) and {tokens // 2:,} tokens of distillation, and one thing "
-              "changed.", "", muon=True)
+    g = group("training", "Loss and what is trained",
+              f"Error feedback, warm start (`{WARM}`) and {tokens // 2:,} tokens of distillation with Muon, and one "
+              "thing changed.", "", muon=True)
     base = f"{WARM} --tokens {tokens // 2}"
     g.add(f"ef-warm-{tokens // 2}", "as it is", base, seeds=seeds)
     for name, options in (
@@ -210,7 +214,7 @@ def grid(tokens, seeds):
     g = group("windows", "Windows, rounds and least squares",
               "What a cheaper start gives up: two paths from 131,072 tokens in windows of 512 to 2,048 (`--seq-len`), "
               "with error feedback alone, and with the warm start of the last block or of all (once over the text); "
-              "perplexity in windows of 2,048 throughout.",
+              "perplexity in windows of 2,048 throughout. The warm start is with Muon.",
               "windows, `--ef-rounds`, `--als-steps`", muon=True)
     for window in (512, 1024, 2048):
         for rounds, steps in ((1, 4), (1, 12), (2, 4), (2, 12)):
@@ -237,7 +241,7 @@ def grid(tokens, seeds):
 
     g = group("rates", "Rates of distillation",
               f"{tokens:,} tokens after error feedback, with and without the warm start (`{WARM}`), and without either "
-              f"(`{FULL}`).", "", muon=True)
+              f"(`{FULL}`). With Muon.", "", muon=True)
     for latent, scale in (("5e-4", "1e-4"), ("1e-3", "3e-4"), ("2e-3", "1e-3")):
         rates = f"--latent-lr {latent} --scale-lr {scale}"
         g.add("rabit-full" if latent == "2e-3" else f"rabit-{latent}", f"`{rates}`",
@@ -259,7 +263,7 @@ def grid(tokens, seeds):
 
     g = group("baseline-rates", "Rates of the baselines",
               f"{tokens:,} tokens of distillation from the start of each method's row above: whether a baseline would "
-              "do better at other rates.", "", muon=True)
+              "do better at other rates. With Muon.", "", muon=True)
     for method, options in (("standard", FULL), ("rabit", FULL), ("mbok", FULL), ("dbllm", "--no-error-feedback")):
         for latent, scale in (("5e-4", "1e-4"), ("1e-3", "3e-4"), ("2e-3", "1e-3"), ("4e-3", "2e-3")):
             rates = f"--latent-lr {latent} --scale-lr {scale}"
@@ -272,7 +276,7 @@ def grid(tokens, seeds):
 
     g = group("block", "The warm start alone",
               "No end-to-end step. More text, more passes over it and other rates, with and without error feedback "
-              f"(`{FULL}`).", "tokens x epochs", muon=True)
+              f"(`{FULL}`). With Muon.", "tokens x epochs", muon=True)
     scale_rates = {"4e-3": "1e-3", "2e-3": "5e-4", "1e-3": "3e-4"}
     for calib, epochs, rate in ((262144, 4, "4e-3"), (1048576, 1, "4e-3"), (1048576, 1, "2e-3"), (1048576, 1, "1e-3"),
                                 (1048576, 2, "2e-3")):
@@ -557,7 +561,7 @@ def write_docs(arguments, groups, results):
             chart.write_text(svg_bars("perplexity", bars))
             page += [f"![{group.title}]({chart.name})", ""]
             names = ("standard-greedy", "standard-full", "rabit-greedy", "rabit-full", "mbok", "dbllm",
-                     f"ef-warm-{arguments.tokens}")
+                     "adamw-full")
             runs = {run.key: run for other in groups for run in other.runs if run.name in names}
             found = diagnostics_table(results, [runs[f"{name}-s1"] for name in names if f"{name}-s1" in runs])
             if found:

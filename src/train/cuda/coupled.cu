@@ -11,6 +11,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kGroup = 8;         // rows whose sums over columns are reduced together
+constexpr int kAhead = 4;         // rows that are on their way from memory; divides kGroup
 constexpr int kProcessors = 132;  // an H200's; elsewhere the last blocks leave some idle
 
 // How a matrix is cut into blocks of threads.
@@ -152,6 +153,8 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kPaths))
              const float* __restrict__ g, const float* __restrict__ h, const In* __restrict__ grad,
              float* __restrict__ dw, float* __restrict__ dg_parts, float* __restrict__ dh_parts) {
   __shared__ float row_sums[kWarps][kPaths][kGroup];
+  alignas(16) __shared__ float next_w[kAhead][kThreads * kWidth];
+  alignas(16) __shared__ In next_grad[kAhead][kThreads * kWidth];
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kWidth;
   const bool inside = column < d_in;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
@@ -168,18 +171,31 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kPaths))
   }
   const int64_t first = static_cast<int64_t>(blockIdx.y) * rows;
   const int64_t last = first + rows < d_out ? first + rows : d_out;
+  // Every thread copies for itself alone, some rows ahead. Beyond the last column and row it gets
+  // others' values, and their scales are 0.
+  const int64_t from = inside ? column : 0;
+  const auto fetch = [&](int64_t row) {
+    const int64_t r = row < last ? row : last - 1;
+    const auto slot = static_cast<int>((row - first) % kAhead);
+    copy_async<kWidth>(&next_w[slot][thread * kWidth], w + r * d_in + from);
+    copy_async<kWidth>(&next_grad[slot][thread * kWidth], grad + r * d_in + from);
+    commit_copies();
+  };
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j) {
+    fetch(first + j);
+  }
   for (int64_t begin = first; begin < last; begin += kGroup) {
     float sums[kPaths][kGroup];
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
       const int64_t r = begin + j;
-      Vector<kWidth> residual{}, d{};
-      if (inside && r < last) {
-        residual = load<kWidth>(w + r * d_in + column);
-        d = load<kWidth>(grad + r * d_in + column);
-        if (dw != nullptr) {
-          store<kWidth>(dw + r * d_in + column, d);
-        }
+      wait_for_copies<kAhead - 1>();
+      Vector<kWidth> residual = load<kWidth>(&next_w[j % kAhead][thread * kWidth]);
+      const Vector<kWidth> d = load<kWidth>(&next_grad[j % kAhead][thread * kWidth]);
+      fetch(r + kAhead);
+      if (dw != nullptr && inside && r < last) {
+        store<kWidth>(dw + r * d_in + column, d);
       }
 #pragma unroll
       for (int i = 0; i < kPaths; ++i) {

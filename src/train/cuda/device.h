@@ -87,10 +87,48 @@ __device__ __forceinline__ Vector<kWidth> load(const Bf16* at) {
   return out;
 }
 
+/// Copies kWidth neighbours to shared memory, without waiting for them where they are 4 bytes or
+/// more.
+template <int kWidth, typename T>
+__device__ __forceinline__ void copy_async(T* shared, const T* from) {
+#ifdef __CUDA_ARCH__
+  constexpr int kBytes = kWidth * static_cast<int>(sizeof(T));
+  if constexpr (kBytes >= 4) {
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes)
+                 : "memory");
+    return;
+  }
+#endif
+  for (int l = 0; l < kWidth; ++l) {
+    shared[l] = from[l];
+  }
+}
+
+/// Ends a group of copies; waits until only the last kPending groups may be under way.
+__device__ __forceinline__ void commit_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
 template <int kWidth>
 __device__ __forceinline__ void store(float* at, const Vector<kWidth>& x) {
   if constexpr (kWidth == 4) {
+#ifdef __CUDA_ARCH__
+    // Of an assignment the compiler makes four stores at times.
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(x.v[0]), "f"(x.v[1]),
+                 "f"(x.v[2]), "f"(x.v[3])
+                 : "memory");
+#else
     *reinterpret_cast<float4*>(at) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
+#endif
   } else {
     *at = x.v[0];
   }
