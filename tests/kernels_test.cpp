@@ -195,7 +195,7 @@ class Prepared {
       w.signs = to;
       w.order = SignOrder::kTiles;
     }
-    if (const int64_t bytes = table.input_bytes(w.d_in, tokens, w.paths); bytes > 0) {
+    if (const int64_t bytes = table.input_bytes(w, tokens); bytes > 0) {
       EXPECT_EQ(bytes % 64, 0);
       input_ = std::make_unique<Scratch>(bytes / 4);
       table.prepare(w, x.data(), tokens, input_->data(), words / 3, words);
@@ -231,7 +231,7 @@ class Kernels : public testing::TestWithParam<const KernelTable*> {
     std::vector<double> tolerance = matmul_tolerance(layer, x, tokens);
     const LinearWeights& w = layer.w;
     if (w.format != WeightFormat::kResidualBinary ||
-        table().input_bytes(w.d_in, tokens, w.paths) == 0) {
+        table().input_bytes(w, tokens) == 0) {
       return tolerance;
     }
     for (int64_t t = 0; t < tokens; ++t) {

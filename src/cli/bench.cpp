@@ -1,13 +1,20 @@
 // `rabit bench`: speed of reading a prompt (pp) and of generating (tg), as llama-bench reports it.
-// Each row is repeated; a run before the first is not counted.
+// Each row is repeated; a run before the first is not counted. Before every repetition the memory
+// is read once, so that both are measured under the same conditions.
 #include <fmt/format.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <optional>
 
 #include "cli/common.h"
+#include "cli/read_bandwidth.h"
 #include "cli/size_report.h"
+#include "model/random_model.h"
 #include "rabit/engine.h"
 
 namespace rabit::cli {
@@ -16,17 +23,19 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 struct BenchOptions {
-  std::string model, threads, output = "md", kernels;
-  int64_t prompt = 512, generate = 128, repetitions = 5;
+  std::string model, shape, threads, depths, output = "md", kernels;
+  int64_t layers = 0, paths = 2, prompt = 512, generate = 128, repetitions = 5;
   bool dense_f32 = false;
 };
 
 struct Row {
   std::string test;
-  int64_t prompt = 0, generated = 0;
+  int64_t prompt = 0, generated = 0, depth = 0;
   int threads = 0;
   std::string kernels;
-  std::vector<double> samples;  // tokens per second, by repetition
+  uint64_t weight_bytes = 0;      // of a token
+  std::vector<double> samples;    // tokens per second, by repetition
+  std::vector<double> bandwidth;  // bytes per second that could be read before each
 
   double mean() const {
     return std::accumulate(samples.begin(), samples.end(), 0.0) /
@@ -44,15 +53,21 @@ struct Row {
     }
     return std::sqrt(sum / static_cast<double>(samples.size() - 1));
   }
+  double weights_per_second() const { return mean() * static_cast<double>(weight_bytes); }  // bytes
+  double read_per_second() const {  // the median
+    std::vector<double> sorted = bandwidth;
+    std::sort(sorted.begin(), sorted.end());
+    return sorted[sorted.size() / 2];
+  }
 };
 
 /// "1,2,4" as numbers; throws CLI::ValidationError.
-std::vector<int64_t> parse_threads(const std::string& text) {
+std::vector<int64_t> parse_list(const std::string& option, const std::string& text, int64_t most) {
   std::vector<int64_t> out;
   size_t begin = 0;
   while (true) {
     const size_t comma = std::min(text.find(',', begin), text.size());
-    out.push_back(parse_integer("-t", text.substr(begin, comma - begin), 0, 1024));
+    out.push_back(parse_integer(option, text.substr(begin, comma - begin), 0, most));
     if (comma == text.size()) {
       return out;
     }
@@ -72,9 +87,10 @@ std::vector<int32_t> filler_tokens(int64_t count, int64_t vocab) {
   return tokens;
 }
 
-/// Seconds for one pass over the row's tokens: all at once, or one at a time.
+/// Seconds for one pass over the row's tokens: all at once, or one at a time; after the positions
+/// of its depth.
 Result<double> time_once(Session& session, const Row& row, std::span<const int32_t> tokens) {
-  session.truncate(0);
+  session.truncate(row.depth);
   const double started = now_seconds();
   if (row.prompt > 0) {
     RABIT_CHECK(session.forward(tokens));
@@ -86,33 +102,54 @@ Result<double> time_once(Session& session, const Row& row, std::span<const int32
   return now_seconds() - started;
 }
 
-Result<std::vector<Row>> measure(const BenchOptions& options, const std::vector<int64_t>& threads) {
+/// The rows of one depth, prompt first.
+Status measure_depth(const BenchOptions& options, const Model& model, Session& session,
+                     ReadBandwidth& bandwidth, int64_t depth, std::vector<Row>& rows) {
+  session.truncate(0);
+  if (depth > 0) {
+    RABIT_CHECK(session.forward(filler_tokens(depth, model.vocab_size())));
+  }
+  for (const bool prompt : {true, false}) {
+    const int64_t length = prompt ? options.prompt : options.generate;
+    if (length == 0) {
+      continue;
+    }
+    Row row{.test = (prompt ? "pp" : "tg") + std::to_string(length) +
+                    (depth > 0 ? fmt::format(" @ d{}", depth) : ""),
+            .prompt = prompt ? length : 0,
+            .generated = prompt ? 0 : length,
+            .depth = depth,
+            .threads = model.threads(),
+            .kernels = model.kernels(),
+            .weight_bytes = model.weight_bytes()};
+    const auto tokens = filler_tokens(length, model.vocab_size());
+    Progress progress(fmt::format("bench, {} on {} threads", row.test, row.threads));
+    RABIT_CHECK(time_once(session, row, tokens));
+    for (int64_t i = 0; i < options.repetitions; ++i) {
+      row.bandwidth.push_back(bandwidth.measure());
+      RABIT_ASSIGN(const double seconds, time_once(session, row, tokens));
+      row.samples.push_back(static_cast<double>(length) / std::max(seconds, 1e-9));
+      progress.update(i + 1, options.repetitions, fmt::format("{:.2f} t/s", row.mean()));
+    }
+    rows.push_back(std::move(row));
+  }
+  return {};
+}
+
+Result<std::vector<Row>> measure(const BenchOptions& options, const std::filesystem::path& path,
+                                 const std::vector<int64_t>& threads,
+                                 const std::vector<int64_t>& depths) {
   std::vector<Row> rows;
+  const int64_t deepest = *std::max_element(depths.begin(), depths.end());
   for (const int64_t count : threads) {
-    RABIT_ASSIGN(const auto model, Model::load(options.model, {.threads = static_cast<int>(count),
-                                                               .dense_as_f32 = options.dense_f32,
-                                                               .kernels = options.kernels}));
+    RABIT_ASSIGN(const auto model, Model::load(path, {.threads = static_cast<int>(count),
+                                                      .dense_as_f32 = options.dense_f32,
+                                                      .kernels = options.kernels}));
     RABIT_ASSIGN(const auto session,
-                 Session::create(model, std::max(options.prompt, options.generate)));
-    for (const bool prompt : {true, false}) {
-      const int64_t length = prompt ? options.prompt : options.generate;
-      if (length == 0) {
-        continue;
-      }
-      Row row{.test = (prompt ? "pp" : "tg") + std::to_string(length),
-              .prompt = prompt ? length : 0,
-              .generated = prompt ? 0 : length,
-              .threads = model->threads(),
-              .kernels = model->kernels()};
-      const auto tokens = filler_tokens(length, model->vocab_size());
-      Progress progress(fmt::format("bench, {} on {} threads", row.test, row.threads));
-      RABIT_CHECK(time_once(*session, row, tokens));
-      for (int64_t i = 0; i < options.repetitions; ++i) {
-        RABIT_ASSIGN(const double seconds, time_once(*session, row, tokens));
-        row.samples.push_back(static_cast<double>(length) / std::max(seconds, 1e-9));
-        progress.update(i + 1, options.repetitions, fmt::format("{:.2f} t/s", row.mean()));
-      }
-      rows.push_back(std::move(row));
+                 Session::create(model, deepest + std::max(options.prompt, options.generate)));
+    RABIT_ASSIGN(ReadBandwidth bandwidth, ReadBandwidth::make(model->threads()));
+    for (const int64_t depth : depths) {
+      RABIT_CHECK(measure_depth(options, *model, *session, bandwidth, depth, rows));
     }
   }
   return rows;
@@ -120,15 +157,20 @@ Result<std::vector<Row>> measure(const BenchOptions& options, const std::vector<
 
 std::string to_markdown(const ModelConfig& config, const SizeReport& size,
                         const std::vector<Row>& rows) {
-  const std::vector<std::string> head = {"model",   "size", "params", "backend",
-                                         "threads", "test", "t/s"};
+  const std::vector<std::string> head = {"model", "size", "params", "backend", "threads",
+                                         "test",  "t/s",  "GB/s",   "of read"};
   std::vector<std::vector<std::string>> cells;
   for (const Row& row : rows) {
-    cells.push_back({model_label(config, size),
-                     fmt::format("{:.2f} MiB", static_cast<double>(size.tensor_bytes) / 1048576.0),
-                     fmt::format("{:.2f} M", static_cast<double>(size.parameters) / 1e6), "CPU",
-                     std::to_string(row.threads), row.test,
-                     fmt::format("{:.2f} ± {:.2f}", row.mean(), row.stddev())});
+    cells.push_back(
+        {model_label(config, size),
+         fmt::format("{:.2f} MiB", static_cast<double>(size.tensor_bytes) / 1048576.0),
+         fmt::format("{:.2f} M", static_cast<double>(size.parameters) / 1e6), row.kernels,
+         std::to_string(row.threads), row.test,
+         fmt::format("{:.2f} ± {:.2f}", row.mean(), row.stddev()),
+         row.generated == 0 ? "" : fmt::format("{:.2f}", row.weights_per_second() / 1e9),
+         row.generated == 0
+             ? ""
+             : fmt::format("{:.0f} %", 100 * row.weights_per_second() / row.read_per_second())});
   }
   std::string line = "|", rule = "|", body;
   std::vector<size_t> widths;
@@ -156,10 +198,11 @@ std::string to_markdown(const ModelConfig& config, const SizeReport& size,
   return line + "\n" + rule + "\n" + body;
 }
 
-Result<Json> to_json(const BenchOptions& options, const ModelConfig& config, const SizeReport& size,
+Result<Json> to_json(const BenchOptions& options, const std::filesystem::path& path,
+                     const ModelConfig& config, const SizeReport& size,
                      const std::vector<Row>& rows) {
-  RABIT_ASSIGN(const std::string sha256, sha256_file(options.model));
-  Json out = {{"model", options.model},
+  RABIT_ASSIGN(const std::string sha256, sha256_file(path));
+  Json out = {{"model", options.shape.empty() ? options.model : "random " + options.shape},
               {"model_label", model_label(config, size)},
               {"model_sha256", sha256},
               {"model_size", size.tensor_bytes},
@@ -169,34 +212,70 @@ Result<Json> to_json(const BenchOptions& options, const ModelConfig& config, con
               {"file_bits_per_weight", size.file_bits_per_weight()},
               {"backend", "CPU"},
               {"kernels", rows.front().kernels},
+              {"weight_bytes_per_token", rows.front().weight_bytes},
               {"dense_weights", options.dense_f32 ? "F32" : "F16"},
               {"repetitions", options.repetitions}};
   for (const Row& row : rows) {
     out["rows"].push_back({{"test", row.test},
                            {"n_prompt", row.prompt},
                            {"n_gen", row.generated},
+                           {"depth", row.depth},
                            {"threads", row.threads},
                            {"tokens_per_second", row.mean()},
                            {"stddev", row.stddev()},
-                           {"samples", row.samples}});
+                           {"samples", row.samples},
+                           {"read_bytes_per_second", row.bandwidth}});
   }
   return out;
 }
 
+/// A file of the system's folder for such, gone with this.
+class TemporaryModel {
+ public:
+  TemporaryModel() {
+    std::error_code none;
+    path_ =
+        std::filesystem::temp_directory_path(none) / fmt::format("rabit-bench-{}.gguf", ::getpid());
+  }
+  ~TemporaryModel() {
+    std::error_code ignored;
+    std::filesystem::remove(path_, ignored);
+  }
+  TemporaryModel(const TemporaryModel&) = delete;
+  TemporaryModel& operator=(const TemporaryModel&) = delete;
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+};
+
 Status bench(const BenchOptions& options) {
+  if (options.model.empty() && options.shape.empty()) {
+    throw CLI::RequiredError("-m or --shape");
+  }
   if (options.prompt == 0 && options.generate == 0) {
     throw CLI::ValidationError("-p, -n", "0 and 0 leave nothing to measure");
   }
-  const std::vector<int64_t> threads = parse_threads(options.threads);
-  RABIT_ASSIGN(const auto file, GgufFile::open(options.model));
+  const std::vector<int64_t> threads = parse_list("-t", options.threads, 1024);
+  const std::vector<int64_t> depths = parse_list("-d", options.depths, 1 << 20);
+  std::filesystem::path path = options.model;
+  std::optional<TemporaryModel> temporary;
+  if (!options.shape.empty()) {
+    RABIT_ASSIGN(ModelConfig config, named_shape(options.shape));
+    config.layers = options.layers > 0 ? options.layers : config.layers;
+    path = temporary.emplace().path();
+    RABIT_CHECK(write_random_model(path, config, options.paths));
+  }
+  RABIT_ASSIGN(const auto file, GgufFile::open(path));
   RABIT_ASSIGN(const ModelConfig config, read_model_config(*file));
   RABIT_ASSIGN(const SizeReport size, size_report(*file, config));
-  warn_of_context(config.context_length, std::max(options.prompt, options.generate));
-  RABIT_ASSIGN(const std::vector<Row> rows, measure(options, threads));
+  warn_of_context(config.context_length, *std::max_element(depths.begin(), depths.end()) +
+                                             std::max(options.prompt, options.generate));
+  RABIT_ASSIGN(const std::vector<Row> rows, measure(options, path, threads, depths));
   if (options.output == "md") {
     return write_stdout(to_markdown(config, size, rows));
   }
-  RABIT_ASSIGN(const Json json, to_json(options, config, size, rows));
+  RABIT_ASSIGN(const Json json, to_json(options, path, config, size, rows));
   return write_stdout(json_text(json));
 }
 
@@ -204,17 +283,29 @@ Status bench(const BenchOptions& options) {
 
 Command add_bench(CLI::App& app) {
   auto options = std::make_shared<BenchOptions>();
-  options->threads = "0";
+  options->threads = options->depths = "0";
   CLI::App* sub = app.add_subcommand("bench", "Measure speed: reading a prompt and generating");
-  sub->add_option("-m,--model", options->model, "GGUF model, packed or ordinary")
-      ->required()
-      ->type_name("FILE");
+  CLI::Option* model =
+      sub->add_option("-m,--model", options->model, "GGUF model, packed or ordinary")
+          ->type_name("FILE");
+  CLI::Option* shape =
+      sub->add_option("--shape", options->shape,
+                      "Instead of -m: a random packed model of the shape of one of " +
+                          shape_names() + "; made for the time, in TMPDIR or /tmp")
+          ->type_name("NAME")
+          ->excludes(model);
+  add_integer(sub, "--layers", options->layers, 0, 1024, "Blocks of --shape; 0: all")->needs(shape);
+  add_integer(sub, "--bits", options->paths, 1, kMostPackedPaths, "Paths of --shape")->needs(shape);
   add_integer(sub, "-p,--n-prompt", options->prompt, 0, 1 << 20,
               "Tokens of the prompt; 0: no pp row");
   add_integer(sub, "-n,--n-gen", options->generate, 0, 1 << 20, "Tokens to generate; 0: no tg row");
   add_integer(sub, "-r,--repetitions", options->repetitions, 1, 10000, "Repetitions of each row");
   sub->add_option("-t,--threads", options->threads,
                   "Thread counts, comma-separated; 0: as many as the process may use")
+      ->type_name("N,...")
+      ->capture_default_str();
+  sub->add_option("-d,--depth", options->depths,
+                  "Positions that are there before, comma-separated: rows for each")
       ->type_name("N,...")
       ->capture_default_str();
   sub->add_option("-o,--output", options->output, "Output: md or json")
@@ -229,7 +320,8 @@ Command add_bench(CLI::App& app) {
       "Examples:\n"
       "  rabit bench -m model.gguf\n"
       "  rabit bench -m model.gguf -p 64 -n 8 -r 2 -t 1,2\n"
-      "  rabit bench -m model.gguf -p 0 -n 8 -r 2 -o json");
+      "  rabit bench -m model.gguf -p 0 -n 8 -r 2 -d 0,64 -o json\n"
+      "  rabit bench --shape llama2-7b --layers 4");
   return {sub, [options] { return bench(*options); }};
 }
 

@@ -68,6 +68,9 @@ Result<const T*> in_place(const TensorInfo& tensor, std::vector<Buffer>& owned) 
   return owned.back().as<const T>();
 }
 
+/// Of 32 values.
+uint64_t block_bytes(WeightFormat format) { return format == WeightFormat::kQ8_0 ? 34 : 18; }
+
 /// Signs in the order that the kernels take, from the file's.
 Status arrange(Linear& linear, SignOrder order, ThreadPool& pool) {
   LinearWeights& w = linear.weights;
@@ -82,6 +85,24 @@ Status arrange(Linear& linear, SignOrder order, ThreadPool& pool) {
     tile_signs(w, begin, end, buffer.as<uint32_t>());
   });
   w.signs = buffer.as<uint32_t>();
+  w.order = order;
+  linear.owned.push_back(std::move(buffer));
+  return {};
+}
+
+/// The same of Q8_0.
+Status arrange_blocks(Linear& linear, SignOrder order, ThreadPool& pool) {
+  LinearWeights& w = linear.weights;
+  if (order == w.order || w.format != WeightFormat::kQ8_0) {
+    return {};
+  }
+  const int64_t tiles = sign_tiles(w.d_out);
+  RABIT_ASSIGN(Buffer buffer, Buffer::make(static_cast<uint64_t>(tiles * w.d_in / 32),
+                                           kBlockTileBytes, "a weight matrix"));
+  pool.parallel_for(tiles, 1, [&](int64_t begin, int64_t end, int) {
+    tile_blocks(w, begin, end, buffer.as<uint8_t>());
+  });
+  w.dense = buffer.as<void>();
   w.order = order;
   linear.owned.push_back(std::move(buffer));
   return {};
@@ -166,9 +187,40 @@ Result<Linear> decode_dense(const GgufFile& file, const TensorInfo& tensor, Line
   return linear;
 }
 
+/// Quantized blocks that kernels take as they are.
+std::optional<WeightFormat> block_format(TensorType type) {
+  return type == TensorType::kQ8_0   ? std::optional(WeightFormat::kQ8_0)
+         : type == TensorType::kQ4_0 ? std::optional(WeightFormat::kQ4_0)
+                                     : std::nullopt;
+}
+
+Result<Linear> load_blocks(const GgufFile& file, const TensorInfo& tensor, LinearShape shape,
+                           WeightFormat format) {
+  const auto bytes = static_cast<size_t>(block_bytes(format));
+  for (size_t at = 0; at < tensor.data.size(); at += bytes) {
+    uint16_t scale;
+    std::memcpy(&scale, tensor.data.data() + at, sizeof scale);
+    if (!finite_halves({&scale, 1})) {
+      return tensor_error(file, tensor, "a scale is not finite");
+    }
+  }
+  Linear linear;
+  linear.weights = {
+      .format = format, .d_out = shape.d_out, .d_in = shape.d_in, .dense = tensor.data.data()};
+  return linear;
+}
+
 Result<Linear> load_dense(const GgufFile& file, const std::string& name, LinearShape shape,
-                          bool as_f32, ThreadPool& pool) {
+                          bool as_f32, SignOrder block_order, ThreadPool& pool) {
   RABIT_ASSIGN(const TensorInfo* tensor, find(file, name, {shape.d_in, shape.d_out}));
+  if (const auto format = block_format(tensor->type); format && !as_f32) {
+    RABIT_ASSIGN(Linear linear, load_blocks(file, *tensor, shape, *format));
+    RABIT_CHECK(arrange_blocks(linear, block_order, pool));
+    if (linear.weights.order != SignOrder::kRows) {
+      file.release(*tensor);
+    }
+    return linear;
+  }
   const TensorType wanted = as_f32 ? TensorType::kF32 : TensorType::kF16;
   if (tensor->type != wanted || !aligned(*tensor, 4)) {
     return decode_dense(file, *tensor, shape, as_f32, pool);
@@ -203,8 +255,15 @@ Result<std::vector<float>> load_norm(const GgufFile& file, const std::string& na
 
 uint64_t linear_bytes(const LinearWeights& w) {
   const auto out = static_cast<uint64_t>(w.d_out), in = static_cast<uint64_t>(w.d_in);
-  if (w.format != WeightFormat::kResidualBinary) {
-    return out * in * (w.format == WeightFormat::kF32 ? 4 : 2);
+  switch (w.format) {
+    case WeightFormat::kF32:
+      return out * in * 4;
+    case WeightFormat::kF16:
+      return out * in * 2;
+    case WeightFormat::kResidualBinary:
+      break;
+    default:
+      return out * in / 32 * block_bytes(w.format);
   }
   return static_cast<uint64_t>(w.paths) * (out * ((in + 31) / 32) * 4 + (out + in) * 2);
 }
@@ -264,7 +323,7 @@ Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
   RABIT_ASSIGN(model->output_norm, load_norm(file, "output_norm.weight", config.d_model));
   const std::string head_name = config.tied_head ? "token_embd.weight" : "output.weight";
   RABIT_ASSIGN(model->head, load_dense(file, head_name, {config.vocab_size, config.d_model}, as_f32,
-                                       *model->pool));
+                                       model->table->block_order, *model->pool));
   model->bytes_per_token = linear_bytes(model->head.weights);
 
   model->blocks.resize(static_cast<size_t>(config.layers));
@@ -284,7 +343,8 @@ Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
           file.release(*file.find_tensor(name + ".sign"));
         }
       } else {
-        RABIT_ASSIGN(linear, load_dense(file, name + ".weight", shape, as_f32, *model->pool));
+        RABIT_ASSIGN(linear, load_dense(file, name + ".weight", shape, as_f32,
+                                        model->table->block_order, *model->pool));
       }
       model->bytes_per_token += linear_bytes(linear.weights);
     }

@@ -130,13 +130,14 @@ Status LoadedSession::allocate() {
     for (int64_t tokens = 1; tokens <= chunk_; ++tokens) {
       scratch = std::max(scratch, table.matmul_scratch(w.d_in, tokens, w.paths));
       if (model_->cache == CacheFormat::kF16) {
-        input_bytes_ = std::max(input_bytes_, table.input_bytes(w.d_in, tokens, w.paths));
+        input_bytes_ = std::max(input_bytes_, table.input_bytes(w, tokens));
       }
     }
   };
   grow(model_->head.weights);
   for (const Linear& linear : model_->blocks.front().linears) {
-    grow({.d_in = linear.weights.d_in, .paths = 4});
+    grow(linear.weights);
+    grow({.format = WeightFormat::kResidualBinary, .d_in = linear.weights.d_in, .paths = 4});
   }
   input_bytes_ = (input_bytes_ + 63) / 64 * 64;
   RABIT_ASSIGN(input_, Buffer::make(static_cast<uint64_t>(kMostProducts * input_bytes_), 1,
@@ -239,17 +240,15 @@ void LoadedSession::prepare(const float* x, int64_t tokens,
   }
   int64_t words = 0;
   for (const auto& [w, y] : products) {
-    if (w.format == WeightFormat::kResidualBinary &&
-        table.input_bytes(w.d_in, tokens, w.paths) > 0) {
-      words += (w.d_in + 31) / 32 * w.paths * tokens;
+    if (table.input_bytes(w, tokens) > 0) {
+      words += (w.d_in + 31) / 32 * std::max<int64_t>(w.paths, 1) * tokens;
     }
   }
   const int parts = words < kWorthwhile ? 1 : model_->threads();
   const auto part = [&](int64_t i) {
     std::byte* input = input_.as<std::byte>();
     for (const auto& [w, y] : products) {
-      if (w.format == WeightFormat::kResidualBinary &&
-          table.input_bytes(w.d_in, tokens, w.paths) > 0) {
+      if (table.input_bytes(w, tokens) > 0) {
         const int64_t all = (w.d_in + 31) / 32;
         table.prepare(w, x, tokens, input, all * i / parts, all * (i + 1) / parts);
       }

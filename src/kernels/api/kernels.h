@@ -10,28 +10,34 @@
 
 namespace rabit {
 
-enum class WeightFormat { kF32, kF16, kResidualBinary };
+/// kQ8_0, kQ4_0: blocks of 32 columns as GGUF has them, d_in a multiple of 32.
+enum class WeightFormat { kF32, kF16, kQ8_0, kQ4_0, kResidualBinary };
 
 /// How packed signs lie, words = ceil(d_in/32) of 32 columns. kRows: as in a file, (k, d_out,
 /// words). kTiles: (ceil(d_out/kTileRows), k, words, kTileRows), words of rows beyond d_out zero,
 /// so that a register takes the words of neighbouring rows and a product goes straight through
 /// memory.
+///
+/// Q8_0 has the same two. kTiles: (ceil(d_out/kTileRows), d_in/32) tiles of kBlockTileBytes, each
+/// the scales of its rows (kTileRows), then 4 columns of all rows, the next 4, and so on, (8,
+/// kTileRows, 4), with 128 added to each value; rows beyond d_out zero, scales too.
 enum class SignOrder { kRows, kTiles };
 inline constexpr int64_t kTileRows = 64;
 constexpr int64_t sign_tiles(int64_t d_out) { return (d_out + kTileRows - 1) / kTileRows; }
+inline constexpr int64_t kBlockTileBytes = 34 * kTileRows;
 
-/// A linear layer's weights as they lie in memory, (d_out, d_in) row-major. F16 weights and scales
-/// must be finite: kernels may decode an infinity or a NaN as some finite number.
+/// A linear layer's weights as they lie in memory, (d_out, d_in) row-major. F16 weights and all
+/// scales must be finite: kernels may decode an infinity or a NaN as some finite number.
 struct LinearWeights {
   WeightFormat format = WeightFormat::kF32;
   int64_t d_out = 0;
   int64_t d_in = 0;
   int64_t paths = 0;                    // kResidualBinary only (1 to 4), as all below but `dense`
-  const void* dense = nullptr;          // float or F16, (d_out, d_in)
+  const void* dense = nullptr;          // float, F16 or blocks, (d_out, d_in)
   const uint32_t* signs = nullptr;      // bits: see quant/residual_binary.h
   const uint16_t* row_scale = nullptr;  // F16 (k, d_out)
   const uint16_t* col_scale = nullptr;  // F16 (k, d_in)
-  SignOrder order = SignOrder::kRows;
+  SignOrder order = SignOrder::kRows;   // of kResidualBinary and kQ8_0
 };
 
 /// Largest head_dim that attention takes.
@@ -60,13 +66,15 @@ struct AttentionInput {
 struct KernelTable {
   std::string_view name;
 
-  /// The order of packed signs that matmul takes; the reference takes both.
+  /// The order of packed signs, and of Q8_0, that matmul takes; the reference takes both.
   SignOrder sign_order;
-  /// Bytes that prepare() makes of the input of a residual-binary product; 0: matmul reads x alone.
-  int64_t (*input_bytes)(int64_t d_in, int64_t tokens, int64_t paths);
+  SignOrder block_order;
+  /// Bytes that prepare() makes of the input of a product with weights of this format, d_in and
+  /// paths; 0: matmul reads x alone.
+  int64_t (*input_bytes)(const LinearWeights& w, int64_t tokens);
   /// Makes what matmul reads beside x, its part for words [word_begin, word_end) of the columns;
-  /// threads may share the words. x: (tokens, d_in); input: 64-byte aligned. Null where
-  /// input_bytes() is 0 for all sizes.
+  /// threads may share the words (32 columns each). x: (tokens, d_in); input: 64-byte aligned. Null
+  /// where input_bytes() is 0 for all sizes.
   void (*prepare)(const LinearWeights& w, const float* x, int64_t tokens, void* input,
                   int64_t word_begin, int64_t word_end);
   /// y[t, r] = sum_c W[r, c] x[t, c] for rows [row_begin, row_end) of all tokens.
@@ -109,6 +117,8 @@ struct KernelTable {
 /// Tiles [begin, end) of signs in kTiles order, from weights in kRows order. `to`: the first of all
 /// tiles.
 void tile_signs(const LinearWeights& rows, int64_t begin, int64_t end, uint32_t* to);
+/// The same of Q8_0, tiles of kTileRows rows.
+void tile_blocks(const LinearWeights& rows, int64_t begin, int64_t end, uint8_t* to);
 
 /// The scalar reference: plain loops, sums in double. The oracle of every other table.
 const KernelTable& reference_kernels();

@@ -1,4 +1,4 @@
-// Packed signs from a file's order to tiles.
+// Packed signs and Q8_0 from a file's order to tiles.
 #include "kernels/api/kernels.h"
 
 namespace rabit {
@@ -13,6 +13,28 @@ void tile_signs(const LinearWeights& rows, int64_t begin, int64_t end, uint32_t*
         const uint32_t* from = rows.signs + (path * rows.d_out + row) * words;
         for (int64_t word = 0; word < words; ++word) {
           out[word * kTileRows + r] = row < rows.d_out ? from[word] : 0;
+        }
+      }
+    }
+  }
+}
+
+void tile_blocks(const LinearWeights& rows, int64_t begin, int64_t end, uint8_t* to) {
+  constexpr int64_t kBlockBytes = 34;
+  const int64_t blocks = rows.d_in / 32;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      uint8_t* out = to + (tile * blocks + block) * kBlockTileBytes;
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        const int64_t row = tile * kTileRows + r;
+        const uint8_t* from =
+            static_cast<const uint8_t*>(rows.dense) + (row * blocks + block) * kBlockBytes;
+        for (int64_t i = 0; i < kBlockBytes; ++i) {
+          const int64_t column = i - 2;
+          uint8_t* byte =
+              column < 0 ? out + 2 * r + i
+                         : out + 2 * kTileRows + column / 4 * 4 * kTileRows + 4 * r + column % 4;
+          *byte = row >= rows.d_out ? 0 : column < 0 ? from[i] : from[i] ^ 0x80U;
         }
       }
     }

@@ -1,5 +1,6 @@
-// Kernels for AVX-512 with VBMI and VNNI: residual-binary products of few tokens by lookup; all
-// else is the portable code for AVX-512. Flags in CMakeLists.txt.
+// Kernels for AVX-512 with VBMI and VNNI: residual-binary products of few tokens by lookup, those
+// of Q8_0 by dot products of bytes; all else is the portable code for AVX-512. Flags in
+// CMakeLists.txt.
 //
 // Columns times scales become integers q, and four neighbouring columns of a row contribute one of
 // 16 sums +-q0 +-q1 +-q2 +-q3, which a nibble of the packed signs numbers. prepare() tabulates the
@@ -29,8 +30,23 @@ constexpr int64_t kExactWords = 1 << 12;  // words whose sums 32 bits hold
 
 int64_t path_bytes(int64_t words) { return kHeader + words * kWordTables; }
 
-int64_t input_bytes(int64_t d_in, int64_t tokens, int64_t paths) {
-  return tokens <= kFewTokens ? tokens * paths * path_bytes((d_in + 31) / 32) : 0;
+// Of a token for Q8_0: a header with the scale of q, then for every 32 columns their upper bytes,
+// their lower ones and -128 times their sum.
+constexpr int64_t kBlockInput = 128;
+int64_t blocks_bytes(int64_t d_in) { return kHeader + d_in / kBlock * kBlockInput; }
+
+int64_t input_bytes(const LinearWeights& w, int64_t tokens) {
+  if (tokens > kFewTokens) {
+    return 0;
+  }
+  switch (w.format) {
+    case WeightFormat::kResidualBinary:
+      return tokens * w.paths * path_bytes((w.d_in + 31) / 32);
+    case WeightFormat::kQ8_0:
+      return tokens * blocks_bytes(w.d_in);
+    default:
+      return 0;
+  }
 }
 
 RABIT_INLINE __mmask16 lanes_left(int64_t left) {
@@ -69,8 +85,48 @@ RABIT_INLINE __m512i pair_signs(int b) {
   return _mm512_sub_epi16(_mm512_slli_epi16(halves, 1), _mm512_set1_epi16(1));
 }
 
+// q = 256 upper + lower, both signed bytes.
+void prepare_blocks(const LinearWeights& w, const float* x, int64_t tokens, uint8_t* input,
+                    int64_t begin, int64_t end) {
+  constexpr float kLargest = 32639.0F;  // 127 * 256 + 127
+  for (int64_t t = 0; t < tokens; ++t, x += w.d_in, input += blocks_bytes(w.d_in)) {
+    __m512 size = _mm512_setzero_ps();
+    __mmask16 unordered = 0;
+    for (int64_t c = 0; c < w.d_in; c += 16) {
+      const __m512 in = _mm512_loadu_ps(x + c);
+      unordered |= _mm512_cmp_ps_mask(in, in, _CMP_UNORD_Q);
+      size = _mm512_max_ps(size, _mm512_abs_ps(in));
+    }
+    const float largest = unordered != 0 ? __builtin_nanf("") : _mm512_reduce_max_ps(size);
+    const bool usable = largest > 1e-30F && largest < __builtin_inff();
+    const __m512 unit = _mm512_set1_ps(usable ? kLargest / largest : 0.0F);
+    if (begin == 0) {
+      *reinterpret_cast<float*>(input) =
+          largest > 1e-30F || largest != largest ? largest / kLargest : 0.0F;
+    }
+    for (int64_t block = begin; block < end; ++block) {
+      uint8_t* out = input + kHeader + block * kBlockInput;
+      int32_t sum = 0;
+      for (int64_t half = 0; half < 2; ++half) {
+        const float* from = x + block * kBlock + half * 16;
+        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), unit));
+        const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+        const __m512i lower = _mm512_sub_epi32(q, _mm512_slli_epi32(upper, 8));
+        _mm_store_si128(reinterpret_cast<__m128i*>(out + half * 16), _mm512_cvtepi32_epi8(upper));
+        _mm_store_si128(reinterpret_cast<__m128i*>(out + 32 + half * 16),
+                        _mm512_cvtepi32_epi8(lower));
+        sum += _mm512_reduce_add_epi32(q);
+      }
+      *reinterpret_cast<int32_t*>(out + 64) = -128 * sum;
+    }
+  }
+}
+
 void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input,
              int64_t word_begin, int64_t word_end) {
+  if (w.format == WeightFormat::kQ8_0) {
+    return prepare_blocks(w, x, tokens, static_cast<uint8_t*>(input), word_begin, word_end);
+  }
   const int64_t words = (w.d_in + 31) / 32;
   const __m512i low_pair = pair_signs(0), high_pair = pair_signs(2);
   for (int64_t i = 0; i < tokens * w.paths; ++i) {
@@ -186,13 +242,72 @@ void tile_product(const LinearWeights& w, const uint8_t* input, int64_t tile, fl
   }
 }
 
+// Rows of a tile of Q8_0, one token; only rows in [row_begin, row_end) are written.
+void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile, float* y,
+                   int64_t row_begin, int64_t row_end) {
+  constexpr int kVectors = kTileRows / 16;
+  const int64_t blocks = w.d_in / kBlock;
+  const auto* weights = static_cast<const uint8_t*>(w.dense) + tile * blocks * kBlockTileBytes;
+  __m512 totals[kVectors] = {};
+  for (int64_t block = 0; block < blocks; ++block, weights += kBlockTileBytes) {
+    const uint8_t* in = input + kHeader + block * kBlockInput;
+    const auto quad = [&](int64_t at) {  // four columns' bytes in every lane
+      int32_t bytes;
+      __builtin_memcpy(&bytes, in + at, sizeof bytes);
+      return _mm512_set1_epi32(bytes);
+    };
+    __m512i upper[kVectors] = {}, lower[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      lower[v] = quad(64);
+    }
+#pragma GCC unroll 8
+    for (int64_t four = 0; four < kBlock / 4; ++four) {
+      const __m512i in_upper = quad(4 * four), in_lower = quad(32 + 4 * four);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const uint8_t* from = weights + 2 * kTileRows + four * 4 * kTileRows + v * 64;
+        _mm_prefetch(reinterpret_cast<const char*>(from + 2 * kBlockTileBytes), _MM_HINT_T0);
+        const __m512i bytes = _mm512_loadu_si512(from);
+        upper[v] = _mm512_dpbusd_epi32(upper[v], bytes, in_upper);
+        lower[v] = _mm512_dpbusd_epi32(lower[v], bytes, in_lower);
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper[v], 8), lower[v]);
+      const __m512 scale =
+          _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 32 * v)));
+      totals[v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, totals[v]);
+    }
+  }
+  const __m512 unit = _mm512_set1_ps(*reinterpret_cast<const float*>(input));
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t row = tile * kTileRows + v * 16;
+    const __mmask16 mask =
+        static_cast<__mmask16>(lanes_left(row_end - row) & ~lanes_left(row_begin - row));
+    _mm512_mask_storeu_ps(y + row, mask, _mm512_mul_ps(totals[v], unit));
+  }
+}
+
 void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input, int64_t tokens,
                       float* y, int64_t row_begin, int64_t row_end, float* scratch) {
   if (row_begin >= row_end || tokens <= 0) {
     return;
   }
-  if (w.format != WeightFormat::kResidualBinary) {
+  const bool blocks = w.format == WeightFormat::kQ8_0;
+  if (w.format != WeightFormat::kResidualBinary && (!blocks || input == nullptr)) {
     dense(w, x, tokens, y, row_begin, row_end, scratch);
+    return;
+  }
+  if (blocks) {
+    for (int64_t tile = row_begin / kTileRows; tile * kTileRows < row_end; ++tile) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        block_product(w, static_cast<const uint8_t*>(input) + t * blocks_bytes(w.d_in), tile,
+                      y + t * w.d_out, row_begin, row_end);
+      }
+    }
     return;
   }
   if (tokens > kFewTokens || input == nullptr) {
@@ -225,6 +340,7 @@ int64_t lookup_scratch(int64_t d_in, int64_t tokens, int64_t paths) {
 extern const KernelTable kTable;
 constinit const KernelTable kTable = {.name = RABIT_NAME,
                                       .sign_order = SignOrder::kTiles,
+                                      .block_order = SignOrder::kTiles,
                                       .input_bytes = input_bytes,
                                       .prepare = prepare,
                                       .matmul = matmul_by_lookup,

@@ -63,12 +63,14 @@ TileProduct tile_product_for(int64_t rows) {
     RABIT_TILE(1)
     RABIT_TILE(2)
     RABIT_TILE(3)
-    RABIT_TILE(4) RABIT_TILE(5)
+    RABIT_TILE(4)
+    RABIT_TILE(5)
 #if RABIT_LANES == 16
-        RABIT_TILE(6) RABIT_TILE(7) RABIT_TILE(8) RABIT_TILE(9) RABIT_TILE(10) RABIT_TILE(11)
+    RABIT_TILE(6)
+    RABIT_TILE(7) RABIT_TILE(8) RABIT_TILE(9) RABIT_TILE(10) RABIT_TILE(11)
 #endif
 #undef RABIT_TILE
-            default : return tile_product<kTile, kAdd>;
+        default : return tile_product<kTile, kAdd>;
   }
 }
 
@@ -112,6 +114,9 @@ RABIT_INLINE void copy_tile(const float* x, int64_t stride, int64_t rows, int64_
 struct FloatRows {
   const float* data;  // (rows, stride)
   int64_t stride;
+  RABIT_INLINE const void* place(int64_t row, int64_t column) const {
+    return data + row * stride + column;
+  }
   RABIT_INLINE Vec read(int64_t row, int64_t column, int64_t left) const {
     const float* p = data + row * stride + column;
     return left >= kLanes ? load(p) : load_part(p, left);
@@ -121,6 +126,9 @@ struct FloatRows {
 struct FiniteHalfRows {
   const uint16_t* data;
   int64_t stride;
+  RABIT_INLINE const void* place(int64_t row, int64_t column) const {
+    return data + row * stride + column;
+  }
   RABIT_INLINE Vec read(int64_t row, int64_t column, int64_t left) const {
     const uint16_t* p = data + row * stride + column;
     return left >= kLanes ? load_finite_half(p) : load_finite_half_part(p, left);
@@ -133,6 +141,66 @@ struct HalfRows {
   RABIT_INLINE Vec read(int64_t row, int64_t column, int64_t left) const {
     const uint16_t* p = data + row * stride + column;
     return left >= kLanes ? load_half(p) : load_half_part(p, left);
+  }
+};
+
+constexpr int64_t kBlock = 32;  // columns of Q8_0 and Q4_0 that share a scale
+
+// Blocks: ints(block, v) gives values v kLanes and on of a block, as integers; a half-precision
+// scale comes first.
+
+struct Q8Block {
+  static constexpr int64_t kBytes = 34;
+  RABIT_INLINE static IntVec ints(const uint8_t* block, int64_t v) {
+    return load_bytes(block + 2 + v * kLanes);
+  }
+};
+
+struct Q4Block {
+  static constexpr int64_t kBytes = 18;
+  // Byte i holds values i, in its low half, and i + 16.
+  RABIT_INLINE static IntVec ints(const uint8_t* block, int64_t v) {
+    const IntVec bytes = load_bytes(block + 2 + v * kLanes % 16);
+    return ((v * kLanes < 16 ? bytes : bytes >> 4) & 15) - 8;
+  }
+};
+
+RABIT_INLINE float block_scale(const uint8_t* block) {
+  return finite_half(static_cast<uint16_t>(block[0] | block[1] << 8));
+}
+
+template <typename Block>
+struct BlockRows {
+  const uint8_t* data;
+  int64_t stride;  // columns
+  RABIT_INLINE const uint8_t* block(int64_t row, int64_t index) const {
+    return data + (row * (stride / kBlock) + index) * Block::kBytes;
+  }
+  RABIT_INLINE Vec read(int64_t row, int64_t column, int64_t /*left*/) const {
+    const uint8_t* from = block(row, column / kBlock);
+    return block_scale(from) *
+           __builtin_convertvector(Block::ints(from, column % kBlock / kLanes), Vec);
+  }
+};
+
+/// Q8_0 in tiles.
+struct TiledQ8Rows {
+  const uint8_t* data;
+  int64_t columns;
+  RABIT_INLINE Vec read(int64_t row, int64_t column, int64_t /*left*/) const {
+    const uint8_t* tile =
+        data + (row / kTileRows * (columns / kBlock) + column / kBlock) * kBlockTileBytes;
+    const uint8_t* from =
+        tile + 2 * kTileRows + column % kBlock * kTileRows + 4 * (row % kTileRows);
+    uint8_t bytes[kLanes];
+    for (int64_t i = 0; i < kLanes; i += 4) {
+      __builtin_memcpy(bytes + i, from + i * kTileRows, 4);
+    }
+    for (uint8_t& byte : bytes) {
+      byte ^= 0x80U;
+    }
+    return block_scale(tile + 2 * (row % kTileRows)) *
+           __builtin_convertvector(load_bytes(bytes), Vec);
   }
 };
 

@@ -14,11 +14,24 @@ namespace {
 constexpr int64_t kFewTokens = 8;            // from here on unpacking to panels is cheaper
 constexpr int kWide = kLanes == 16 ? 4 : 2;  // rows at once
 
+// Bytes from what is read to what will be soon, for rows of so many bytes, kWide of them read side
+// by side: the next ones, or further on in long rows. Processors foresee neither well enough.
+RABIT_INLINE int64_t bytes_ahead(int64_t row_bytes) {
+  constexpr int64_t kPage = 4096, kLongRow = 2048;
+  return kWide * row_bytes <= kPage ? kWide * row_bytes : kLongRow;
+}
+
+RABIT_INLINE void prefetch(const void* from, int64_t ahead) {
+  __builtin_prefetch(static_cast<const char*>(from) + ahead);
+}
+
 /// kRows rows times kTokens tokens. sums[r][t] stay vectors until the end.
 template <int kRows, int kTokens, typename Rows>
 RABIT_INLINE void dense_rows(const Rows& source, int64_t d_out, int64_t d_in, int64_t row,
                              const float* x, float* y) {
   Vec sums[kRows][kTokens] = {};
+  const auto* start = static_cast<const char*>(source.place(row, 0));
+  const int64_t ahead = bytes_ahead(static_cast<const char*>(source.place(row + 1, 0)) - start);
   int64_t c = 0;
   for (; c + kLanes <= d_in; c += kLanes) {
     Vec in[kTokens];
@@ -28,6 +41,7 @@ RABIT_INLINE void dense_rows(const Rows& source, int64_t d_out, int64_t d_in, in
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
+      prefetch(source.place(row + r, c), ahead);
       const Vec weight = source.read(row + r, c, kLanes);
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) {
@@ -40,6 +54,49 @@ RABIT_INLINE void dense_rows(const Rows& source, int64_t d_out, int64_t d_in, in
       const Vec weight = source.read(row + r, c, d_in - c);
       for (int t = 0; t < kTokens; ++t) {
         sums[r][t] += weight * load_part(x + t * d_in + c, d_in - c);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      y[t * d_out + row + r] = sum_lanes(sums[r][t]);
+    }
+  }
+}
+
+/// The same of quantized blocks, whose scales count once.
+template <int kRows, int kTokens, typename Block>
+RABIT_INLINE void dense_rows(const BlockRows<Block>& source, int64_t d_out, int64_t d_in,
+                             int64_t row, const float* x, float* y) {
+  Vec sums[kRows][kTokens] = {};
+  const int64_t ahead = bytes_ahead(d_in / kBlock * Block::kBytes);
+  for (int64_t c = 0; c < d_in; c += kBlock) {
+    const uint8_t* blocks[kRows];
+    Vec of_block[kRows][kTokens] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      blocks[r] = source.block(row + r, c / kBlock);
+      prefetch(blocks[r], ahead);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kBlock / kLanes; ++v) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const Vec weight = __builtin_convertvector(Block::ints(blocks[r], v), Vec);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) {
+          of_block[r][t] += weight * load(x + t * d_in + c + v * kLanes);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const float scale = block_scale(blocks[r]);
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) {
+        sums[r][t] += scale * of_block[r][t];
       }
     }
   }
@@ -211,15 +268,23 @@ void binary_many(const LinearWeights& w, const float* x, int64_t tokens, float* 
 
 void dense(const LinearWeights& w, const float* x, int64_t tokens, float* y, int64_t row_begin,
            int64_t row_end, float* scratch) {
-  const bool few = tokens <= kFewTokens;
-  if (w.format == WeightFormat::kF32) {
-    const FloatRows rows = {static_cast<const float*>(w.dense), w.d_in};
-    few ? dense_few(rows, w.d_out, w.d_in, x, tokens, y, row_begin, row_end)
-        : gemm(rows, w.d_out, w.d_in, x, tokens, y, row_begin, row_end, scratch);
-  } else {
-    const FiniteHalfRows rows = {static_cast<const uint16_t*>(w.dense), w.d_in};
-    few ? dense_few(rows, w.d_out, w.d_in, x, tokens, y, row_begin, row_end)
-        : gemm(rows, w.d_out, w.d_in, x, tokens, y, row_begin, row_end, scratch);
+  const auto product = [&](const auto& rows) {
+    tokens <= kFewTokens ? dense_few(rows, w.d_out, w.d_in, x, tokens, y, row_begin, row_end)
+                         : gemm(rows, w.d_out, w.d_in, x, tokens, y, row_begin, row_end, scratch);
+  };
+  switch (w.format) {
+    case WeightFormat::kF32:
+      return product(FloatRows{static_cast<const float*>(w.dense), w.d_in});
+    case WeightFormat::kQ8_0:
+      if (w.order == SignOrder::kTiles) {
+        return gemm(TiledQ8Rows{static_cast<const uint8_t*>(w.dense), w.d_in}, w.d_out, w.d_in, x,
+                    tokens, y, row_begin, row_end, scratch);
+      }
+      return product(BlockRows<Q8Block>{static_cast<const uint8_t*>(w.dense), w.d_in});
+    case WeightFormat::kQ4_0:
+      return product(BlockRows<Q4Block>{static_cast<const uint8_t*>(w.dense), w.d_in});
+    default:
+      return product(FiniteHalfRows{static_cast<const uint16_t*>(w.dense), w.d_in});
   }
 }
 
@@ -237,12 +302,13 @@ void matmul(const LinearWeights& w, const float* x, const void* /*input*/, int64
   }
 }
 
-int64_t no_input(int64_t, int64_t, int64_t) { return 0; }
+int64_t no_input(const LinearWeights&, int64_t) { return 0; }
 
 int64_t matmul_scratch(int64_t d_in, int64_t tokens, int64_t paths) {
   const int64_t padded = round_up(d_in, 32);
   const int64_t few = paths * smaller(tokens, kFewTokens) * padded;
-  const int64_t many = tokens > kFewTokens ? kGemmScratch + paths * padded : 0;
+  // Few tokens of tiles go through panels where there is no other product.
+  const int64_t many = tokens > kFewTokens || paths == 0 ? kGemmScratch + paths * padded : 0;
   return larger(few, many);
 }
 

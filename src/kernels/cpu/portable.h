@@ -11,6 +11,7 @@ namespace rabit::RABIT_ISA {
 extern const KernelTable kTable;
 constinit const KernelTable kTable = {.name = RABIT_NAME,
                                       .sign_order = SignOrder::kRows,
+                                      .block_order = SignOrder::kRows,
                                       .input_bytes = no_input,
                                       .prepare = nullptr,
                                       .matmul = matmul,

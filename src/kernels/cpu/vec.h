@@ -1,11 +1,15 @@
 // Vectors of kLanes floats by the compilers' vector extensions, and the few conversions that the
-// kernels need. Everything lies in an unnamed namespace inside RABIT_ISA, so each instruction set
-// has its own copy with internal linkage; the file that includes this defines RABIT_ISA and
-// RABIT_LANES. No standard header with inline functions may be used here: the linker would keep one
-// copy of such a function for all sets.
+// kernels need; 8 and 16 lanes are those of AVX2 and AVX-512. Everything lies in an unnamed
+// namespace inside RABIT_ISA, so each instruction set has its own copy with internal linkage; the
+// file that includes this defines RABIT_ISA and RABIT_LANES. No standard header with inline
+// functions may be used here: the linker would keep one copy of such a function for all sets.
 #pragma once
 
 #include "kernels/api/kernels.h"
+
+#if RABIT_LANES > 4  // conversions that compilers make of their vector extensions in many steps
+#include <immintrin.h>
+#endif
 
 #define RABIT_INLINE inline __attribute__((always_inline))
 
@@ -21,6 +25,7 @@ typedef int16_t ShortVec __attribute__((vector_size(2 * kLanes)));
 // The same at any address.
 typedef float LooseVec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int16_t LooseShortVec __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+typedef int8_t LooseByteVec __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 RABIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 RABIT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -56,7 +61,26 @@ RABIT_INLINE Vec widen(ShortVec bits) {
 
 /// F16 to float for finite values only.
 RABIT_INLINE Vec load_finite_half(const uint16_t* p) {
+#if RABIT_LANES == 16
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(p)));
+#elif RABIT_LANES == 8
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p)));
+#else
   return widen(*reinterpret_cast<const LooseShortVec*>(p));
+#endif
+}
+
+/// kLanes bytes, signed.
+RABIT_INLINE IntVec load_bytes(const uint8_t* p) {
+#if RABIT_LANES == 16
+  return reinterpret_cast<IntVec>(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p))));
+#elif RABIT_LANES == 8
+  return reinterpret_cast<IntVec>(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i_u*>(p))));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const LooseByteVec*>(p), IntVec);
+#endif
 }
 
 RABIT_INLINE Vec load_finite_half_part(const uint16_t* p, int64_t count) {
@@ -86,7 +110,17 @@ RABIT_INLINE Vec load_half_part(const uint16_t* p, int64_t count) {
   return widen_any(bits);
 }
 
-RABIT_INLINE float finite_half(uint16_t bits) { return load_finite_half_part(&bits, 1)[0]; }
+RABIT_INLINE float finite_half(uint16_t bits) {
+#if RABIT_LANES > 4
+  return _cvtsh_ss(bits);
+#else
+  const int32_t placed =
+      (static_cast<int32_t>(static_cast<int16_t>(bits)) << 13) & static_cast<int32_t>(0x8FFFFFFF);
+  float value;
+  __builtin_memcpy(&value, &placed, sizeof value);
+  return value * 0x1p112F;
+#endif
+}
 
 #if RABIT_LANES == 16
 #define RABIT_LOW(a, b) \

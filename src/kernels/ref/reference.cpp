@@ -2,6 +2,7 @@
 // double. It shares no code with the kernels that it judges.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "base/half.h"
@@ -10,6 +11,17 @@
 namespace rabit {
 namespace {
 
+// The block of 32 values that a value of Q8_0 or Q4_0 lies in, and its scale.
+const int8_t* block_at(const LinearWeights& w, int64_t at, int64_t bytes) {
+  return static_cast<const int8_t*>(w.dense) + at / 32 * bytes;
+}
+
+double scale_of(const int8_t* block) {
+  uint16_t half;
+  std::memcpy(&half, block, sizeof half);
+  return half_to_float(half);
+}
+
 double weight_at(const LinearWeights& w, int64_t row, int64_t column) {
   const int64_t at = row * w.d_in + column;
   switch (w.format) {
@@ -17,6 +29,20 @@ double weight_at(const LinearWeights& w, int64_t row, int64_t column) {
       return static_cast<const float*>(w.dense)[at];
     case WeightFormat::kF16:
       return half_to_float(static_cast<const uint16_t*>(w.dense)[at]);
+    case WeightFormat::kQ8_0:
+      if (w.order == SignOrder::kTiles) {
+        const auto* tile = static_cast<const uint8_t*>(w.dense) +
+                           (row / kTileRows * (w.d_in / 32) + column / 32) * kBlockTileBytes;
+        const int64_t r = row % kTileRows, c = column % 32;
+        return (tile[2 * kTileRows + c / 4 * 4 * kTileRows + 4 * r + c % 4] - 128) *
+               scale_of(reinterpret_cast<const int8_t*>(tile) + 2 * r);
+      }
+      return block_at(w, at, 34)[2 + at % 32] * scale_of(block_at(w, at, 34));
+    case WeightFormat::kQ4_0: {
+      const int8_t* block = block_at(w, at, 18);
+      const int nibbles = static_cast<uint8_t>(block[2 + at % 16]);
+      return ((at % 32 < 16 ? nibbles & 15 : nibbles >> 4) - 8) * scale_of(block);
+    }
     case WeightFormat::kResidualBinary:
       break;
   }
@@ -49,7 +75,8 @@ void matmul(const LinearWeights& w, const float* x, const void* /*input*/, int64
   }
 }
 
-int64_t none(int64_t, int64_t, int64_t) { return 0; }
+int64_t no_scratch(int64_t, int64_t, int64_t) { return 0; }
+int64_t no_input(const LinearWeights&, int64_t) { return 0; }
 
 void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t d, float epsilon,
               float* y) {
@@ -143,10 +170,11 @@ double cross_entropy(const float* logits, int64_t vocab, int32_t target) {
 
 constexpr KernelTable kReference = {.name = "reference",
                                     .sign_order = SignOrder::kRows,
-                                    .input_bytes = none,
+                                    .block_order = SignOrder::kRows,
+                                    .input_bytes = no_input,
                                     .prepare = nullptr,
                                     .matmul = matmul,
-                                    .matmul_scratch = none,
+                                    .matmul_scratch = no_scratch,
                                     .matmul_row_grain = 1,
                                     .rms_norm = rms_norm,
                                     .rope = rope,
