@@ -30,11 +30,11 @@ TEXT = (
 )
 
 
-def run(*arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=300):
+def run(*arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=300, env=None):
     """The finished process; output as bytes where it may not be text."""
     return subprocess.run(
         [RABIT, *map(os.fspath, map(str, arguments))], stdin=stdin, stdout=stdout,
-        stderr=subprocess.PIPE, timeout=timeout, check=False
+        stderr=subprocess.PIPE, timeout=timeout, check=False, env=env
     )
 
 
@@ -286,19 +286,40 @@ class WithModel(CliTest):
         self.fails("eval", "-m", MODEL, "--ppl", self.folder, says="directory|regular")
 
     def test_bench(self):
-        arguments = ("bench", "-m", MODEL, "-p", 8, "-n", 2, "-r", 2, "-t", "1,2")
+        arguments = ("bench", "-m", MODEL, "-p", 8, "-n", 2, "-r", 2, "-t", "1,2", "-d", "0,5")
         told = json.loads(self.succeeds(*arguments, "-o", "json"))
-        tests = [(row["test"], row["threads"]) for row in told["rows"]]
-        self.assertEqual(tests, [("pp8", 1), ("tg2", 1), ("pp8", 2), ("tg2", 2)])
+        tests = [(row["test"], row["threads"], row["depth"]) for row in told["rows"]]
+        self.assertEqual(tests, [(f"{test}{at}", threads, depth) for threads in (1, 2)
+                                 for depth, at in ((0, ""), (5, " @ d5")) for test in ("pp8", "tg2")])
+        self.assertGreater(told["weight_bytes_per_token"], 100_000_000)
         for row in told["rows"]:
             self.assertEqual(len(row["samples"]), 2)
             self.assertGreater(row["tokens_per_second"], 0)
             self.assertGreaterEqual(row["stddev"], 0)
+            self.assertEqual(len(row["read_bytes_per_second"]), 2)
+            self.assertGreater(min(row["read_bytes_per_second"]), 1e8)
         lines = self.succeeds(*arguments).splitlines()
         head = [cell.strip() for cell in lines[0].strip("|").split("|")]
-        self.assertEqual(head, ["model", "size", "params", "backend", "threads", "test", "t/s"])
-        self.assertEqual(len(lines), 6)
+        self.assertEqual(head, ["model", "size", "params", "backend", "threads", "test", "t/s", "GB/s", "of read"])
+        self.assertEqual(len(lines), 10)
         self.assertEqual(len({len(line) for line in lines}), 1, lines)
+
+    def test_bench_of_a_shape(self):
+        environment = {**os.environ, "TMPDIR": str(self.folder)}
+        for paths, bits in ((1, 1.0), (3, 3.0)):
+            done = run("bench", "--shape", "smollm2-135m", "--layers", 2, "--bits", paths, "-p", 4, "-n", 2, "-r", 1,
+                       "-t", 1, "-o", "json", env=environment)
+            self.assertEqual(done.returncode, SUCCESS, done.stderr)
+            told = json.loads(done.stdout)
+            self.assertEqual(told["model"], "random smollm2-135m")
+            self.assertEqual(told["params"], 49152 * 576 + 2 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536) + 5 * 576)
+            self.assertAlmostEqual(told["bits_per_weight"], bits * 1.046, places=3)
+        self.assertEqual(list(self.folder.glob("*bench*")), [])
+        self.fails("bench", "--shape", "gpt", says="no shape is called 'gpt'; there are smollm2-135m, ")
+        for arguments, says in ((("-m", MODEL, "--shape", "llama2-7b"), "excludes"), ((), "-m or --shape is required"),
+                                (("-m", MODEL, "--layers", 2), "requires --shape"),
+                                (("-m", MODEL, "-d", "1,x"), "-d")):
+            self.fails("bench", *arguments, code=USAGE, says=says)
 
     def test_output_that_cannot_be_written(self):
         text = self.file("text.txt", TEXT)

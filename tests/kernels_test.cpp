@@ -9,6 +9,7 @@
 #include <array>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
@@ -103,6 +104,7 @@ double worst(const float* got, const float* want, const double* tolerance, int64
 struct Layer {
   LinearWeights w;
   Floats dense;
+  std::vector<uint8_t> blocks;
   std::vector<uint16_t> half, row_scale, col_scale;
   std::vector<uint32_t> signs;
 
@@ -128,12 +130,38 @@ struct Layer {
     layer.row_scale = to_halves(rows);
     layer.col_scale = to_halves(columns);
     layer.w = {.format = format, .d_out = d_out, .d_in = d_in, .paths = paths};
+    if (format == WeightFormat::kQ8_0 || format == WeightFormat::kQ4_0) {
+      layer.make_blocks();
+    }
     layer.point();
     return layer;
   }
 
+  /// Random blocks, their scales of both signs, a subnormal and a zero among them, and what they
+  /// stand for.
+  void make_blocks() {
+    const bool eight = w.format == WeightFormat::kQ8_0;
+    const size_t bytes = eight ? 34 : 18;
+    const auto count = static_cast<size_t>(w.d_out * w.d_in / 32);
+    for (size_t i = 0; i < count * bytes; ++i) {
+      blocks.push_back(static_cast<uint8_t>(generator()()));
+    }
+    for (size_t i = 0; i < count; ++i) {
+      uint8_t* block = blocks.data() + i * bytes;
+      const uint16_t scale = i == 1 ? 5 : i == 2 ? 0 : float_to_half(normals(1, 0.01F)[0]);
+      std::memcpy(block, &scale, sizeof scale);
+      for (size_t j = 0; j < 32; ++j) {
+        const int nibble = j < 16 ? block[2 + j % 16] & 15 : block[2 + j % 16] >> 4;
+        const int value = eight ? static_cast<int8_t>(block[2 + j]) : nibble - 8;
+        dense[i * 32 + j] = half_to_float(scale) * static_cast<float>(value);
+      }
+    }
+  }
+
   void point() {
-    w.dense = w.format == WeightFormat::kF32 ? static_cast<const void*>(dense.data()) : half.data();
+    w.dense = w.format == WeightFormat::kF32   ? static_cast<const void*>(dense.data())
+              : w.format == WeightFormat::kF16 ? static_cast<const void*>(half.data())
+                                               : blocks.data();
     w.signs = signs.data();
     w.row_scale = row_scale.data();
     w.col_scale = col_scale.data();
@@ -183,11 +211,16 @@ class Prepared {
  public:
   Prepared(const KernelTable& table, const Layer& layer, const Floats& x, int64_t tokens)
       : w(layer.w) {
-    if (w.format != WeightFormat::kResidualBinary) {
-      return;
-    }
     const int64_t words = (w.d_in + 31) / 32, tiles = sign_tiles(w.d_out);
-    if (table.sign_order == SignOrder::kTiles) {
+    if (w.format == WeightFormat::kQ8_0 && table.block_order == SignOrder::kTiles) {
+      signs_ = std::make_unique<Scratch>(tiles * w.d_in / 32 * kBlockTileBytes / 4);
+      auto* to = reinterpret_cast<uint8_t*>(signs_->data());
+      tile_blocks(layer.w, 0, tiles / 2, to);
+      tile_blocks(layer.w, tiles / 2, tiles, to);
+      w.dense = to;
+      w.order = SignOrder::kTiles;
+    }
+    if (w.format == WeightFormat::kResidualBinary && table.sign_order == SignOrder::kTiles) {
       signs_ = std::make_unique<Scratch>(tiles * kTileRows * w.paths * words);
       auto* to = reinterpret_cast<uint32_t*>(signs_->data());
       tile_signs(layer.w, 0, tiles / 2, to);
@@ -230,9 +263,19 @@ class Kernels : public testing::TestWithParam<const KernelTable*> {
   std::vector<double> tolerance_of(const Layer& layer, const Floats& x, int64_t tokens) const {
     std::vector<double> tolerance = matmul_tolerance(layer, x, tokens);
     const LinearWeights& w = layer.w;
-    if (w.format != WeightFormat::kResidualBinary ||
-        table().input_bytes(w, tokens) == 0) {
+    if (table().input_bytes(w, tokens) == 0) {
       return tolerance;
+    }
+    for (int64_t t = 0; t < tokens && w.format == WeightFormat::kQ8_0; ++t) {
+      double largest = 0;
+      for (int64_t c = 0; c < w.d_in; ++c) {
+        largest = std::max(largest, std::abs(double{x[t * w.d_in + c]}));
+      }
+      for (int64_t r = 0; r < w.d_out; ++r) {
+        const Floats ones(static_cast<size_t>(w.d_in), 1.0F);
+        tolerance[t * w.d_out + r] +=
+            kSafety * 0.5 * largest / 32639.0 * layer.product_norm(r, ones.data());
+      }
     }
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t path = 0; path < w.paths; ++path) {
@@ -283,6 +326,58 @@ TEST_P(Kernels, MatmulOverColumns) {
   }
 }
 
+TEST_P(Kernels, MatmulOfBlocks) {
+  for (const WeightFormat format : {WeightFormat::kQ8_0, WeightFormat::kQ4_0}) {
+    for (const int64_t d_in : {32, 64, 96, 384, 416, 576}) {
+      for (const int64_t d_out : {1, 4, 7, 63, 64, 65, 130}) {
+        for (const int64_t tokens : {1, 2, 7, 8, 9, 25}) {
+          check_matmul(format, d_out, d_in, 0, tokens);
+        }
+      }
+    }
+  }
+}
+
+// The sums of integers are exact: the same bits as a scalar computation of them.
+TEST_P(Kernels, SumsOfBlocksAreExact) {
+  for (const int64_t d_in : {32, 64, 576, 4096}) {
+    for (const int64_t d_out : {1, 16, 63, 65, 128}) {
+      const Layer layer = Layer::make(WeightFormat::kQ8_0, d_out, d_in, 0);
+      if (table().input_bytes(layer.w, 2) == 0) {
+        GTEST_SKIP() << "sums of floats here";
+      }
+      const Floats x = normals(2 * d_in, 3.0F);
+      const Prepared prepared(table(), layer, x, 2);
+      Floats got = guarded(2 * d_out);
+      table().matmul(prepared.w, x.data(), prepared.input(), 2, got.data(), 0, d_out, nullptr);
+      EXPECT_TRUE(guards_hold(got));
+      for (int64_t t = 0; t < 2; ++t) {
+        float largest = 0;
+        for (int64_t c = 0; c < d_in; ++c) {
+          largest = std::max(largest, std::abs(x[t * d_in + c]));
+        }
+        const float unit = 32639.0F / largest;
+        for (int64_t r = 0; r < d_out; ++r) {
+          float want = 0;
+          for (int64_t block = 0; block < d_in / 32; ++block) {
+            const uint8_t* bytes = layer.blocks.data() + (r * d_in / 32 + block) * 34;
+            uint16_t scale;
+            std::memcpy(&scale, bytes, sizeof scale);
+            int64_t sum = 0;
+            for (int64_t i = 0; i < 32; ++i) {
+              const auto q =
+                  static_cast<int64_t>(std::nearbyint(x[t * d_in + block * 32 + i] * unit));
+              sum += q * static_cast<int8_t>(bytes[2 + i]);
+            }
+            want = std::fma(static_cast<float>(sum), half_to_float(scale), want);
+          }
+          ASSERT_EQ(got[t * d_out + r], want * (largest / 32639.0F)) << d_in << " " << d_out;
+        }
+      }
+    }
+  }
+}
+
 TEST_P(Kernels, MatmulOverTokens) {
   for (int64_t tokens = 1; tokens <= 40; ++tokens) {
     check_matmul(WeightFormat::kF32, 37, 67, 0, tokens);
@@ -302,9 +397,10 @@ TEST_P(Kernels, MatmulOverPathsAndRows) {
 }
 
 TEST_P(Kernels, MatmulWritesItsRowsOnly) {
-  const int64_t d_out = 150, d_in = 70;
-  for (const WeightFormat format :
-       {WeightFormat::kF32, WeightFormat::kF16, WeightFormat::kResidualBinary}) {
+  const int64_t d_out = 150;
+  for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kF16, WeightFormat::kQ8_0,
+                                    WeightFormat::kResidualBinary}) {
+    const int64_t d_in = format == WeightFormat::kQ8_0 ? 96 : 70;
     const Layer layer = Layer::make(format, d_out, d_in, 2);
     for (const int64_t tokens : {1, 6, 20}) {
       const Floats x = normals(tokens * d_in);
@@ -339,10 +435,10 @@ TEST_P(Kernels, LookupSumsAreExact) {
       }
       const int64_t paths = 1 + (d_in + d_out) % 4;
       const int64_t tokens = 1 + d_out % 3;
-      if (table().input_bytes(d_in, tokens, paths) == 0) {
+      const Layer layer = Layer::make(WeightFormat::kResidualBinary, d_out, d_in, paths);
+      if (table().input_bytes(layer.w, tokens) == 0) {
         GTEST_SKIP() << "no lookup here";
       }
-      const Layer layer = Layer::make(WeightFormat::kResidualBinary, d_out, d_in, paths);
       const Floats x = normals(tokens * d_in, 3.0F);
       const Prepared prepared(table(), layer, x, tokens);
       Floats got = guarded(tokens * d_out);
@@ -389,29 +485,32 @@ TEST_P(Kernels, WithoutLookup) {
   }
 }
 
-TEST_P(Kernels, LookupOfNothingAndOfWhatIsNotFinite) {
-  const Layer layer = Layer::make(WeightFormat::kResidualBinary, 40, 70, 2);
-  if (table().input_bytes(70, 1, 2) == 0) {
-    GTEST_SKIP() << "no lookup here";
-  }
-  const auto product = [&](const Floats& x) {
-    const Prepared prepared(table(), layer, x, 1);
-    Floats y(40);
-    table().matmul(prepared.w, x.data(), prepared.input(), 1, y.data(), 0, 40, nullptr);
-    return y;
-  };
-  Floats x(70, 0.0F);
-  EXPECT_EQ(product(x), Floats(40, 0.0F));
-  for (const float value :
-       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-    x[33] = value;
-    for (const float y : product(x)) {
-      EXPECT_FALSE(std::isfinite(y));
+TEST_P(Kernels, IntegersOfNothingAndOfWhatIsNotFinite) {
+  for (const WeightFormat format : {WeightFormat::kQ8_0, WeightFormat::kResidualBinary}) {
+    const int64_t d_in = format == WeightFormat::kQ8_0 ? 64 : 70;
+    const Layer layer = Layer::make(format, 40, d_in, 2);
+    if (table().input_bytes(layer.w, 1) == 0) {
+      GTEST_SKIP() << "no sums of integers here";
     }
-  }
-  x.assign(70, 1e-38F);
-  for (const float y : product(x)) {
-    EXPECT_LT(std::abs(y), 1e-30F);
+    const auto product = [&](const Floats& x) {
+      const Prepared prepared(table(), layer, x, 1);
+      Floats y(40);
+      table().matmul(prepared.w, x.data(), prepared.input(), 1, y.data(), 0, 40, nullptr);
+      return y;
+    };
+    Floats x(static_cast<size_t>(d_in), 0.0F);
+    EXPECT_EQ(product(x), Floats(40, 0.0F));
+    for (const float value :
+         {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+      x[33] = value;
+      for (const float y : product(x)) {
+        EXPECT_FALSE(std::isfinite(y));
+      }
+    }
+    x.assign(static_cast<size_t>(d_in), 1e-38F);
+    for (const float y : product(x)) {
+      EXPECT_LT(std::abs(y), 1e-30F);
+    }
   }
 }
 

@@ -296,8 +296,9 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
   if (row_begin >= row_end || tokens <= 0) {
     return;
   }
+  const bool prepared = input != nullptr && tokens <= kFewTokens;
   const bool blocks = w.format == WeightFormat::kQ8_0;
-  if (w.format != WeightFormat::kResidualBinary && (!blocks || input == nullptr)) {
+  if (w.format != WeightFormat::kResidualBinary && (!blocks || !prepared)) {
     dense(w, x, tokens, y, row_begin, row_end, scratch);
     return;
   }
@@ -310,7 +311,7 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
     }
     return;
   }
-  if (tokens > kFewTokens || input == nullptr) {
+  if (!prepared) {
     binary_many(w, x, tokens, y, row_begin, row_end, scratch);
     return;
   }
