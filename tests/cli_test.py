@@ -285,6 +285,22 @@ class WithModel(CliTest):
         self.fails("eval", "-m", MODEL, "--ppl", self.folder / "none.txt", says="none.txt")
         self.fails("eval", "-m", MODEL, "--ppl", self.folder, says="directory|regular")
 
+    def test_eval_against_a_teacher(self):
+        text = self.file("text.txt", TEXT * 20)
+        options = ("--ppl", text, "--ctx", 32, "--windows", 2, "--teacher", MODEL, "--json")
+        many, one = (json.loads(self.succeeds("eval", "-m", MODEL, *options, *more)) for more in ((), ("--together", 1)))
+        self.assertEqual(one["together"], 1)
+        for told in (many, one):
+            self.assertEqual(told["teacher"]["positions"], 62)
+            self.assertLess(told["teacher"]["mean_kl"], 1e-4)
+            self.assertGreater(told["teacher"]["largest_kl"], 0)
+            self.assertGreater(told["teacher"]["same_top"], 0.95)
+            self.assertAlmostEqual(told["perplexity"] / many["perplexity"], 1, places=2)
+        exact = json.loads(self.succeeds("eval", "-m", MODEL, *options, "--dense-f32"))
+        self.assertLess(exact["teacher"]["mean_kl"], 1e-9)
+        self.assertIn("KL from the teacher (F32): mean ", self.succeeds("eval", "-m", MODEL, *options[:-1]))
+        self.fails("eval", "-m", MODEL, "--ppl", text, "--ctx", 32, "--teacher", text, says="GGUF")
+
     def test_bench(self):
         arguments = ("bench", "-m", MODEL, "-p", 8, "-n", 2, "-r", 2, "-t", "1,2", "-d", "0,5")
         told = json.loads(self.succeeds(*arguments, "-o", "json"))

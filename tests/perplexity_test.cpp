@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/interrupt.h"
+#include "eval/divergence.h"
 
 namespace rabit {
 namespace {
@@ -131,6 +132,22 @@ TEST(Perplexity, StopsAtAnInterrupt) {
 
 TEST(Perplexity, ProtocolNamesTheWindow) {
   EXPECT_NE(perplexity_protocol(2048).find("2048"), std::string::npos);
+}
+
+TEST(Divergence, EqualsTheClosedForm) {
+  // p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2), each with a constant added to its logits.
+  const std::vector<float> p = {std::log(0.5F) + 7, std::log(0.25F) + 7, std::log(0.25F) + 7};
+  const std::vector<float> q = {std::log(0.25F) - 3, std::log(0.25F) - 3, std::log(0.5F) - 3};
+  EXPECT_NEAR(kl_divergence(p, q), 0.5 * std::log(2.0) - 0.25 * std::log(2.0), 1e-6);
+  EXPECT_EQ(kl_divergence(p, p), 0);
+  EXPECT_TRUE(std::isnan(kl_divergence(p, std::vector<float>{NAN, 0, 0})));
+  DivergenceResult result;
+  result.add(p, p);
+  result.add(p, q);
+  EXPECT_EQ(result.positions, 2);
+  EXPECT_EQ(result.same_top, 1);
+  EXPECT_NEAR(result.mean_kl, 0.125 * std::log(2.0), 1e-6);
+  EXPECT_NEAR(result.largest_kl, 0.25 * std::log(2.0), 1e-6);
 }
 
 }  // namespace

@@ -2,28 +2,52 @@
 // with.
 #include "cli/engine_logits.h"
 
+#include <algorithm>
 #include <string>
+#include <vector>
 
 #include "base/threads.h"
 #include "kernels/api/kernels.h"
 
 namespace rabit::cli {
+namespace {
+
+constexpr int64_t kCompared = 32;  // positions whose logits of both models are in memory at once
+
+}  // namespace
 
 struct EngineLogitSource::State {
   std::shared_ptr<Model> model;
   std::unique_ptr<Session> session;
+  std::unique_ptr<Session> teacher;
+  int64_t together = 0;
   const KernelTable* table = &reference_kernels();
   ThreadPool pool;
+  std::vector<float> teacher_logits;  // (kCompared, vocab)
+  DivergenceResult divergence;
 };
 
 EngineLogitSource::EngineLogitSource(std::unique_ptr<State> state) : state_(std::move(state)) {}
 EngineLogitSource::~EngineLogitSource() = default;
 
-Result<std::unique_ptr<EngineLogitSource>> EngineLogitSource::create(std::shared_ptr<Model> model,
-                                                                     int64_t capacity) {
+Result<std::unique_ptr<EngineLogitSource>> EngineLogitSource::create(
+    std::shared_ptr<Model> model, int64_t capacity, int64_t together,
+    std::shared_ptr<Model> teacher) {
   RABIT_ASSIGN(std::unique_ptr<Session> session, Session::create(model, capacity));
-  std::unique_ptr<State> state(
-      new State{model, std::move(session), &reference_kernels(), ThreadPool(model->threads())});
+  std::unique_ptr<State> state(new State{.model = model,
+                                         .session = std::move(session),
+                                         .together = together > 0 ? together
+                                                     : teacher    ? kCompared
+                                                                  : capacity,
+                                         .pool = ThreadPool(model->threads())});
+  if (teacher) {
+    if (teacher->vocab_size() != model->vocab_size()) {
+      return Error{"the teacher has a vocabulary of " + std::to_string(teacher->vocab_size()) +
+                   " tokens, the model one of " + std::to_string(model->vocab_size())};
+    }
+    RABIT_ASSIGN(state->teacher, Session::create(std::move(teacher), capacity));
+    state->teacher_logits.resize(static_cast<size_t>(kCompared * model->vocab_size()));
+  }
   const std::string name = model->kernels();
   for (const KernelTable* table : cpu_kernels()) {
     if (table->name == name) {
@@ -41,16 +65,45 @@ Status EngineLogitSource::score(std::span<const int32_t> tokens, std::span<doubl
     return Error{"a context to score needs two tokens at least, and room for their losses"};
   }
   const int64_t vocab = vocab_size();
-  state_->session->truncate(0);
-  return state_->session->forward_all(
-      tokens, [&](int64_t first, int64_t rows, const float* logits) {
-        state_->pool.parallel_for(rows, 1, [&](int64_t begin, int64_t end, int) {
-          for (int64_t i = begin; i < end && first + i + 1 < count; ++i) {
-            nll[first + i] =
-                state_->table->cross_entropy(logits + i * vocab, vocab, tokens[first + i + 1]);
-          }
-        });
-      });
+  State& state = *state_;
+  state.session->truncate(0);
+  if (state.teacher) {
+    state.teacher->truncate(0);
+  }
+  const int64_t compared = state.teacher ? kCompared : count;
+  for (int64_t begin = 0; begin < count; begin += compared) {
+    const auto part = tokens.subspan(begin, std::min(compared, count - begin));
+    if (state.teacher) {
+      RABIT_CHECK(
+          state.teacher->forward_all(part, [&](int64_t first, int64_t rows, const float* logits) {
+            std::copy_n(logits, rows * vocab, state.teacher_logits.data() + first * vocab);
+          }));
+    }
+    const auto size = static_cast<int64_t>(part.size());
+    const int64_t together = state.together > 0 ? state.together : size;
+    for (int64_t from = 0; from < size; from += together) {
+      RABIT_CHECK(state.session->forward_all(
+          part.subspan(from, std::min(together, size - from)),
+          [&](int64_t first, int64_t rows, const float* logits) {
+            first += from;
+            const int64_t scored = std::min(rows, count - 1 - begin - first);
+            state.pool.parallel_for(scored, 1, [&](int64_t low, int64_t high, int) {
+              for (int64_t i = low; i < high; ++i) {
+                const int64_t at = begin + first + i;
+                nll[at] = state.table->cross_entropy(logits + i * vocab, vocab, tokens[at + 1]);
+              }
+            });
+            for (int64_t i = 0; state.teacher && i < scored; ++i) {
+              const auto length = static_cast<size_t>(vocab);
+              state.divergence.add({state.teacher_logits.data() + (first + i) * vocab, length},
+                                   {logits + i * vocab, length});
+            }
+          }));
+    }
+  }
+  return {};
 }
+
+const DivergenceResult& EngineLogitSource::divergence() const { return state_->divergence; }
 
 }  // namespace rabit::cli

@@ -1,6 +1,7 @@
 // `rabit eval --ppl`: perplexity of a model file on a text file, with the protocol beside it.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -15,8 +16,8 @@ namespace rabit::cli {
 namespace {
 
 struct EvalOptions {
-  std::string model, text, kernels;
-  int64_t ctx = 2048, windows = 0, threads = 0;
+  std::string model, teacher, text, kernels;
+  int64_t ctx = 2048, windows = 0, together = 0, threads = 0;
   bool dense_f32 = false, json = false;
 };
 
@@ -40,7 +41,14 @@ Status eval(const EvalOptions& options) {
                Model::load(options.model, {.threads = static_cast<int>(options.threads),
                                            .dense_as_f32 = options.dense_f32,
                                            .kernels = options.kernels}));
-  RABIT_ASSIGN(const auto source, EngineLogitSource::create(model, options.ctx));
+  std::shared_ptr<Model> teacher;
+  if (!options.teacher.empty()) {
+    RABIT_ASSIGN(teacher,
+                 Model::load(options.teacher,
+                             {.threads = static_cast<int>(options.threads), .dense_as_f32 = true}));
+  }
+  RABIT_ASSIGN(const auto source,
+               EngineLogitSource::create(model, options.ctx, options.together, teacher));
   Progress progress("eval, windows");
   const double started = now_seconds();
   const auto result =
@@ -55,17 +63,30 @@ Status eval(const EvalOptions& options) {
   }
 
   const double rate = static_cast<double>(result->windows * result->ctx) / std::max(seconds, 1e-9);
+  const DivergenceResult& divergence = source->divergence();
+  const auto share = [&](int64_t part) {
+    return static_cast<double>(part) /
+           static_cast<double>(std::max<int64_t>(1, divergence.positions));
+  };
   if (!options.json) {
-    return write_stdout(fmt::format(
-        "perplexity {:.4f} ± {:.4f} ({} tokens scored in {} windows of {}, {:.0f} tokens/s)\n"
-        "{}\n"
-        "{:.4f} bits per weight over the linear layers, {:.4f} over the file\n",
-        result->perplexity, result->perplexity_stderr, result->tokens_scored, result->windows,
-        result->ctx, rate, perplexity_protocol(options.ctx), size.bits_per_weight(),
-        size.file_bits_per_weight()));
+    const std::string from_teacher =
+        teacher ? fmt::format(
+                      "KL from the teacher (F32): mean {:.3g} nats a token, at most {:.3g}; "
+                      "the same token first in {:.2f} %\n",
+                      divergence.mean_kl, divergence.largest_kl, 100 * share(divergence.same_top))
+                : "";
+    return write_stdout(
+        from_teacher +
+        fmt::format(
+            "perplexity {:.4f} ± {:.4f} ({} tokens scored in {} windows of {}, {:.0f} tokens/s)\n"
+            "{}\n"
+            "{:.4f} bits per weight over the linear layers, {:.4f} over the file\n",
+            result->perplexity, result->perplexity_stderr, result->tokens_scored, result->windows,
+            result->ctx, rate, perplexity_protocol(options.ctx), size.bits_per_weight(),
+            size.file_bits_per_weight()));
   }
   RABIT_ASSIGN(const std::string model_sha256, sha256_file(options.model));
-  return write_stdout(json_text({{"perplexity", result->perplexity},
+  nlohmann::ordered_json told = {{"perplexity", result->perplexity},
                                  {"perplexity_stderr", result->perplexity_stderr},
                                  {"mean_nll", result->mean_nll},
                                  {"tokens_scored", result->tokens_scored},
@@ -86,7 +107,20 @@ Status eval(const EvalOptions& options) {
                                  {"tokens_per_second", rate},
                                  {"threads", model->threads()},
                                  {"kernels", model->kernels()},
-                                 {"dense_weights", options.dense_f32 ? "F32" : "F16"}}));
+                                 {"dense_weights", options.dense_f32 ? "F32" : "F16"}};
+  if (options.together > 0) {
+    told["together"] = options.together;
+  }
+  if (teacher) {
+    RABIT_ASSIGN(const std::string teacher_sha256, sha256_file(options.teacher));
+    told["teacher"] = {{"model", options.teacher},
+                       {"model_sha256", teacher_sha256},
+                       {"mean_kl", divergence.mean_kl},
+                       {"largest_kl", divergence.largest_kl},
+                       {"same_top", share(divergence.same_top)},
+                       {"positions", divergence.positions}};
+  }
+  return write_stdout(json_text(told));
 }
 
 }  // namespace
@@ -100,6 +134,11 @@ Command add_eval(CLI::App& app) {
   sub->add_option("--ppl", options->text, "UTF-8 text to score")->required()->type_name("TEXT");
   add_integer(sub, "--ctx", options->ctx, 2, 1 << 20, "Tokens a window");
   add_integer(sub, "--windows", options->windows, 0, 1 << 30, "Score the first N only; 0: all");
+  sub->add_option("--teacher", options->teacher,
+                  "GGUF model to compare with, in F32: the divergence of the predictions")
+      ->type_name("FILE");
+  add_integer(sub, "--together", options->together, 0, 1 << 20,
+              "Tokens that go through the model at once; 1: as in generation; 0: many");
   add_threads(sub, options->threads);
   sub->add_flag("--dense-f32", options->dense_f32, "Hold dense weights in F32 instead of F16");
   sub->add_option("--kernels", options->kernels,
@@ -111,7 +150,8 @@ Command add_eval(CLI::App& app) {
       "window's first is scored, a short last window is dropped.\n\n"
       "Examples:\n"
       "  rabit eval -m model.gguf --ppl text.txt\n"
-      "  rabit eval -m model.gguf --ppl text.txt --ctx 512 --windows 4 --json");
+      "  rabit eval -m model.gguf --ppl text.txt --ctx 512 --windows 4 --json\n"
+      "  rabit eval -m model.2bit.gguf --teacher model.gguf --ppl text.txt --together 1");
   return {sub, [options] { return eval(*options); }};
 }
 
