@@ -53,6 +53,8 @@ class LoadedSession : public Session {
   void store_cache(int64_t layer, int64_t begin, int64_t end);
   void attend(int64_t layer, int64_t tokens);
   void multiply(const float* x, int64_t tokens, std::initializer_list<Product> products);
+  void multiply_group(const float* all, int64_t first, int64_t tokens,
+                      std::initializer_list<Product> products);
   void prepare(const float* x, int64_t tokens, std::initializer_list<Product> products);
   void head(int64_t first, int64_t tokens, float* logits);
   template <typename Task>
@@ -129,9 +131,10 @@ Status LoadedSession::allocate() {
     // Small numbers of tokens may need more than large ones.
     for (int64_t tokens = 1; tokens <= chunk_; ++tokens) {
       scratch = std::max(scratch, table.matmul_scratch(w.d_in, tokens, w.paths));
-      if (model_->cache == CacheFormat::kF16) {
-        input_bytes_ = std::max(input_bytes_, table.input_bytes(w, tokens));
-      }
+    }
+    if (model_->cache == CacheFormat::kF16) {
+      const int64_t group = std::min(chunk_, table.group_tokens);
+      input_bytes_ = std::max(input_bytes_, table.input_bytes(w, group));
     }
   };
   grow(model_->head.weights);
@@ -195,10 +198,24 @@ void LoadedSession::share_tasks(int64_t count, const Task& task) {
   });
 }
 
-/// y = W x for products that share x (tokens, d_in), cut into tasks by rows. How rows are cut has
-/// no influence on the values.
+/// y = W x for products that share x (tokens, d_in), by as many tokens as kernels take together.
 void LoadedSession::multiply(const float* x, int64_t tokens,
                              std::initializer_list<Product> products) {
+  const KernelTable& table = *model_->table;
+  const bool grouped = input_bytes_ > 0 &&
+                       std::any_of(products.begin(), products.end(), [&](const Product& product) {
+                         return table.input_bytes(product.weights, 1) > 0;
+                       });
+  const int64_t group = grouped ? table.group_tokens : tokens;
+  for (int64_t first = 0; first < tokens; first += group) {
+    multiply_group(x, first, std::min(group, tokens - first), products);
+  }
+}
+
+/// The same for tokens [first, first + tokens), cut into tasks by rows. How rows are cut has no
+/// influence on the values.
+void LoadedSession::multiply_group(const float* all, int64_t first, int64_t tokens,
+                                   std::initializer_list<Product> products) {
   constexpr int64_t kTasksPerThread = 3, kFewestRows = 96;
   const KernelTable& table = *model_->table;
   const int64_t parts = model_->threads() == 1 ? 1 : model_->threads() * kTasksPerThread;
@@ -206,6 +223,7 @@ void LoadedSession::multiply(const float* x, int64_t tokens,
     const int64_t rows = std::max(kFewestRows, (w.d_out + parts - 1) / parts);
     return (rows + table.matmul_row_grain - 1) / table.matmul_row_grain * table.matmul_row_grain;
   };
+  const float* x = all + first * products.begin()->weights.d_in;
   prepare(x, tokens, products);
   int64_t tasks = 0;
   for (const Product& product : products) {
@@ -219,7 +237,7 @@ void LoadedSession::multiply(const float* x, int64_t tokens,
       const int64_t rows = rows_per_task(w);
       const int64_t here = (w.d_out + rows - 1) / rows;
       if (task < here) {
-        table.matmul(w, x, input, tokens, product.y, task * rows,
+        table.matmul(w, x, input, tokens, product.y + first * w.d_out, task * rows,
                      std::min(w.d_out, (task + 1) * rows),
                      scratch_.as<float>() + thread * scratch_stride_);
         return;

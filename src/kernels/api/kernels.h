@@ -70,11 +70,13 @@ struct KernelTable {
   SignOrder sign_order;
   SignOrder block_order;
   /// Bytes that prepare() makes of the input of a product with weights of this format, d_in and
-  /// paths; 0: matmul reads x alone.
+  /// paths, for at most group_tokens tokens; 0: matmul reads x alone, of any number of tokens.
   int64_t (*input_bytes)(const LinearWeights& w, int64_t tokens);
-  /// Makes what matmul reads beside x, its part for words [word_begin, word_end) of the columns;
-  /// threads may share the words (32 columns each). x: (tokens, d_in); input: 64-byte aligned. Null
-  /// where input_bytes() is 0 for all sizes.
+  /// Tokens to go together where there is such an input.
+  int64_t group_tokens;
+  /// Makes what matmul reads beside x for at most group_tokens tokens, its part for words
+  /// [word_begin, word_end) of the columns; threads may share the words (32 columns each). x:
+  /// (tokens, d_in); input: 64-byte aligned. Null where input_bytes() is 0 for all sizes.
   void (*prepare)(const LinearWeights& w, const float* x, int64_t tokens, void* input,
                   int64_t word_begin, int64_t word_end);
   /// y[t, r] = sum_c W[r, c] x[t, c] for rows [row_begin, row_end) of all tokens.

@@ -27,6 +27,9 @@ constexpr int64_t kHeader = 64, kTable64 = 64, kWordTables = 4 * kTable64;
 constexpr int32_t kBias = 32768;          // sums are kept as unsigned 16-bit numbers
 constexpr float kLargestSum = 32765.0F;   // of |q| over four columns, rounded up to 2 beyond
 constexpr int64_t kExactWords = 1 << 12;  // words whose sums 32 bits hold
+// Their tables are to stay in the second-level cache, while weights come from memory once for all.
+constexpr int64_t kGroupTokens = 32;
+constexpr int64_t kGroupTiles = 4;
 
 int64_t path_bytes(int64_t words) { return kHeader + words * kWordTables; }
 
@@ -36,9 +39,6 @@ constexpr int64_t kBlockInput = 128;
 int64_t blocks_bytes(int64_t d_in) { return kHeader + d_in / kBlock * kBlockInput; }
 
 int64_t input_bytes(const LinearWeights& w, int64_t tokens) {
-  if (tokens > kFewTokens) {
-    return 0;
-  }
   switch (w.format) {
     case WeightFormat::kResidualBinary:
       return tokens * w.paths * path_bytes((w.d_in + 31) / 32);
@@ -164,25 +164,25 @@ void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input
   }
 }
 
-// Sums of 16 kVectors kTiles rows over some words: signs of the first tile, the others' `stride`
-// words apart; tables of the first word.
-template <int kTiles>
+// Sums of the rows of kTiles tiles over some words: signs of the first tile, the others' `stride`
+// words apart; tables of the first word and token, the others' `token_bytes` apart.
+template <int kTiles, int kTokens>
 RABIT_INLINE void lookup(const uint32_t* signs, int64_t stride, const uint8_t* tables,
-                         int64_t words, __m512i (&sums)[kTiles * 4]) {
+                         int64_t token_bytes, int64_t words, __m512i (&sums)[kTokens][kTiles * 4]) {
   constexpr int kVectors = 4 * kTiles;
   const __m512i nibbles = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1);
   const __m512i quarter = _mm512_set1_epi32(0x30201000);  // of the table, by byte of a word
-  __m512i low[kVectors], high[kVectors];
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) {
-    low[v] = high[v] = _mm512_setzero_si512();
-  }
+  __m512i low[kTokens][kVectors] = {}, high[kTokens][kVectors] = {};
   for (int64_t word = 0; word < words; ++word) {
-    const auto table = [&](int i) {
-      return _mm512_load_si512(tables + word * kWordTables + i * kTable64);
-    };
-    const __m512i even_low = table(0), even_high = table(1), odd_low = table(2),
-                  odd_high = table(3);
+    __m512i even_low[kTokens], even_high[kTokens], odd_low[kTokens], odd_high[kTokens];
+#pragma GCC unroll 2
+    for (int t = 0; t < kTokens; ++t) {
+      const uint8_t* of_word = tables + t * token_bytes + word * kWordTables;
+      even_low[t] = _mm512_load_si512(of_word);
+      even_high[t] = _mm512_load_si512(of_word + kTable64);
+      odd_low[t] = _mm512_load_si512(of_word + 2 * kTable64);
+      odd_high[t] = _mm512_load_si512(of_word + 3 * kTable64);
+    }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const uint32_t* from = signs + v / 4 * stride + word * kTileRows + v % 4 * 16;
@@ -191,54 +191,70 @@ RABIT_INLINE void lookup(const uint32_t* signs, int64_t stride, const uint8_t* t
       const __m512i even = _mm512_ternarylogic_epi32(bits, nibbles, quarter, 0xEA);
       const __m512i odd =
           _mm512_ternarylogic_epi32(_mm512_srli_epi32(bits, 4), nibbles, quarter, 0xEA);
-      low[v] = _mm512_dpbusd_epi32(low[v], _mm512_permutexvar_epi8(even, even_low), ones);
-      high[v] = _mm512_dpbusd_epi32(high[v], _mm512_permutexvar_epi8(even, even_high), ones);
-      low[v] = _mm512_dpbusd_epi32(low[v], _mm512_permutexvar_epi8(odd, odd_low), ones);
-      high[v] = _mm512_dpbusd_epi32(high[v], _mm512_permutexvar_epi8(odd, odd_high), ones);
+#pragma GCC unroll 2
+      for (int t = 0; t < kTokens; ++t) {
+        const auto add = [&](__m512i& sum, __m512i which, __m512i table) {
+          sum = _mm512_dpbusd_epi32(sum, _mm512_permutexvar_epi8(which, table), ones);
+        };
+        add(low[t][v], even, even_low[t]);
+        add(high[t][v], even, even_high[t]);
+        add(low[t][v], odd, odd_low[t]);
+        add(high[t][v], odd, odd_high[t]);
+      }
     }
   }
   const __m512i bias = _mm512_set1_epi32(static_cast<int32_t>(words * 8 * kBias));
+#pragma GCC unroll 2
+  for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) {
-    sums[v] = _mm512_sub_epi32(_mm512_add_epi32(low[v], _mm512_slli_epi32(high[v], 8)), bias);
+    for (int v = 0; v < kVectors; ++v) {
+      sums[t][v] =
+          _mm512_sub_epi32(_mm512_add_epi32(low[t][v], _mm512_slli_epi32(high[t][v], 8)), bias);
+    }
   }
 }
 
-// Rows of kTiles tiles from `tile` on, one token; only rows in [row_begin, row_end) are written.
-template <int kTiles>
-void tile_product(const LinearWeights& w, const uint8_t* input, int64_t tile, float* y,
-                  int64_t row_begin, int64_t row_end) {
+// Rows of kTiles tiles from `tile` on, kTokens tokens; only rows in [row_begin, row_end) are
+// written.
+template <int kTiles, int kTokens>
+void tiles_by_lookup(const LinearWeights& w, const uint8_t* input, int64_t tile, float* y,
+                     int64_t row_begin, int64_t row_end) {
   constexpr int kVectors = 4 * kTiles;
   const int64_t words = (w.d_in + 31) / 32, stride = w.paths * words * kTileRows;
-  __m512 totals[kVectors];
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) {
-    totals[v] = _mm512_setzero_ps();
-  }
+  const int64_t token_bytes = w.paths * path_bytes(words);
+  __m512 totals[kTokens][kVectors] = {};
   for (int64_t path = 0; path < w.paths; ++path) {
     const uint8_t* of_path = input + path * path_bytes(words);
-    const __m512 scale = _mm512_set1_ps(*reinterpret_cast<const float*>(of_path));
     const uint32_t* signs = w.signs + tile * stride + path * words * kTileRows;
     for (int64_t word = 0; word < words; word += kExactWords) {
-      __m512i sums[kVectors];
-      lookup<kTiles>(signs + word * kTileRows, stride, of_path + kHeader + word * kWordTables,
-                     smaller(kExactWords, words - word), sums);
+      __m512i sums[kTokens][kVectors];
+      lookup<kTiles, kTokens>(signs + word * kTileRows, stride,
+                              of_path + kHeader + word * kWordTables, token_bytes,
+                              smaller(kExactWords, words - word), sums);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         const int64_t row = tile * kTileRows + v * 16;
         const __m512 g = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(
             lanes_left(w.d_out - row), w.row_scale + path * w.d_out + row));
-        totals[v] =
-            _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[v]), _mm512_mul_ps(scale, g), totals[v]);
+#pragma GCC unroll 2
+        for (int t = 0; t < kTokens; ++t) {
+          const __m512 scale =
+              _mm512_set1_ps(*reinterpret_cast<const float*>(of_path + t * token_bytes));
+          totals[t][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t][v]), _mm512_mul_ps(scale, g),
+                                         totals[t][v]);
+        }
       }
     }
   }
+#pragma GCC unroll 2
+  for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t row = tile * kTileRows + v * 16;
-    const __mmask16 mask =
-        static_cast<__mmask16>(lanes_left(row_end - row) & ~lanes_left(row_begin - row));
-    _mm512_mask_storeu_ps(y + row, mask, totals[v]);
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t row = tile * kTileRows + v * 16;
+      const __mmask16 mask =
+          static_cast<__mmask16>(lanes_left(row_end - row) & ~lanes_left(row_begin - row));
+      _mm512_mask_storeu_ps(y + t * w.d_out + row, mask, totals[t][v]);
+    }
   }
 }
 
@@ -296,9 +312,8 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
   if (row_begin >= row_end || tokens <= 0) {
     return;
   }
-  const bool prepared = input != nullptr && tokens <= kFewTokens;
   const bool blocks = w.format == WeightFormat::kQ8_0;
-  if (w.format != WeightFormat::kResidualBinary && (!blocks || !prepared)) {
+  if (w.format != WeightFormat::kResidualBinary && (!blocks || input == nullptr)) {
     dense(w, x, tokens, y, row_begin, row_end, scratch);
     return;
   }
@@ -311,24 +326,30 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
     }
     return;
   }
-  if (!prepared) {
+  if (input == nullptr) {
     binary_many(w, x, tokens, y, row_begin, row_end, scratch);
     return;
   }
   const int64_t token_bytes = w.paths * path_bytes((w.d_in + 31) / 32);
   const int64_t end = (row_end + kTileRows - 1) / kTileRows;
-  const auto over_tokens = [&](const auto& product, int64_t tile) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      product(w, static_cast<const uint8_t*>(input) + t * token_bytes, tile, y + t * w.d_out,
-              row_begin, row_end);
-    }
+  using Product = void (*)(const LinearWeights&, const uint8_t*, int64_t, float*, int64_t, int64_t);
+  const auto run = [&](Product product, int64_t tile, int64_t token) {
+    product(w, static_cast<const uint8_t*>(input) + token * token_bytes, tile, y + token * w.d_out,
+            row_begin, row_end);
   };
-  int64_t tile = row_begin / kTileRows;
-  for (; tile + 2 <= end; tile += 2) {
-    over_tokens(tile_product<2>, tile);
-  }
-  if (tile < end) {
-    over_tokens(tile_product<1>, tile);
+  // Some tiles stay in the second-level cache while all tokens go through them, two at a time.
+  for (int64_t first = row_begin / kTileRows; first < end; first += kGroupTiles) {
+    const int64_t last = smaller(end, first + kGroupTiles);
+    int64_t token = 0;
+    for (; token + 2 <= tokens; token += 2) {
+      for (int64_t tile = first; tile < last; ++tile) {
+        run(tiles_by_lookup<1, 2>, tile, token);
+      }
+    }
+    for (int64_t tile = first; tile < last && token < tokens; tile += 2) {
+      const Product product = tile + 2 <= last ? tiles_by_lookup<2, 1> : tiles_by_lookup<1, 1>;
+      run(product, tile, token);
+    }
   }
 }
 
@@ -343,6 +364,7 @@ constinit const KernelTable kTable = {.name = RABIT_NAME,
                                       .sign_order = SignOrder::kTiles,
                                       .block_order = SignOrder::kTiles,
                                       .input_bytes = input_bytes,
+                                      .group_tokens = kGroupTokens,
                                       .prepare = prepare,
                                       .matmul = matmul_by_lookup,
                                       .matmul_scratch = lookup_scratch,
