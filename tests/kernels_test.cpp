@@ -187,13 +187,13 @@ class Prepared {
       return;
     }
     const int64_t words = (w.d_in + 31) / 32, tiles = sign_tiles(w.d_out);
-    if (table.sign_order == SignOrder::kTiles) {
+    if (table.sign_order != SignOrder::kRows) {
       signs_ = std::make_unique<Scratch>(tiles * kTileRows * w.paths * words);
       auto* to = reinterpret_cast<uint32_t*>(signs_->data());
-      tile_signs(layer.w, 0, tiles / 2, to);
-      tile_signs(layer.w, tiles / 2, tiles, to);
+      tile_signs(layer.w, table.sign_order, 0, tiles / 2, to);
+      tile_signs(layer.w, table.sign_order, tiles / 2, tiles, to);
       w.signs = to;
-      w.order = SignOrder::kTiles;
+      w.order = table.sign_order;
     }
     if (const int64_t bytes = table.input_bytes(w.d_in, tokens, w.paths); bytes > 0) {
       EXPECT_EQ(bytes % 64, 0);
@@ -209,24 +209,78 @@ class Prepared {
   std::unique_ptr<Scratch> signs_, input_;
 };
 
-// Largest sum of |h x| over four neighbouring columns of a path, as kernels by lookup take it.
-float largest_sum(const Layer& layer, int64_t path, const float* x) {
-  float largest = 0;
-  for (int64_t c = 0; c < layer.w.d_in; c += 4) {
-    std::array<float, 4> size{};
-    for (int64_t i = 0; i < std::min<int64_t>(4, layer.w.d_in - c); ++i) {
-      size[i] = std::abs(half_to_float(layer.col_scale[path * layer.w.d_in + c + i]) * x[c + i]);
+/// Columns of one path times scales in integers, as kernels by lookup of an order take them: the
+/// sum of four neighbouring columns is rounded to a multiple of `step`, and sums over a group of
+/// columns count in the group's unit.
+struct Quantized {
+  int64_t group = 0, step = 1;  // columns; units
+  std::vector<int64_t> q;       // (d_in)
+  Floats units;                 // of q, by group
+
+  Quantized(SignOrder order, const Layer& layer, int64_t path, const float* x) {
+    const int64_t d_in = layer.w.d_in;
+    const bool bytes = order == SignOrder::kByteTiles;
+    group = bytes ? 128 : (d_in + 3) / 4 * 4;
+    step = bytes ? 16 : 1;
+    for (int64_t begin = 0; begin < d_in; begin += group) {
+      Floats scaled(static_cast<size_t>(group)), fours;
+      for (int64_t c = 0; c < std::min(group, d_in - begin); ++c) {
+        scaled[c] = half_to_float(layer.col_scale[path * d_in + begin + c]) * x[begin + c];
+      }
+      for (int64_t c = 0; c < group; c += 4) {
+        fours.push_back((std::abs(scaled[c]) + std::abs(scaled[c + 1])) +
+                        (std::abs(scaled[c + 2]) + std::abs(scaled[c + 3])));
+      }
+      const float largest = *std::max_element(fours.begin(), fours.end());
+      float in_units = 32765.0F / largest;
+      units.push_back(largest / 32765.0F);
+      if (bytes) {  // the sum over a group has a bound of its own
+        for (size_t half = fours.size() / 2; half > 0; half /= 2) {
+          for (size_t i = 0; i < half; ++i) {
+            fours[i] += fours[i + half];
+          }
+        }
+        units.back() = std::max(largest / 32750.0F, fours[0] / 523000.0F);
+        in_units = 1 / units.back();
+      }
+      for (int64_t c = 0; c < std::min(group, d_in - begin); ++c) {
+        q.push_back(static_cast<int64_t>(std::nearbyint(scaled[c] * in_units)));
+      }
     }
-    largest = std::max(largest, (size[0] + size[1]) + (size[2] + size[3]));
   }
-  return largest;
-}
+
+  /// Sums over the groups of a row in units of steps; signs: the row's.
+  std::vector<int64_t> sums(const uint32_t* signs) const {
+    std::vector<int64_t> sums(units.size());
+    const auto d_in = static_cast<int64_t>(q.size());
+    for (int64_t c = 0; c < d_in; c += 4) {
+      int64_t four = 0;
+      for (int64_t i = c; i < std::min(c + 4, d_in); ++i) {
+        four += (signs[i / 32] >> (i % 32)) & 1U ? q[i] : -q[i];
+      }
+      sums[c / group] += step == 1 ? four : (four + step / 2) >> 4;
+    }
+    return sums;
+  }
+
+  /// What rounding puts a row's sum off by, were all errors largest and of random direction.
+  double rounding() const {
+    double squares = 0;
+    for (size_t i = 0; i < units.size(); ++i) {
+      const auto columns = std::min<double>(group, q.size() - i * group);
+      const double column = 0.5 * units[i], four = step == 1 ? 0 : 0.5 * step * units[i];
+      squares += columns * column * column + std::ceil(columns / 4) * four * four;
+    }
+    return std::sqrt(squares);
+  }
+};
 
 class Kernels : public testing::TestWithParam<const KernelTable*> {
  protected:
   const KernelTable& table() const { return *GetParam(); }
 
-  /// What tables of integer sums may be off by: half a unit in every column, in random directions.
+  /// What tables of integer sums may be off by: half a unit wherever they round, in random
+  /// directions.
   std::vector<double> tolerance_of(const Layer& layer, const Floats& x, int64_t tokens) const {
     std::vector<double> tolerance = matmul_tolerance(layer, x, tokens);
     const LinearWeights& w = layer.w;
@@ -236,11 +290,11 @@ class Kernels : public testing::TestWithParam<const KernelTable*> {
     }
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t path = 0; path < w.paths; ++path) {
-        const double unit = largest_sum(layer, path, x.data() + t * w.d_in) / 32765.0;
+        const double off =
+            Quantized(table().sign_order, layer, path, x.data() + t * w.d_in).rounding();
         for (int64_t r = 0; r < w.d_out; ++r) {
           tolerance[t * w.d_out + r] +=
-              kSafety * 0.5 * unit * std::sqrt(static_cast<double>(w.d_in)) *
-              std::abs(half_to_float(layer.row_scale[path * w.d_out + r]));
+              kSafety * off * std::abs(half_to_float(layer.row_scale[path * w.d_out + r]));
         }
       }
     }
@@ -350,24 +404,28 @@ TEST_P(Kernels, LookupSumsAreExact) {
       EXPECT_TRUE(guards_hold(got));
       const int64_t words = (d_in + 31) / 32;
       for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t r = 0; r < d_out; ++r) {
-          float want = 0;
-          for (int64_t path = 0; path < paths; ++path) {
-            const float largest = largest_sum(layer, path, x.data() + t * d_in);
-            const float unit = 32765.0F / largest;
-            int64_t sum = 0;
-            for (int64_t c = 0; c < d_in; ++c) {
-              const float scaled =
-                  half_to_float(layer.col_scale[path * d_in + c]) * x[t * d_in + c];
-              const auto q = static_cast<int64_t>(std::nearbyint(scaled * unit));
-              const uint32_t word = layer.signs[(path * d_out + r) * words + c / 32];
-              sum += (word >> (c % 32)) & 1U ? q : -q;
+        Floats want(static_cast<size_t>(d_out), 0.0F);
+        for (int64_t path = 0; path < paths; ++path) {
+          const Quantized columns(table().sign_order, layer, path, x.data() + t * d_in);
+          for (int64_t r = 0; r < d_out; ++r) {
+            const std::vector<int64_t> sums =
+                columns.sums(layer.signs.data() + (path * d_out + r) * words);
+            const float g = half_to_float(layer.row_scale[path * d_out + r]);
+            if (table().sign_order == SignOrder::kTiles) {
+              want[r] = std::fma(static_cast<float>(sums[0]), columns.units[0] * g, want[r]);
+              continue;
             }
-            const float scale =
-                largest / 32765.0F * half_to_float(layer.row_scale[path * d_out + r]);
-            want = std::fma(static_cast<float>(sum), scale, want);
+            float sum = 0;
+            for (size_t i = 0; i < sums.size(); ++i) {
+              ASSERT_LT(std::abs(sums[i]), 1 << 15);
+              sum = std::fma(static_cast<float>(sums[i]),
+                             columns.units[i] * static_cast<float>(columns.step), sum);
+            }
+            want[r] = std::fma(g, sum, want[r]);
           }
-          ASSERT_EQ(got[t * d_out + r], want) << d_in << " " << d_out << " " << t << " " << r;
+        }
+        for (int64_t r = 0; r < d_out; ++r) {
+          ASSERT_EQ(got[t * d_out + r], want[r]) << d_in << " " << d_out << " " << t << " " << r;
         }
       }
     }
@@ -588,6 +646,48 @@ TEST(KernelTables, NamesAreDistinctAndPortableIsLast) {
   for (size_t i = 1; i < tables.size(); ++i) {
     EXPECT_NE(tables[i]->name, tables[i - 1]->name);
     EXPECT_NE(tables[i]->matmul, tables[i - 1]->matmul);
+  }
+}
+
+// Every bit where the order says, nothing outside the tiles asked for; the reference reads them
+// all.
+TEST(TileSigns, PutEveryBitInItsPlace) {
+  for (const SignOrder order : {SignOrder::kTiles, SignOrder::kByteTiles}) {
+    for (const auto& [d_out, d_in] : {std::pair<int64_t, int64_t>{1, 1}, {64, 32}, {150, 70}}) {
+      const int64_t paths = 3, words = (d_in + 31) / 32, tiles = sign_tiles(d_out);
+      const int64_t tile_words = paths * words * kTileRows;
+      const Layer layer = Layer::make(WeightFormat::kResidualBinary, d_out, d_in, paths);
+      constexpr uint32_t kUntouched = 0xA5A5A5A5U;
+      std::vector<uint32_t> tiled(static_cast<size_t>(tiles * tile_words), kUntouched);
+      tile_signs(layer.w, order, tiles / 2, tiles, tiled.data());
+      for (int64_t i = 0; i < tiles / 2 * tile_words; ++i) {
+        ASSERT_EQ(tiled[i], kUntouched);
+      }
+      tile_signs(layer.w, order, 0, tiles / 2, tiled.data());
+      for (int64_t path = 0; path < paths; ++path) {
+        for (int64_t row = 0; row < tiles * kTileRows; ++row) {
+          for (int64_t word = 0; word < words; ++word) {
+            const int64_t first = (row / 64 * paths + path) * words + word;
+            uint32_t got = tiled[first * 64 + row % 64];
+            if (order == SignOrder::kByteTiles) {
+              got = 0;
+              for (int64_t byte = 0; byte < 4; ++byte) {
+                const int64_t at = (first * 4 + byte) * 64 + row % 64;
+                got |= (tiled[at / 4] >> (at % 4 * 8) & 0xFFU) << (byte * 8);
+              }
+            }
+            ASSERT_EQ(got, row < d_out ? layer.signs[(path * d_out + row) * words + word] : 0U);
+          }
+        }
+      }
+      const Floats x = normals(d_in), want = reference_product(layer, x, 1);
+      LinearWeights w = layer.w;
+      w.signs = tiled.data();
+      w.order = order;
+      Floats y(static_cast<size_t>(d_out));
+      reference_kernels().matmul(w, x.data(), nullptr, 1, y.data(), 0, d_out, nullptr);
+      EXPECT_EQ(y, want);
+    }
   }
 }
 

@@ -1,0 +1,259 @@
+// Residual-binary products of few tokens by lookup, for instruction sets that shuffle the bytes of
+// 128-bit lanes; all else is the portable code. Included once by each file that defines RABIT_ISA,
+// RABIT_LANES, RABIT_NAME and, in the namespace RABIT_ISA, what is listed below; nothing but
+// `kTable` leaves it.
+//
+// Four neighbouring columns of a row contribute one of 16 sums +-q0 +-q1 +-q2 +-q3 of columns times
+// scales, which a nibble of the packed signs numbers. prepare() tabulates the 16 sums of every four
+// columns as numbers of 12 bits, six in each of two bytes, so that one shuffle looks up half a sum
+// for every row of a register, and four lookups are added as bytes before they are widened. The
+// numbers' unit is that of a group of 128 columns: then the sum over a group fits 16 bits, and a
+// large column costs accuracy in its group alone. Sums of a group are exact, and those of groups
+// are added as floats.
+//
+// What the including file defines, B = kBytes rows at a time:
+//   Bytes         a vector of B unsigned bytes, a GCC vector
+//   shuffle       (table, indices below 16): table's 16 bytes looked up in every 128-bit lane
+//   load_table    16 bytes, copied to every lane
+//   Sums          16-bit sums of B rows; start_sums(value) sets all
+//   add_sums      (sums, low, high): adds low + 64 high of each row
+//   flush_sums    (sums, scale, to): adds scale times the sums to B floats, in an order of its own
+//   rows_in_order (from, to): B floats from that order to the rows'
+#pragma once
+
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/matmul.h"
+#include "kernels/cpu/pointwise.h"
+
+namespace rabit::RABIT_ISA {
+namespace {
+
+constexpr int kParts = kTileRows / kBytes;  // of a tile
+constexpr int64_t kGroupWords = 4, kGroupColumns = 32 * kGroupWords;
+constexpr int64_t kWordSigns = 4 * kTileRows;  // bytes of a tile's signs
+// Of a token and a path: the scale of each group, then for every word of columns the tables of its
+// nibbles, lowest first: 16 low halves, 16 high ones.
+constexpr int64_t kNibbleTable = 32, kWordTables = 8 * kNibbleTable;
+// q is in 16ths of a sum's unit. Largest sums of |q| before it is rounded, over four columns, so
+// that rounded they and the 8 that rounds a sixteenth of them stay below 2^15; and over a group, so
+// that its sums do.
+constexpr float kLargestFour = 32750.0F, kLargestGroup = 523000.0F;
+constexpr int kBias = 2048;  // sums of four are kept as unsigned numbers
+// Tiles whose products go through a group together, so that its tables serve them all from the
+// first-level cache.
+constexpr int64_t kBlockTiles = 4;
+constexpr int64_t kPrefetch = 2 * kGroupWords * kWordSigns;  // bytes ahead in each tile
+
+int64_t scale_bytes(int64_t words) {
+  return round_up((words + kGroupWords - 1) / kGroupWords * 4, 64);
+}
+
+int64_t path_bytes(int64_t words) { return scale_bytes(words) + words * kWordTables; }
+
+int64_t input_bytes(int64_t d_in, int64_t tokens, int64_t paths) {
+  return tokens <= kFewTokens ? tokens * paths * path_bytes((d_in + 31) / 32) : 0;
+}
+
+// What one unit of q is worth in a group of columns times scales: 0 if all are (almost) 0, infinity
+// or NaN if one is.
+float unit_of(const float* scaled) {
+  float fours[kGroupColumns / 4];
+  for (int64_t i = 0; i < kGroupColumns / 4; ++i) {
+    const float* four = scaled + 4 * i;
+    fours[i] = (__builtin_fabsf(four[0]) + __builtin_fabsf(four[1])) +
+               (__builtin_fabsf(four[2]) + __builtin_fabsf(four[3]));
+  }
+  float largest = 0;
+  for (const float four : fours) {
+    largest = four > largest ? four : largest;
+  }
+  for (int64_t half = kGroupColumns / 8; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) {
+      fours[i] += fours[i + half];
+    }
+  }
+  const float total = fours[0];
+  if (!(total < __builtin_inff())) {
+    return total;
+  }
+  const float by_four = largest / kLargestFour, by_group = total / kLargestGroup;
+  return largest > 1e-30F ? (by_four > by_group ? by_four : by_group) : 0.0F;
+}
+
+// The 16 sums of four q in both halves.
+RABIT_INLINE void tabulate(const int16_t* q, uint8_t* table) {
+  typedef int16_t Sixteen __attribute__((vector_size(32)));
+  typedef uint8_t SixteenBytes __attribute__((vector_size(16), may_alias));
+  constexpr Sixteen k0 = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+  constexpr Sixteen k1 = {-1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1};
+  constexpr Sixteen k2 = {-1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1};
+  constexpr Sixteen k3 = {-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1};
+  const Sixteen sums = (k0 * q[0] + k1 * q[1]) + (k2 * q[2] + k3 * q[3]);
+  const Sixteen biased = ((sums + 8) >> 4) + kBias;
+  auto* out = reinterpret_cast<SixteenBytes*>(table);
+  out[0] = __builtin_convertvector(biased & 63, SixteenBytes);
+  out[1] = __builtin_convertvector(biased >> 6, SixteenBytes);
+}
+
+void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input,
+             int64_t word_begin, int64_t word_end) {
+  const int64_t words = (w.d_in + 31) / 32;
+  for (int64_t i = 0; i < tokens * w.paths; ++i) {
+    const float* in = x + i / w.paths * w.d_in;
+    const uint16_t* h = w.col_scale + i % w.paths * w.d_in;
+    auto* out = static_cast<uint8_t*>(input) + i * path_bytes(words);
+    uint8_t* tables = out + scale_bytes(words);
+    for (int64_t group = word_begin / kGroupWords; group * kGroupWords < word_end; ++group) {
+      const int64_t first = group * kGroupWords, column = first * 32;
+      alignas(64) float scaled[kGroupColumns] = {};
+      for (int64_t c = 0; c < smaller(kGroupColumns, w.d_in - column); c += kLanes) {
+        const int64_t at = column + c, left = w.d_in - at;
+        store(scaled + c, left >= kLanes
+                              ? load_finite_half(h + at) * load(in + at)
+                              : load_finite_half_part(h + at, left) * load_part(in + at, left));
+      }
+      const float unit = unit_of(scaled);
+      const bool usable = unit > 0 && unit < __builtin_inff();
+      const float units = usable ? 1 / unit : 0.0F;
+      int16_t q[kGroupColumns];
+      for (int64_t c = 0; c < kGroupColumns; ++c) {
+        // Where there is no unit all q are 0, and the scale makes NaN of infinity and NaN.
+        const float in_units = usable ? scaled[c] * units : 0.0F;
+        q[c] = static_cast<int16_t>(static_cast<int32_t>(__builtin_rintf(in_units)));
+      }
+      if (first >= word_begin) {
+        reinterpret_cast<float*>(out)[group] = unit * 16;
+      }
+      const int64_t end = smaller(word_end, first + kGroupWords);
+      for (int64_t word = larger(first, word_begin); word < end; ++word) {
+        for (int64_t nibble = 0; nibble < 8; ++nibble) {
+          tabulate(q + (word - first) * 32 + nibble * 4,
+                   tables + word * kWordTables + nibble * kNibbleTable);
+        }
+      }
+    }
+  }
+}
+
+// Adds the sums of one tile over `words` words, at most a group, times scale, to a tile's floats.
+RABIT_INLINE void add_group(const uint8_t* signs, const uint8_t* tables, int64_t words, float scale,
+                            float* to) {
+  Sums sums[kParts];
+#pragma GCC unroll 4
+  for (int part = 0; part < kParts; ++part) {
+    sums[part] = start_sums(static_cast<int16_t>(-8 * kBias * words));
+  }
+#pragma GCC unroll 1
+  for (int64_t step = 0; step < 2 * words; ++step) {  // of two bytes, four lookups a row
+    Bytes low[kParts], high[kParts];
+#pragma GCC unroll 2
+    for (int64_t byte = 0; byte < 2; ++byte) {
+      const uint8_t* table = tables + (2 * step + byte) * 2 * kNibbleTable;
+      const Bytes even_low = load_table(table), even_high = load_table(table + 16);
+      const Bytes odd_low = load_table(table + 32), odd_high = load_table(table + 48);
+      const uint8_t* from = signs + (2 * step + byte) * kTileRows;
+      __builtin_prefetch(from + kPrefetch);
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part) {
+        const Bytes bits = *reinterpret_cast<const Bytes*>(from + part * kBytes);
+        const Bytes even = bits & 15, odd = bits >> 4;
+        const Bytes low_byte = shuffle(even_low, even) + shuffle(odd_low, odd);
+        const Bytes high_byte = shuffle(even_high, even) + shuffle(odd_high, odd);
+        low[part] = byte == 0 ? low_byte : low[part] + low_byte;
+        high[part] = byte == 0 ? high_byte : high[part] + high_byte;
+      }
+    }
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) {
+      sums[part] = add_sums(sums[part], low[part], high[part]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int part = 0; part < kParts; ++part) {
+    flush_sums(sums[part], scale, to + part * kBytes);
+  }
+}
+
+// Rows of up to kBlockTiles tiles from `tile` on, one token; only rows in [row_begin, row_end) are
+// written.
+void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile, int64_t tiles,
+                   float* y, int64_t row_begin, int64_t row_end) {
+  const int64_t words = (w.d_in + 31) / 32, stride = w.paths * words * kWordSigns;
+  alignas(64) float totals[kBlockTiles * kTileRows] = {};
+  for (int64_t path = 0; path < w.paths; ++path) {
+    const uint8_t* of_path = input + path * path_bytes(words);
+    const uint8_t* signs =
+        reinterpret_cast<const uint8_t*>(w.signs) + tile * stride + path * words * kWordSigns;
+    alignas(64) float sums[kBlockTiles * kTileRows] = {};
+    for (int64_t word = 0; word < words; word += kGroupWords) {
+      const float scale = reinterpret_cast<const float*>(of_path)[word / kGroupWords];
+      const uint8_t* tables = of_path + scale_bytes(words) + word * kWordTables;
+      const int64_t count = smaller(kGroupWords, words - word);
+      for (int64_t t = 0; t < tiles; ++t) {
+        add_group(signs + t * stride + word * kWordSigns, tables, count, scale,
+                  sums + t * kTileRows);
+      }
+    }
+    for (int64_t r = 0; r < tiles * kTileRows; r += kBytes) {
+      alignas(64) float in_order[kBytes];
+      rows_in_order(sums + r, in_order);
+      const uint16_t* g = w.row_scale + path * w.d_out;
+      for (int64_t i = 0; i < kBytes; i += kLanes) {
+        const int64_t row = tile * kTileRows + r + i, left = w.d_out - row;
+        if (left > 0) {
+          const Vec scale =
+              left >= kLanes ? load_finite_half(g + row) : load_finite_half_part(g + row, left);
+          store(totals + r + i, load(totals + r + i) + scale * load(in_order + i));
+        }
+      }
+    }
+  }
+  const int64_t first = tile * kTileRows;
+  const int64_t end = smaller(row_end, first + tiles * kTileRows);
+  for (int64_t row = larger(first, row_begin); row < end; ++row) {
+    y[row] = totals[row - first];
+  }
+}
+
+void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input, int64_t tokens,
+                      float* y, int64_t row_begin, int64_t row_end, float* scratch) {
+  if (row_begin >= row_end || tokens <= 0) {
+    return;
+  }
+  if (w.format != WeightFormat::kResidualBinary) {
+    dense(w, x, tokens, y, row_begin, row_end, scratch);
+    return;
+  }
+  if (tokens > kFewTokens || input == nullptr) {
+    binary_many<ByteSigns>(w, x, tokens, y, row_begin, row_end, scratch);
+    return;
+  }
+  const int64_t token_bytes = w.paths * path_bytes((w.d_in + 31) / 32);
+  const int64_t end = (row_end + kTileRows - 1) / kTileRows;
+  for (int64_t tile = row_begin / kTileRows; tile < end; tile += kBlockTiles) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      block_product(w, static_cast<const uint8_t*>(input) + t * token_bytes, tile,
+                    smaller(kBlockTiles, end - tile), y + t * w.d_out, row_begin, row_end);
+    }
+  }
+}
+
+}  // namespace
+
+extern const KernelTable kTable;
+constinit const KernelTable kTable = {.name = RABIT_NAME,
+                                      .sign_order = SignOrder::kByteTiles,
+                                      .input_bytes = input_bytes,
+                                      .prepare = prepare,
+                                      .matmul = matmul_by_lookup,
+                                      .matmul_scratch = lookup_scratch,
+                                      .matmul_row_grain = 2 * kTileRows,
+                                      .rms_norm = rms_norm,
+                                      .rope = rope,
+                                      .attention = attention,
+                                      .attention_scratch = attention_scratch,
+                                      .attention_token_grain = kQueryTokens,
+                                      .swiglu = swiglu,
+                                      .cross_entropy = cross_entropy};
+
+}  // namespace rabit::RABIT_ISA

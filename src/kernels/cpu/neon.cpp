@@ -1,0 +1,62 @@
+// Kernels for AArch64, which always has NEON, with products by lookup; flags in CMakeLists.txt.
+#define RABIT_ISA cpu_neon
+#define RABIT_LANES 4
+#define RABIT_NAME "neon"
+
+#include <arm_neon.h>
+
+#include "kernels/cpu/vec.h"
+
+namespace rabit::RABIT_ISA {
+namespace {
+
+constexpr int kBytes = 16;
+typedef uint8_t Bytes __attribute__((vector_size(16), may_alias));
+
+RABIT_INLINE Bytes shuffle(Bytes table, Bytes indices) {
+  return reinterpret_cast<Bytes>(
+      vqtbl1q_u8(reinterpret_cast<uint8x16_t>(table), reinterpret_cast<uint8x16_t>(indices)));
+}
+
+RABIT_INLINE Bytes load_table(const uint8_t* from) {
+  return reinterpret_cast<Bytes>(vld1q_u8(from));
+}
+
+// Rows 0 to 7, rows 8 to 15.
+struct Sums {
+  int16x8_t first, second;
+};
+
+RABIT_INLINE Sums start_sums(int16_t value) { return {vdupq_n_s16(value), vdupq_n_s16(value)}; }
+
+RABIT_INLINE Sums add_sums(Sums sums, Bytes low, Bytes high) {
+  const auto a = reinterpret_cast<uint8x16_t>(low), b = reinterpret_cast<uint8x16_t>(high);
+  const uint16x8_t first = vaddw_u8(vreinterpretq_u16_s16(sums.first), vget_low_u8(a));
+  const uint16x8_t second = vaddw_high_u8(vreinterpretq_u16_s16(sums.second), a);
+  return {vreinterpretq_s16_u16(vmlal_u8(first, vget_low_u8(b), vdup_n_u8(64))),
+          vreinterpretq_s16_u16(vmlal_high_u8(second, b, vdupq_n_u8(64)))};
+}
+
+RABIT_INLINE void flush_half(int16x8_t sums, float scale, float* to) {
+  const float32x4_t first = vcvtq_f32_s32(vmovl_s16(vget_low_s16(sums)));
+  const float32x4_t second = vcvtq_f32_s32(vmovl_high_s16(sums));
+  vst1q_f32(to, vfmaq_n_f32(vld1q_f32(to), first, scale));
+  vst1q_f32(to + 4, vfmaq_n_f32(vld1q_f32(to + 4), second, scale));
+}
+
+RABIT_INLINE void flush_sums(Sums sums, float scale, float* to) {
+  flush_half(sums.first, scale, to);
+  flush_half(sums.second, scale, to + 8);
+}
+
+RABIT_INLINE void rows_in_order(const float* from, float* to) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    vst1q_f32(to + i, vld1q_f32(from + i));
+  }
+}
+
+}  // namespace
+}  // namespace rabit::RABIT_ISA
+
+#include "kernels/cpu/byte_lookup.h"
