@@ -135,42 +135,58 @@ void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input
   }
 }
 
-// Adds the sums of one tile over `words` words, at most a group, times scale, to a tile's floats.
-RABIT_INLINE void add_group(const uint8_t* signs, const uint8_t* tables, int64_t words, float scale,
-                            float* to) {
-  Sums sums[kParts];
+// Adds the sums of kTiles tiles over `words` words, at most a group, times scale, to the tiles'
+// floats; signs of the first tile, the others' `stride` bytes apart.
+template <int kTiles>
+RABIT_INLINE void add_group(const uint8_t* signs, int64_t stride, const uint8_t* tables,
+                            int64_t words, float scale, float* to) {
+  constexpr int kRegisters = kTiles * kParts;
+  Sums sums[kRegisters];
 #pragma GCC unroll 4
-  for (int part = 0; part < kParts; ++part) {
-    sums[part] = start_sums(static_cast<int16_t>(-8 * kBias * words));
+  for (int i = 0; i < kRegisters; ++i) {
+    sums[i] = start_sums(static_cast<int16_t>(-8 * kBias * words));
   }
 #pragma GCC unroll 1
   for (int64_t step = 0; step < 2 * words; ++step) {  // of two bytes, four lookups a row
-    Bytes low[kParts], high[kParts];
+    Bytes low[kRegisters], high[kRegisters];
 #pragma GCC unroll 2
-    for (int64_t byte = 0; byte < 2; ++byte) {
-      const uint8_t* table = tables + (2 * step + byte) * 2 * kNibbleTable;
-      const Bytes even_low = load_table(table), even_high = load_table(table + 16);
-      const Bytes odd_low = load_table(table + 32), odd_high = load_table(table + 48);
+    for (int byte = 0; byte < 2; ++byte) {
       const uint8_t* from = signs + (2 * step + byte) * kTileRows;
-      __builtin_prefetch(from + kPrefetch);
+      const uint8_t* table = tables + (2 * step + byte) * 2 * kNibbleTable;
+      Bytes bits[kRegisters];
 #pragma GCC unroll 4
-      for (int part = 0; part < kParts; ++part) {
-        const Bytes bits = *reinterpret_cast<const Bytes*>(from + part * kBytes);
-        const Bytes even = bits & 15, odd = bits >> 4;
-        const Bytes low_byte = shuffle(even_low, even) + shuffle(odd_low, odd);
-        const Bytes high_byte = shuffle(even_high, even) + shuffle(odd_high, odd);
-        low[part] = byte == 0 ? low_byte : low[part] + low_byte;
-        high[part] = byte == 0 ? high_byte : high[part] + high_byte;
+      for (int i = 0; i < kRegisters; ++i) {
+        const uint8_t* at = from + i / kParts * stride + i % kParts * kBytes;
+        if (i % kParts == 0) {
+          __builtin_prefetch(at + kPrefetch);
+        }
+        bits[i] = *reinterpret_cast<const Bytes*>(at);
+      }
+#pragma GCC unroll 2
+      for (int nibble = 0; nibble < 2; ++nibble) {
+        const Bytes low_table = load_table(table + nibble * kNibbleTable);
+        const Bytes high_table = load_table(table + nibble * kNibbleTable + 16);
+#pragma GCC unroll 4
+        for (int i = 0; i < kRegisters; ++i) {
+          const Bytes index = nibble == 0 ? bits[i] & 15 : bits[i] >> 4;
+          const Bytes low_half = shuffle(low_table, index), high_half = shuffle(high_table, index);
+          const bool first = byte == 0 && nibble == 0;
+          low[i] = first ? low_half : low[i] + low_half;
+          high[i] = first ? high_half : high[i] + high_half;
+          // Added in another order they need more registers than there are.
+          in_register(low[i]);
+          in_register(high[i]);
+        }
       }
     }
 #pragma GCC unroll 4
-    for (int part = 0; part < kParts; ++part) {
-      sums[part] = add_sums(sums[part], low[part], high[part]);
+    for (int i = 0; i < kRegisters; ++i) {
+      sums[i] = add_sums(sums[i], low[i], high[i]);
     }
   }
 #pragma GCC unroll 4
-  for (int part = 0; part < kParts; ++part) {
-    flush_sums(sums[part], scale, to + part * kBytes);
+  for (int i = 0; i < kRegisters; ++i) {
+    flush_sums(sums[i], scale, to + i * kBytes);
   }
 }
 
@@ -189,9 +205,14 @@ void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile, i
       const float scale = reinterpret_cast<const float*>(of_path)[word / kGroupWords];
       const uint8_t* tables = of_path + scale_bytes(words) + word * kWordTables;
       const int64_t count = smaller(kGroupWords, words - word);
-      for (int64_t t = 0; t < tiles; ++t) {
-        add_group(signs + t * stride + word * kWordSigns, tables, count, scale,
-                  sums + t * kTileRows);
+      const uint8_t* of_word = signs + word * kWordSigns;
+      int64_t t = 0;
+      for (; t + kTilesAtOnce <= tiles; t += kTilesAtOnce) {
+        add_group<kTilesAtOnce>(of_word + t * stride, stride, tables, count, scale,
+                                sums + t * kTileRows);
+      }
+      for (; t < tiles; ++t) {
+        add_group<1>(of_word + t * stride, stride, tables, count, scale, sums + t * kTileRows);
       }
     }
     for (int64_t r = 0; r < tiles * kTileRows; r += kBytes) {

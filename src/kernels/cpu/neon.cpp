@@ -11,7 +11,10 @@ namespace rabit::RABIT_ISA {
 namespace {
 
 constexpr int kBytes = 16;
+constexpr int kTilesAtOnce = 1;
 typedef uint8_t Bytes __attribute__((vector_size(16), may_alias));
+
+RABIT_INLINE void in_register(Bytes& v) { __asm__("" : "+w"(v)); }
 
 RABIT_INLINE Bytes shuffle(Bytes table, Bytes indices) {
   return reinterpret_cast<Bytes>(
