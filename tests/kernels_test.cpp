@@ -235,12 +235,16 @@ struct Quantized {
       float in_units = 32765.0F / largest;
       units.push_back(largest / 32765.0F);
       if (bytes) {  // the sum over a group has a bound of its own
-        for (size_t half = fours.size() / 2; half > 0; half /= 2) {
+        std::array<float, 16> parts{};
+        for (int64_t c = 0; c < group; ++c) {
+          parts[c % 16] += std::abs(scaled[c]);
+        }
+        for (size_t half = 8; half > 0; half /= 2) {
           for (size_t i = 0; i < half; ++i) {
-            fours[i] += fours[i + half];
+            parts[i] += parts[i + half];
           }
         }
-        units.back() = std::max(largest / 32750.0F, fours[0] / 523000.0F);
+        units.back() = std::max(largest / 32750.0F, parts[0] / 523000.0F);
         in_units = 1 / units.back();
       }
       for (int64_t c = 0; c < std::min(group, d_in - begin); ++c) {

@@ -55,29 +55,36 @@ int64_t input_bytes(int64_t d_in, int64_t tokens, int64_t paths) {
 }
 
 // What one unit of q is worth in a group of columns times scales: 0 if all are (almost) 0, infinity
-// or NaN if one is.
+// or NaN if one is. Sums are taken in the same order on every machine.
 float unit_of(const float* scaled) {
-  float fours[kGroupColumns / 4];
-  for (int64_t i = 0; i < kGroupColumns / 4; ++i) {
-    const float* four = scaled + 4 * i;
-    fours[i] = (__builtin_fabsf(four[0]) + __builtin_fabsf(four[1])) +
-               (__builtin_fabsf(four[2]) + __builtin_fabsf(four[3]));
-  }
-  float largest = 0;
-  for (const float four : fours) {
-    largest = four > largest ? four : largest;
-  }
-  for (int64_t half = kGroupColumns / 8; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) {
-      fours[i] += fours[i + half];
+  constexpr int kWidth = 16 / kLanes;
+  Vec largest = {}, sums[kWidth] = {};
+  for (int64_t c = 0; c < kGroupColumns; c += 16) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kWidth; ++i) {
+      const Vec v = load(scaled + c + i * kLanes);
+      const Vec size = reinterpret_cast<Vec>(reinterpret_cast<UintVec>(v) & 0x7FFFFFFFU);
+      const Vec two = size + RABIT_SWAP(size);
+      largest = max_of(two + RABIT_SWAP_PAIRS(two), largest);
+      sums[i] += size;
     }
   }
-  const float total = fours[0];
-  if (!(total < __builtin_inff())) {
-    return total;
+  alignas(64) float parts[16];
+  for (int i = 0; i < kWidth; ++i) {
+    store(parts + i * kLanes, sums[i]);
   }
-  const float by_four = largest / kLargestFour, by_group = total / kLargestGroup;
-  return largest > 1e-30F ? (by_four > by_group ? by_four : by_group) : 0.0F;
+#pragma GCC unroll 4
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      parts[i] += parts[i + half];
+    }
+  }
+  if (!(parts[0] < __builtin_inff())) {
+    return parts[0];
+  }
+  const float four = max_lane(largest);
+  const float by_four = four / kLargestFour, by_group = parts[0] / kLargestGroup;
+  return four > 1e-30F ? (by_four > by_group ? by_four : by_group) : 0.0F;
 }
 
 // The 16 sums of four q in both halves.
