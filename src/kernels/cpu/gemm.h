@@ -63,15 +63,12 @@ TileProduct tile_product_for(int64_t rows) {
     RABIT_TILE(1)
     RABIT_TILE(2)
     RABIT_TILE(3)
-    RABIT_TILE(4)
-    RABIT_TILE(5)
+    RABIT_TILE(4) RABIT_TILE(5)
 #if RABIT_LANES == 16
-    RABIT_TILE(6)
-    RABIT_TILE(7)
-    RABIT_TILE(8) RABIT_TILE(9) RABIT_TILE(10) RABIT_TILE(11)
+        RABIT_TILE(6) RABIT_TILE(7) RABIT_TILE(8) RABIT_TILE(9) RABIT_TILE(10) RABIT_TILE(11)
 #endif
 #undef RABIT_TILE
-        default : return tile_product<kTile, kAdd>;
+            default : return tile_product<kTile, kAdd>;
   }
 }
 
