@@ -262,17 +262,17 @@ struct Quantized {
       for (int64_t i = c; i < std::min(c + 4, d_in); ++i) {
         four += (signs[i / 32] >> (i % 32)) & 1U ? q[i] : -q[i];
       }
-      sums[c / group] += step == 1 ? four : (four + step / 2) >> 4;
+      sums[c / group] += step == 1 ? four : std::lround(static_cast<double>(four) / step);
     }
     return sums;
   }
 
-  /// What rounding puts a row's sum off by, were all errors largest and of random direction.
-  double rounding() const {
+  /// What rounding puts a row's sum off by: errors of random direction, each this part of a unit.
+  double rounding(double part) const {
     double squares = 0;
     for (size_t i = 0; i < units.size(); ++i) {
       const auto columns = std::min<double>(group, q.size() - i * group);
-      const double column = 0.5 * units[i], four = step == 1 ? 0 : 0.5 * step * units[i];
+      const double column = part * units[i], four = step == 1 ? 0 : part * step * units[i];
       squares += columns * column * column + std::ceil(columns / 4) * four * four;
     }
     return std::sqrt(squares);
@@ -295,7 +295,7 @@ class Kernels : public testing::TestWithParam<const KernelTable*> {
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t path = 0; path < w.paths; ++path) {
         const double off =
-            Quantized(table().sign_order, layer, path, x.data() + t * w.d_in).rounding();
+            Quantized(table().sign_order, layer, path, x.data() + t * w.d_in).rounding(0.5);
         for (int64_t r = 0; r < w.d_out; ++r) {
           tolerance[t * w.d_out + r] +=
               kSafety * off * std::abs(half_to_float(layer.row_scale[path * w.d_out + r]));
@@ -449,6 +449,29 @@ TEST_P(Kernels, WithoutLookup) {
     EXPECT_LE(
         worst(got.data(), want.data(), matmul_tolerance(layer, x, tokens).data(), tokens * 70), 1);
   }
+}
+
+// Rounding errors are evenly spread and have no preferred direction, which would make them grow
+// with the columns rather than with their root.
+TEST_P(Kernels, LookupErrorsAreThoseOfRounding) {
+  const int64_t d_out = 256, d_in = 4096;
+  if (table().input_bytes(d_in, 1, 1) == 0) {
+    GTEST_SKIP() << "no lookup here";
+  }
+  const Layer layer = Layer::make(WeightFormat::kResidualBinary, d_out, d_in, 1);
+  const Floats x = normals(d_in), want = reference_product(layer, x, 1);
+  const Prepared prepared(table(), layer, x, 1);
+  Floats got(static_cast<size_t>(d_out));
+  table().matmul(prepared.w, x.data(), prepared.input(), 1, got.data(), 0, d_out, nullptr);
+  const double expected =
+      Quantized(table().sign_order, layer, 0, x.data()).rounding(1 / std::sqrt(12));
+  double squares = 0;
+  for (int64_t r = 0; r < d_out; ++r) {
+    const double off = (got[r] - want[r]) / half_to_float(layer.row_scale[r]) / expected;
+    squares += off * off / d_out;
+  }
+  EXPECT_GT(squares, 0.7);
+  EXPECT_LT(squares, 1.4);
 }
 
 TEST_P(Kernels, LookupOfNothingAndOfWhatIsNotFinite) {

@@ -96,7 +96,8 @@ RABIT_INLINE void tabulate(const int16_t* q, uint8_t* table) {
   constexpr Sixteen k2 = {-1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1};
   constexpr Sixteen k3 = {-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1};
   const Sixteen sums = (k0 * q[0] + k1 * q[1]) + (k2 * q[2] + k3 * q[3]);
-  const Sixteen biased = ((sums + 8) >> 4) + kBias;
+  // Halves away from 0: upwards they would shift every sum of a row to the same side.
+  const Sixteen biased = ((sums + 8 + (sums >> 15)) >> 4) + kBias;
   auto* out = reinterpret_cast<SixteenBytes*>(table);
   out[0] = __builtin_convertvector(biased & 63, SixteenBytes);
   out[1] = __builtin_convertvector(biased >> 6, SixteenBytes);
