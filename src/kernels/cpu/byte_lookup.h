@@ -42,7 +42,7 @@ constexpr int kBias = 2048;  // sums of four are kept as unsigned numbers
 // Tiles whose products go through a group together, so that its tables serve them all from the
 // first-level cache.
 constexpr int64_t kBlockTiles = 4;
-constexpr int64_t kPrefetch = 2 * kGroupWords * kWordSigns;  // bytes ahead in each tile
+constexpr int64_t kPrefetch = 8192;  // bytes ahead, over all tiles of a block
 
 int64_t scale_bytes(int64_t words) {
   return round_up((words + kGroupWords - 1) / kGroupWords * 4, 64);
@@ -144,10 +144,11 @@ void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input
 }
 
 // Adds the sums of kTiles tiles over `words` words, at most a group, times scale, to the tiles'
-// floats; signs of the first tile, the others' `stride` bytes apart.
+// floats; signs of the first tile, the others' `stride` bytes apart; those `ahead` bytes on are
+// asked for.
 template <int kTiles>
-RABIT_INLINE void add_group(const uint8_t* signs, int64_t stride, const uint8_t* tables,
-                            int64_t words, float scale, float* to) {
+RABIT_INLINE void add_group(const uint8_t* signs, int64_t stride, int64_t ahead,
+                            const uint8_t* tables, int64_t words, float scale, float* to) {
   constexpr int kRegisters = kTiles * kParts;
   Sums sums[kRegisters];
 #pragma GCC unroll 4
@@ -166,7 +167,7 @@ RABIT_INLINE void add_group(const uint8_t* signs, int64_t stride, const uint8_t*
       for (int i = 0; i < kRegisters; ++i) {
         const uint8_t* at = from + i / kParts * stride + i % kParts * kBytes;
         if (i % kParts == 0) {
-          __builtin_prefetch(at + kPrefetch);
+          __builtin_prefetch(at + ahead);
         }
         bits[i] = *reinterpret_cast<const Bytes*>(at);
       }
@@ -203,6 +204,7 @@ RABIT_INLINE void add_group(const uint8_t* signs, int64_t stride, const uint8_t*
 void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile, int64_t tiles,
                    float* y, int64_t row_begin, int64_t row_end) {
   const int64_t words = (w.d_in + 31) / 32, stride = w.paths * words * kWordSigns;
+  const int64_t ahead = kPrefetch / tiles;
   alignas(64) float totals[kBlockTiles * kTileRows] = {};
   for (int64_t path = 0; path < w.paths; ++path) {
     const uint8_t* of_path = input + path * path_bytes(words);
@@ -216,11 +218,12 @@ void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile, i
       const uint8_t* of_word = signs + word * kWordSigns;
       int64_t t = 0;
       for (; t + kTilesAtOnce <= tiles; t += kTilesAtOnce) {
-        add_group<kTilesAtOnce>(of_word + t * stride, stride, tables, count, scale,
+        add_group<kTilesAtOnce>(of_word + t * stride, stride, ahead, tables, count, scale,
                                 sums + t * kTileRows);
       }
       for (; t < tiles; ++t) {
-        add_group<1>(of_word + t * stride, stride, tables, count, scale, sums + t * kTileRows);
+        add_group<1>(of_word + t * stride, stride, ahead, tables, count, scale,
+                     sums + t * kTileRows);
       }
     }
     for (int64_t r = 0; r < tiles * kTileRows; r += kBytes) {
