@@ -13,6 +13,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <tuple>
 
 #include "base/half.h"
 
@@ -244,11 +245,12 @@ struct Quantized {
             parts[i] += parts[i + half];
           }
         }
-        units.back() = std::max(largest / 32750.0F, parts[0] / 523000.0F);
+        units.back() = largest > 1e-30F ? std::max(largest / 32750.0F, parts[0] / 523000.0F) : 0.0F;
         in_units = 1 / units.back();
       }
       for (int64_t c = 0; c < std::min(group, d_in - begin); ++c) {
-        q.push_back(static_cast<int64_t>(std::nearbyint(scaled[c] * in_units)));
+        q.push_back(scaled[c] == 0 ? 0
+                                   : static_cast<int64_t>(std::nearbyint(scaled[c] * in_units)));
       }
     }
   }
@@ -322,6 +324,41 @@ class Kernels : public testing::TestWithParam<const KernelTable*> {
     EXPECT_LE(worst(got.data(), want.data(), tolerance_of(layer, x, tokens).data(), tokens * d_out),
               1);
   }
+
+  /// The bits of a product by lookup, against a scalar computation of the same integers.
+  void check_lookup(const Layer& layer, const Floats& x, int64_t tokens) {
+    const auto [d_out, d_in, paths] = std::tuple(layer.w.d_out, layer.w.d_in, layer.w.paths);
+    const int64_t words = (d_in + 31) / 32;
+    const Prepared prepared(table(), layer, x, tokens);
+    Floats got = guarded(tokens * d_out);
+    table().matmul(prepared.w, x.data(), prepared.input(), tokens, got.data(), 0, d_out, nullptr);
+    EXPECT_TRUE(guards_hold(got));
+    for (int64_t t = 0; t < tokens; ++t) {
+      Floats want(static_cast<size_t>(d_out), 0.0F);
+      for (int64_t path = 0; path < paths; ++path) {
+        const Quantized columns(table().sign_order, layer, path, x.data() + t * d_in);
+        for (int64_t r = 0; r < d_out; ++r) {
+          const std::vector<int64_t> sums =
+              columns.sums(layer.signs.data() + (path * d_out + r) * words);
+          const float g = half_to_float(layer.row_scale[path * d_out + r]);
+          if (table().sign_order == SignOrder::kTiles) {
+            want[r] = std::fma(static_cast<float>(sums[0]), columns.units[0] * g, want[r]);
+            continue;
+          }
+          float sum = 0;
+          for (size_t i = 0; i < sums.size(); ++i) {
+            ASSERT_LT(std::abs(sums[i]), 1 << 15);
+            sum = std::fma(static_cast<float>(sums[i]),
+                           columns.units[i] * static_cast<float>(columns.step), sum);
+          }
+          want[r] = std::fma(g, sum, want[r]);
+        }
+      }
+      for (int64_t r = 0; r < d_out; ++r) {
+        ASSERT_EQ(got[t * d_out + r], want[r]) << d_in << " " << d_out << " " << t << " " << r;
+      }
+    }
+  }
 };
 
 TEST_P(Kernels, MatmulOverColumns) {
@@ -390,8 +427,9 @@ TEST_P(Kernels, MatmulWritesItsRowsOnly) {
 
 // The sums of integers are exact: the same bits as a scalar computation of them.
 TEST_P(Kernels, LookupSumsAreExact) {
-  for (const int64_t d_in : {1, 3, 4, 31, 32, 33, 63, 64, 65, 127, 576, 4096, 11008}) {
-    for (const int64_t d_out : {1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200}) {
+  for (const int64_t d_in :
+       {1, 3, 4, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 576, 4096, 11008}) {
+    for (const int64_t d_out : {1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 257, 321}) {
       if (d_in > 600 && d_out > 129) {
         continue;
       }
@@ -401,37 +439,33 @@ TEST_P(Kernels, LookupSumsAreExact) {
         GTEST_SKIP() << "no lookup here";
       }
       const Layer layer = Layer::make(WeightFormat::kResidualBinary, d_out, d_in, paths);
-      const Floats x = normals(tokens * d_in, 3.0F);
-      const Prepared prepared(table(), layer, x, tokens);
-      Floats got = guarded(tokens * d_out);
-      table().matmul(prepared.w, x.data(), prepared.input(), tokens, got.data(), 0, d_out, nullptr);
-      EXPECT_TRUE(guards_hold(got));
-      const int64_t words = (d_in + 31) / 32;
-      for (int64_t t = 0; t < tokens; ++t) {
-        Floats want(static_cast<size_t>(d_out), 0.0F);
-        for (int64_t path = 0; path < paths; ++path) {
-          const Quantized columns(table().sign_order, layer, path, x.data() + t * d_in);
-          for (int64_t r = 0; r < d_out; ++r) {
-            const std::vector<int64_t> sums =
-                columns.sums(layer.signs.data() + (path * d_out + r) * words);
-            const float g = half_to_float(layer.row_scale[path * d_out + r]);
-            if (table().sign_order == SignOrder::kTiles) {
-              want[r] = std::fma(static_cast<float>(sums[0]), columns.units[0] * g, want[r]);
-              continue;
-            }
-            float sum = 0;
-            for (size_t i = 0; i < sums.size(); ++i) {
-              ASSERT_LT(std::abs(sums[i]), 1 << 15);
-              sum = std::fma(static_cast<float>(sums[i]),
-                             columns.units[i] * static_cast<float>(columns.step), sum);
-            }
-            want[r] = std::fma(g, sum, want[r]);
-          }
-        }
-        for (int64_t r = 0; r < d_out; ++r) {
-          ASSERT_EQ(got[t * d_out + r], want[r]) << d_in << " " << d_out << " " << t << " " << r;
-        }
-      }
+      check_lookup(layer, normals(tokens * d_in, 3.0F), tokens);
+    }
+  }
+}
+
+// The same where sums are as large as they get: all columns of one size, or four alone, with the
+// signs of a row all alike, or alike but for a few.
+TEST_P(Kernels, LargestLookupSumsAreExact) {
+  const int64_t d_out = 70;
+  for (const int64_t d_in : {4, 32, 64, 100, 128, 192, 256, 11008}) {
+    if (table().input_bytes(d_in, 1, 1) == 0) {
+      GTEST_SKIP() << "no lookup here";
+    }
+    Layer layer = Layer::make(WeightFormat::kResidualBinary, d_out, d_in, 1);
+    const int64_t words = (d_in + 31) / 32;
+    for (int64_t i = 0; i < d_out * words; ++i) {
+      const int64_t row = i / words;
+      layer.signs[i] = (row % 2 == 0 ? 0U : ~0U) ^ (row < 2 ? 0U : 1U << (row % 32));
+    }
+    std::fill(layer.col_scale.begin(), layer.col_scale.end(), float_to_half(1.0F));
+    for (const float size : {0.7F, -1.0F, 1.0009F, 3e-20F, 1e30F}) {
+      Floats x(static_cast<size_t>(d_in), size);
+      check_lookup(layer, x, 1);
+      std::fill(x.begin() + 4, x.end(), 0.0F);
+      check_lookup(layer, x, 1);
+      x[1] = x[2] = x[3] = 0;
+      check_lookup(layer, x, 1);
     }
   }
 }
@@ -475,28 +509,36 @@ TEST_P(Kernels, LookupErrorsAreThoseOfRounding) {
 }
 
 TEST_P(Kernels, LookupOfNothingAndOfWhatIsNotFinite) {
-  const Layer layer = Layer::make(WeightFormat::kResidualBinary, 40, 70, 2);
-  if (table().input_bytes(70, 1, 2) == 0) {
-    GTEST_SKIP() << "no lookup here";
-  }
-  const auto product = [&](const Floats& x) {
-    const Prepared prepared(table(), layer, x, 1);
-    Floats y(40);
-    table().matmul(prepared.w, x.data(), prepared.input(), 1, y.data(), 0, 40, nullptr);
-    return y;
-  };
-  Floats x(70, 0.0F);
-  EXPECT_EQ(product(x), Floats(40, 0.0F));
-  for (const float value :
-       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-    x[33] = value;
-    for (const float y : product(x)) {
-      EXPECT_FALSE(std::isfinite(y));
+  for (const int64_t d_in : {70, 300}) {
+    const Layer layer = Layer::make(WeightFormat::kResidualBinary, 40, d_in, 2);
+    if (table().input_bytes(d_in, 1, 2) == 0) {
+      GTEST_SKIP() << "no lookup here";
     }
-  }
-  x.assign(70, 1e-38F);
-  for (const float y : product(x)) {
-    EXPECT_LT(std::abs(y), 1e-30F);
+    const auto product = [&](const Floats& x) {
+      const Prepared prepared(table(), layer, x, 1);
+      Floats y(40);
+      table().matmul(prepared.w, x.data(), prepared.input(), 1, y.data(), 0, 40, nullptr);
+      return y;
+    };
+    Floats x(static_cast<size_t>(d_in), 0.0F);
+    EXPECT_EQ(product(x), Floats(40, 0.0F));
+    for (const int64_t at : {int64_t{33}, d_in - 1}) {
+      for (const float value :
+           {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
+            -std::numeric_limits<float>::infinity()}) {
+        for (const float others : {0.0F, 1.0F}) {
+          x.assign(x.size(), others);
+          x[at] = value;
+          for (const float y : product(x)) {
+            EXPECT_FALSE(std::isfinite(y));
+          }
+        }
+      }
+    }
+    x.assign(x.size(), 1e-38F);
+    for (const float y : product(x)) {
+      EXPECT_LT(std::abs(y), 1e-30F);
+    }
   }
 }
 
