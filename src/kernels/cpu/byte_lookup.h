@@ -11,8 +11,10 @@
 // large column costs accuracy in its group alone. Sums of a group are exact, and those of groups
 // are added as floats.
 //
-// What the including file defines, B = kBytes rows at a time:
+// What the including file defines, B = kBytes rows at a time, at most a tile's:
 //   Bytes         a vector of B unsigned bytes, a GCC vector
+//   in_register   (bytes): must be in a register here, and is not computed in another way
+//   kTilesAtOnce  tiles whose sums the registers hold
 //   shuffle       (table, indices below 16): table's 16 bytes looked up in every 128-bit lane
 //   load_table    16 bytes, copied to every lane
 //   Sums          16-bit sums of B rows; start_sums(value) sets all
