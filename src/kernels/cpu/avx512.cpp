@@ -5,7 +5,7 @@
 
 #include <immintrin.h>
 
-#include "kernels/cpu/vec.h"
+#include "kernels/cpu/byte_tables_x86.h"
 
 namespace rabit::RABIT_ISA {
 namespace {

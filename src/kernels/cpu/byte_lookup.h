@@ -15,6 +15,9 @@
 //   Bytes         a vector of B unsigned bytes, a GCC vector
 //   in_register   (bytes): must be in a register here, and is not computed in another way
 //   kTilesAtOnce  tiles whose sums the registers hold
+//   tabulate_two  (q, to): of four columns and the next four the table's 32 bytes: the 16 sums of
+//                 their q, divided by 16, rounded with halves away from 0 (upwards they would shift
+//                 every sum of a row to the same side) and 2048 added, six bits in each half
 //   shuffle       (table, indices below 16): table's 16 bytes looked up in every 128-bit lane
 //   load_table    16 bytes, copied to every lane
 //   Sums          16-bit sums of B rows; start_sums(value) sets all
@@ -89,22 +92,6 @@ float unit_of(const float* scaled) {
   return four > 1e-30F ? (by_four > by_group ? by_four : by_group) : 0.0F;
 }
 
-// The 16 sums of four q in both halves.
-RABIT_INLINE void tabulate(const int16_t* q, uint8_t* table) {
-  typedef int16_t Sixteen __attribute__((vector_size(32)));
-  typedef uint8_t SixteenBytes __attribute__((vector_size(16), may_alias));
-  constexpr Sixteen k0 = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
-  constexpr Sixteen k1 = {-1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1};
-  constexpr Sixteen k2 = {-1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1};
-  constexpr Sixteen k3 = {-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1};
-  const Sixteen sums = (k0 * q[0] + k1 * q[1]) + (k2 * q[2] + k3 * q[3]);
-  // Halves away from 0: upwards they would shift every sum of a row to the same side.
-  const Sixteen biased = ((sums + 8 + (sums >> 15)) >> 4) + kBias;
-  auto* out = reinterpret_cast<SixteenBytes*>(table);
-  out[0] = __builtin_convertvector(biased & 63, SixteenBytes);
-  out[1] = __builtin_convertvector(biased >> 6, SixteenBytes);
-}
-
 void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input,
              int64_t word_begin, int64_t word_end) {
   const int64_t words = (w.d_in + 31) / 32;
@@ -115,30 +102,36 @@ void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input
     uint8_t* tables = out + scale_bytes(words);
     for (int64_t group = word_begin / kGroupWords; group * kGroupWords < word_end; ++group) {
       const int64_t first = group * kGroupWords, column = first * 32;
-      alignas(64) float scaled[kGroupColumns] = {};
-      for (int64_t c = 0; c < smaller(kGroupColumns, w.d_in - column); c += kLanes) {
-        const int64_t at = column + c, left = w.d_in - at;
-        store(scaled + c, left >= kLanes
-                              ? load_finite_half(h + at) * load(in + at)
-                              : load_finite_half_part(h + at, left) * load_part(in + at, left));
+      alignas(64) float scaled[kGroupColumns];
+      if (w.d_in - column >= kGroupColumns) {
+        for (int64_t c = 0; c < kGroupColumns; c += kLanes) {
+          store(scaled + c, load_finite_half(h + column + c) * load(in + column + c));
+        }
+      } else {
+        for (int64_t c = 0; c < kGroupColumns; c += kLanes) {
+          const int64_t at = column + c, left = smaller(kLanes, larger(0, w.d_in - at));
+          store(scaled + c, load_finite_half_part(h + at, left) * load_part(in + at, left));
+        }
       }
       const float unit = unit_of(scaled);
-      const bool usable = unit > 0 && unit < __builtin_inff();
-      const float units = usable ? 1 / unit : 0.0F;
-      int16_t q[kGroupColumns];
-      for (int64_t c = 0; c < kGroupColumns; ++c) {
-        // Where there is no unit all q are 0, and the scale makes NaN of infinity and NaN.
-        const float in_units = usable ? scaled[c] * units : 0.0F;
-        q[c] = static_cast<int16_t>(static_cast<int32_t>(__builtin_rintf(in_units)));
+      alignas(64) int16_t q[kGroupColumns];
+      // Where there is no unit all q are 0, and the scale makes NaN of infinity and NaN.
+      if (unit > 0 && unit < __builtin_inff()) {
+        const float units = 1 / unit;
+        for (int64_t c = 0; c < kGroupColumns; ++c) {
+          q[c] = static_cast<int16_t>(static_cast<int32_t>(__builtin_rintf(scaled[c] * units)));
+        }
+      } else {
+        __builtin_memset(q, 0, sizeof(q));
       }
       if (first >= word_begin) {
         reinterpret_cast<float*>(out)[group] = unit * 16;
       }
       const int64_t end = smaller(word_end, first + kGroupWords);
       for (int64_t word = larger(first, word_begin); word < end; ++word) {
-        for (int64_t nibble = 0; nibble < 8; ++nibble) {
-          tabulate(q + (word - first) * 32 + nibble * 4,
-                   tables + word * kWordTables + nibble * kNibbleTable);
+        for (int64_t nibble = 0; nibble < 8; nibble += 2) {
+          tabulate_two(q + (word - first) * 32 + nibble * 4,
+                       tables + word * kWordTables + nibble * kNibbleTable);
         }
       }
     }

@@ -25,6 +25,31 @@ RABIT_INLINE Bytes load_table(const uint8_t* from) {
   return reinterpret_cast<Bytes>(vld1q_u8(from));
 }
 
+// The sums with the last column added, the upper eight of a table, and from them the lower eight,
+// which are their opposites backwards.
+RABIT_INLINE void tabulate_two(const int16_t* q, uint8_t* tables) {
+  constexpr int16x8_t k0 = {-1, 1, -1, 1, -1, 1, -1, 1}, k1 = {-1, -1, 1, 1, -1, -1, 1, 1},
+                      k2 = {-1, -1, -1, -1, 1, 1, 1, 1}, k3 = {1, 1, 1, 1, 1, 1, 1, 1};
+#pragma GCC unroll 2
+  for (int nibble = 0; nibble < 2; ++nibble) {
+    const int16x4_t four = vld1_s16(q + 4 * nibble);
+    int16x8_t sums = vmulq_lane_s16(k0, four, 0);
+    sums = vmlaq_lane_s16(sums, k1, four, 1);
+    sums = vmlaq_lane_s16(sums, k2, four, 2);
+    sums = vmlaq_lane_s16(sums, k3, four, 3);
+    // A sixteenth, rounded, halves away from 0.
+    const int16x8_t rounded = vrshrq_n_s16(vsraq_n_s16(sums, sums, 15), 4);
+    const int16x8_t swapped = vrev64q_s16(rounded), bias = vdupq_n_s16(2048);
+    const uint16x8_t upper = vreinterpretq_u16_s16(vaddq_s16(bias, rounded));
+    const uint16x8_t lower = vreinterpretq_u16_s16(vsubq_s16(bias, vextq_s16(swapped, swapped, 4)));
+    const uint16x8_t low_bits = vdupq_n_u16(63);
+    uint8_t* to = tables + 32 * nibble;
+    vst1q_u8(to, vcombine_u8(vmovn_u16(vandq_u16(lower, low_bits)),
+                             vmovn_u16(vandq_u16(upper, low_bits))));
+    vst1q_u8(to + 16, vcombine_u8(vshrn_n_u16(lower, 6), vshrn_n_u16(upper, 6)));
+  }
+}
+
 // Rows 0 to 7, rows 8 to 15.
 struct Sums {
   int16x8_t first, second;
