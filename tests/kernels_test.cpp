@@ -14,6 +14,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <tuple>
 
 #include "base/half.h"
 
@@ -220,13 +221,13 @@ class Prepared {
       w.dense = to;
       w.order = SignOrder::kTiles;
     }
-    if (w.format == WeightFormat::kResidualBinary && table.sign_order == SignOrder::kTiles) {
+    if (w.format == WeightFormat::kResidualBinary && table.sign_order != SignOrder::kRows) {
       signs_ = std::make_unique<Scratch>(tiles * kTileRows * w.paths * words);
       auto* to = reinterpret_cast<uint32_t*>(signs_->data());
-      tile_signs(layer.w, 0, tiles / 2, to);
-      tile_signs(layer.w, tiles / 2, tiles, to);
+      tile_signs(layer.w, table.sign_order, 0, tiles / 2, to);
+      tile_signs(layer.w, table.sign_order, tiles / 2, tiles, to);
       w.signs = to;
-      w.order = SignOrder::kTiles;
+      w.order = table.sign_order;
     }
     if (const int64_t bytes = table.input_bytes(w, tokens); bytes > 0) {
       EXPECT_EQ(bytes % 64, 0);
@@ -242,24 +243,83 @@ class Prepared {
   std::unique_ptr<Scratch> signs_, input_;
 };
 
-// Largest sum of |h x| over four neighbouring columns of a path, as kernels by lookup take it.
-float largest_sum(const Layer& layer, int64_t path, const float* x) {
-  float largest = 0;
-  for (int64_t c = 0; c < layer.w.d_in; c += 4) {
-    std::array<float, 4> size{};
-    for (int64_t i = 0; i < std::min<int64_t>(4, layer.w.d_in - c); ++i) {
-      size[i] = std::abs(half_to_float(layer.col_scale[path * layer.w.d_in + c + i]) * x[c + i]);
+/// Columns of one path times scales in integers, as kernels by lookup of an order take them: the
+/// sum of four neighbouring columns is rounded to a multiple of `step`, and sums over a group of
+/// columns count in the group's unit.
+struct Quantized {
+  int64_t group = 0, step = 1;  // columns; units
+  std::vector<int64_t> q;       // (d_in)
+  Floats units;                 // of q, by group
+
+  Quantized(SignOrder order, const Layer& layer, int64_t path, const float* x) {
+    const int64_t d_in = layer.w.d_in;
+    const bool bytes = order == SignOrder::kByteTiles;
+    group = bytes ? 128 : (d_in + 3) / 4 * 4;
+    step = bytes ? 16 : 1;
+    for (int64_t begin = 0; begin < d_in; begin += group) {
+      Floats scaled(static_cast<size_t>(group)), fours;
+      for (int64_t c = 0; c < std::min(group, d_in - begin); ++c) {
+        scaled[c] = half_to_float(layer.col_scale[path * d_in + begin + c]) * x[begin + c];
+      }
+      for (int64_t c = 0; c < group; c += 4) {
+        fours.push_back((std::abs(scaled[c]) + std::abs(scaled[c + 1])) +
+                        (std::abs(scaled[c + 2]) + std::abs(scaled[c + 3])));
+      }
+      const float largest = *std::max_element(fours.begin(), fours.end());
+      float in_units = 32765.0F / largest;
+      units.push_back(largest / 32765.0F);
+      if (bytes) {  // the sum over a group has a bound of its own
+        std::array<float, 16> parts{};
+        for (int64_t c = 0; c < group; ++c) {
+          parts[c % 16] += std::abs(scaled[c]);
+        }
+        for (size_t half = 8; half > 0; half /= 2) {
+          for (size_t i = 0; i < half; ++i) {
+            parts[i] += parts[i + half];
+          }
+        }
+        units.back() = largest > 1e-30F ? std::max(largest / 32750.0F, parts[0] / 523000.0F) : 0.0F;
+        in_units = 1 / units.back();
+      }
+      for (int64_t c = 0; c < std::min(group, d_in - begin); ++c) {
+        q.push_back(scaled[c] == 0 ? 0
+                                   : static_cast<int64_t>(std::nearbyint(scaled[c] * in_units)));
+      }
     }
-    largest = std::max(largest, (size[0] + size[1]) + (size[2] + size[3]));
   }
-  return largest;
-}
+
+  /// Sums over the groups of a row in units of steps; signs: the row's.
+  std::vector<int64_t> sums(const uint32_t* signs) const {
+    std::vector<int64_t> sums(units.size());
+    const auto d_in = static_cast<int64_t>(q.size());
+    for (int64_t c = 0; c < d_in; c += 4) {
+      int64_t four = 0;
+      for (int64_t i = c; i < std::min(c + 4, d_in); ++i) {
+        four += (signs[i / 32] >> (i % 32)) & 1U ? q[i] : -q[i];
+      }
+      sums[c / group] += step == 1 ? four : std::lround(static_cast<double>(four) / step);
+    }
+    return sums;
+  }
+
+  /// What rounding puts a row's sum off by: errors of random direction, each this part of a unit.
+  double rounding(double part) const {
+    double squares = 0;
+    for (size_t i = 0; i < units.size(); ++i) {
+      const auto columns = std::min<double>(group, q.size() - i * group);
+      const double column = part * units[i], four = step == 1 ? 0 : part * step * units[i];
+      squares += columns * column * column + std::ceil(columns / 4) * four * four;
+    }
+    return std::sqrt(squares);
+  }
+};
 
 class Kernels : public testing::TestWithParam<const KernelTable*> {
  protected:
   const KernelTable& table() const { return *GetParam(); }
 
-  /// What tables of integer sums may be off by: half a unit in every column, in random directions.
+  /// What tables of integer sums may be off by: half a unit wherever they round, in random
+  /// directions.
   std::vector<double> tolerance_of(const Layer& layer, const Floats& x, int64_t tokens) const {
     std::vector<double> tolerance = matmul_tolerance(layer, x, tokens);
     const LinearWeights& w = layer.w;
@@ -279,11 +339,11 @@ class Kernels : public testing::TestWithParam<const KernelTable*> {
     }
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t path = 0; path < w.paths; ++path) {
-        const double unit = largest_sum(layer, path, x.data() + t * w.d_in) / 32765.0;
+        const double off =
+            Quantized(table().sign_order, layer, path, x.data() + t * w.d_in).rounding(0.5);
         for (int64_t r = 0; r < w.d_out; ++r) {
           tolerance[t * w.d_out + r] +=
-              kSafety * 0.5 * unit * std::sqrt(static_cast<double>(w.d_in)) *
-              std::abs(half_to_float(layer.row_scale[path * w.d_out + r]));
+              kSafety * off * std::abs(half_to_float(layer.row_scale[path * w.d_out + r]));
         }
       }
     }
@@ -306,6 +366,41 @@ class Kernels : public testing::TestWithParam<const KernelTable*> {
     EXPECT_TRUE(guards_hold(got));
     EXPECT_LE(worst(got.data(), want.data(), tolerance_of(layer, x, tokens).data(), tokens * d_out),
               1);
+  }
+
+  /// The bits of a product by lookup, against a scalar computation of the same integers.
+  void check_lookup(const Layer& layer, const Floats& x, int64_t tokens) {
+    const auto [d_out, d_in, paths] = std::tuple(layer.w.d_out, layer.w.d_in, layer.w.paths);
+    const int64_t words = (d_in + 31) / 32;
+    const Prepared prepared(table(), layer, x, tokens);
+    Floats got = guarded(tokens * d_out);
+    table().matmul(prepared.w, x.data(), prepared.input(), tokens, got.data(), 0, d_out, nullptr);
+    EXPECT_TRUE(guards_hold(got));
+    for (int64_t t = 0; t < tokens; ++t) {
+      Floats want(static_cast<size_t>(d_out), 0.0F);
+      for (int64_t path = 0; path < paths; ++path) {
+        const Quantized columns(table().sign_order, layer, path, x.data() + t * d_in);
+        for (int64_t r = 0; r < d_out; ++r) {
+          const std::vector<int64_t> sums =
+              columns.sums(layer.signs.data() + (path * d_out + r) * words);
+          const float g = half_to_float(layer.row_scale[path * d_out + r]);
+          if (table().sign_order == SignOrder::kTiles) {
+            want[r] = std::fma(static_cast<float>(sums[0]), columns.units[0] * g, want[r]);
+            continue;
+          }
+          float sum = 0;
+          for (size_t i = 0; i < sums.size(); ++i) {
+            ASSERT_LT(std::abs(sums[i]), 1 << 15);
+            sum = std::fma(static_cast<float>(sums[i]),
+                           columns.units[i] * static_cast<float>(columns.step), sum);
+          }
+          want[r] = std::fma(g, sum, want[r]);
+        }
+      }
+      for (int64_t r = 0; r < d_out; ++r) {
+        ASSERT_EQ(got[t * d_out + r], want[r]) << d_in << " " << d_out << " " << t << " " << r;
+      }
+    }
   }
 };
 
@@ -428,8 +523,9 @@ TEST_P(Kernels, MatmulWritesItsRowsOnly) {
 
 // The sums of integers are exact: the same bits as a scalar computation of them.
 TEST_P(Kernels, LookupSumsAreExact) {
-  for (const int64_t d_in : {1, 3, 4, 31, 32, 33, 63, 64, 65, 127, 576, 4096, 11008}) {
-    for (const int64_t d_out : {1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200}) {
+  for (const int64_t d_in :
+       {1, 3, 4, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 576, 4096, 11008}) {
+    for (const int64_t d_out : {1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 257, 321}) {
       if (d_in > 600 && d_out > 129) {
         continue;
       }
@@ -439,33 +535,33 @@ TEST_P(Kernels, LookupSumsAreExact) {
       if (table().input_bytes(layer.w, tokens) == 0) {
         GTEST_SKIP() << "no lookup here";
       }
-      const Floats x = normals(tokens * d_in, 3.0F);
-      const Prepared prepared(table(), layer, x, tokens);
-      Floats got = guarded(tokens * d_out);
-      table().matmul(prepared.w, x.data(), prepared.input(), tokens, got.data(), 0, d_out, nullptr);
-      EXPECT_TRUE(guards_hold(got));
-      const int64_t words = (d_in + 31) / 32;
-      for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t r = 0; r < d_out; ++r) {
-          float want = 0;
-          for (int64_t path = 0; path < paths; ++path) {
-            const float largest = largest_sum(layer, path, x.data() + t * d_in);
-            const float unit = 32765.0F / largest;
-            int64_t sum = 0;
-            for (int64_t c = 0; c < d_in; ++c) {
-              const float scaled =
-                  half_to_float(layer.col_scale[path * d_in + c]) * x[t * d_in + c];
-              const auto q = static_cast<int64_t>(std::nearbyint(scaled * unit));
-              const uint32_t word = layer.signs[(path * d_out + r) * words + c / 32];
-              sum += (word >> (c % 32)) & 1U ? q : -q;
-            }
-            const float scale =
-                largest / 32765.0F * half_to_float(layer.row_scale[path * d_out + r]);
-            want = std::fma(static_cast<float>(sum), scale, want);
-          }
-          ASSERT_EQ(got[t * d_out + r], want) << d_in << " " << d_out << " " << t << " " << r;
-        }
-      }
+      check_lookup(layer, normals(tokens * d_in, 3.0F), tokens);
+    }
+  }
+}
+
+// The same where sums are as large as they get: all columns of one size, or four alone, with the
+// signs of a row all alike, or alike but for a few.
+TEST_P(Kernels, LargestLookupSumsAreExact) {
+  const int64_t d_out = 70;
+  for (const int64_t d_in : {4, 32, 64, 100, 128, 192, 256, 11008}) {
+    Layer layer = Layer::make(WeightFormat::kResidualBinary, d_out, d_in, 1);
+    if (table().input_bytes(layer.w, 1) == 0) {
+      GTEST_SKIP() << "no lookup here";
+    }
+    const int64_t words = (d_in + 31) / 32;
+    for (int64_t i = 0; i < d_out * words; ++i) {
+      const int64_t row = i / words;
+      layer.signs[i] = (row % 2 == 0 ? 0U : ~0U) ^ (row < 2 ? 0U : 1U << (row % 32));
+    }
+    std::fill(layer.col_scale.begin(), layer.col_scale.end(), float_to_half(1.0F));
+    for (const float size : {0.7F, -1.0F, 1.0009F, 3e-20F, 1e30F}) {
+      Floats x(static_cast<size_t>(d_in), size);
+      check_lookup(layer, x, 1);
+      std::fill(x.begin() + 4, x.end(), 0.0F);
+      check_lookup(layer, x, 1);
+      x[1] = x[2] = x[3] = 0;
+      check_lookup(layer, x, 1);
     }
   }
 }
@@ -485,9 +581,34 @@ TEST_P(Kernels, WithoutLookup) {
   }
 }
 
+// Rounding errors are evenly spread and have no preferred direction, which would make them grow
+// with the columns rather than with their root.
+TEST_P(Kernels, LookupErrorsAreThoseOfRounding) {
+  const int64_t d_out = 256, d_in = 4096;
+  const Layer layer = Layer::make(WeightFormat::kResidualBinary, d_out, d_in, 1);
+  if (table().input_bytes(layer.w, 1) == 0) {
+    GTEST_SKIP() << "no lookup here";
+  }
+  const Floats x = normals(d_in), want = reference_product(layer, x, 1);
+  const Prepared prepared(table(), layer, x, 1);
+  Floats got(static_cast<size_t>(d_out));
+  table().matmul(prepared.w, x.data(), prepared.input(), 1, got.data(), 0, d_out, nullptr);
+  const double expected =
+      Quantized(table().sign_order, layer, 0, x.data()).rounding(1 / std::sqrt(12));
+  double squares = 0;
+  for (int64_t r = 0; r < d_out; ++r) {
+    const double off = (got[r] - want[r]) / half_to_float(layer.row_scale[r]) / expected;
+    squares += off * off / d_out;
+  }
+  EXPECT_GT(squares, 0.7);
+  EXPECT_LT(squares, 1.4);
+}
+
 TEST_P(Kernels, IntegersOfNothingAndOfWhatIsNotFinite) {
-  for (const WeightFormat format : {WeightFormat::kQ8_0, WeightFormat::kResidualBinary}) {
-    const int64_t d_in = format == WeightFormat::kQ8_0 ? 64 : 70;
+  for (const auto& [format, d_in] :
+       {std::pair<WeightFormat, int64_t>{WeightFormat::kResidualBinary, 70},
+        {WeightFormat::kResidualBinary, 300},
+        {WeightFormat::kQ8_0, 64}}) {
     const Layer layer = Layer::make(format, 40, d_in, 2);
     if (table().input_bytes(layer.w, 1) == 0) {
       GTEST_SKIP() << "no sums of integers here";
@@ -500,14 +621,20 @@ TEST_P(Kernels, IntegersOfNothingAndOfWhatIsNotFinite) {
     };
     Floats x(static_cast<size_t>(d_in), 0.0F);
     EXPECT_EQ(product(x), Floats(40, 0.0F));
-    for (const float value :
-         {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-      x[33] = value;
-      for (const float y : product(x)) {
-        EXPECT_FALSE(std::isfinite(y));
+    for (const int64_t at : {int64_t{33}, d_in - 1}) {
+      for (const float value :
+           {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
+            -std::numeric_limits<float>::infinity()}) {
+        for (const float others : {0.0F, 1.0F}) {
+          x.assign(x.size(), others);
+          x[at] = value;
+          for (const float y : product(x)) {
+            EXPECT_FALSE(std::isfinite(y));
+          }
+        }
       }
     }
-    x.assign(static_cast<size_t>(d_in), 1e-38F);
+    x.assign(x.size(), 1e-38F);
     for (const float y : product(x)) {
       EXPECT_LT(std::abs(y), 1e-30F);
     }
@@ -687,6 +814,48 @@ TEST(KernelTables, NamesAreDistinctAndPortableIsLast) {
   for (size_t i = 1; i < tables.size(); ++i) {
     EXPECT_NE(tables[i]->name, tables[i - 1]->name);
     EXPECT_NE(tables[i]->matmul, tables[i - 1]->matmul);
+  }
+}
+
+// Every bit where the order says, nothing outside the tiles asked for; the reference reads them
+// all.
+TEST(TileSigns, PutEveryBitInItsPlace) {
+  for (const SignOrder order : {SignOrder::kTiles, SignOrder::kByteTiles}) {
+    for (const auto& [d_out, d_in] : {std::pair<int64_t, int64_t>{1, 1}, {64, 32}, {150, 70}}) {
+      const int64_t paths = 3, words = (d_in + 31) / 32, tiles = sign_tiles(d_out);
+      const int64_t tile_words = paths * words * kTileRows;
+      const Layer layer = Layer::make(WeightFormat::kResidualBinary, d_out, d_in, paths);
+      constexpr uint32_t kUntouched = 0xA5A5A5A5U;
+      std::vector<uint32_t> tiled(static_cast<size_t>(tiles * tile_words), kUntouched);
+      tile_signs(layer.w, order, tiles / 2, tiles, tiled.data());
+      for (int64_t i = 0; i < tiles / 2 * tile_words; ++i) {
+        ASSERT_EQ(tiled[i], kUntouched);
+      }
+      tile_signs(layer.w, order, 0, tiles / 2, tiled.data());
+      for (int64_t path = 0; path < paths; ++path) {
+        for (int64_t row = 0; row < tiles * kTileRows; ++row) {
+          for (int64_t word = 0; word < words; ++word) {
+            const int64_t first = (row / 64 * paths + path) * words + word;
+            uint32_t got = tiled[first * 64 + row % 64];
+            if (order == SignOrder::kByteTiles) {
+              got = 0;
+              for (int64_t byte = 0; byte < 4; ++byte) {
+                const int64_t at = (first * 4 + byte) * 64 + row % 64;
+                got |= (tiled[at / 4] >> (at % 4 * 8) & 0xFFU) << (byte * 8);
+              }
+            }
+            ASSERT_EQ(got, row < d_out ? layer.signs[(path * d_out + row) * words + word] : 0U);
+          }
+        }
+      }
+      const Floats x = normals(d_in), want = reference_product(layer, x, 1);
+      LinearWeights w = layer.w;
+      w.signs = tiled.data();
+      w.order = order;
+      Floats y(static_cast<size_t>(d_out));
+      reference_kernels().matmul(w, x.data(), nullptr, 1, y.data(), 0, d_out, nullptr);
+      EXPECT_EQ(y, want);
+    }
   }
 }
 

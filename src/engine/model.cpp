@@ -82,7 +82,7 @@ Status arrange(Linear& linear, SignOrder order, ThreadPool& pool) {
                Buffer::make(static_cast<uint64_t>(tiles * kTileRows * w.paths * words),
                             sizeof(uint32_t), "packed signs"));
   pool.parallel_for(tiles, 1, [&](int64_t begin, int64_t end, int) {
-    tile_signs(w, begin, end, buffer.as<uint32_t>());
+    tile_signs(w, order, begin, end, buffer.as<uint32_t>());
   });
   w.signs = buffer.as<uint32_t>();
   w.order = order;

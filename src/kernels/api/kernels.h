@@ -16,12 +16,14 @@ enum class WeightFormat { kF32, kF16, kQ8_0, kQ4_0, kResidualBinary };
 /// How packed signs lie, words = ceil(d_in/32) of 32 columns. kRows: as in a file, (k, d_out,
 /// words). kTiles: (ceil(d_out/kTileRows), k, words, kTileRows), words of rows beyond d_out zero,
 /// so that a register takes the words of neighbouring rows and a product goes straight through
-/// memory.
+/// memory. kByteTiles: the same with the bytes of a word apart, lowest first:
+/// (ceil(d_out/kTileRows), k, words, 4, kTileRows) bytes, so that a register takes the same eight
+/// columns of neighbouring rows.
 ///
-/// Q8_0 has the same two. kTiles: (ceil(d_out/kTileRows), d_in/32) tiles of kBlockTileBytes, each
+/// Q8_0 has the first two. kTiles: (ceil(d_out/kTileRows), d_in/32) tiles of kBlockTileBytes, each
 /// the scales of its rows (kTileRows), then 4 columns of all rows, the next 4, and so on, (8,
 /// kTileRows, 4), with 128 added to each value; rows beyond d_out zero, scales too.
-enum class SignOrder { kRows, kTiles };
+enum class SignOrder { kRows, kTiles, kByteTiles };
 inline constexpr int64_t kTileRows = 64;
 constexpr int64_t sign_tiles(int64_t d_out) { return (d_out + kTileRows - 1) / kTileRows; }
 inline constexpr int64_t kBlockTileBytes = 34 * kTileRows;
@@ -66,7 +68,7 @@ struct AttentionInput {
 struct KernelTable {
   std::string_view name;
 
-  /// The order of packed signs, and of Q8_0, that matmul takes; the reference takes both.
+  /// The order of packed signs, and of Q8_0, that matmul takes; the reference takes all.
   SignOrder sign_order;
   SignOrder block_order;
   /// Bytes that prepare() makes of the input of a product with weights of this format, d_in and
@@ -116,17 +118,19 @@ struct KernelTable {
   double (*cross_entropy)(const float* logits, int64_t vocab, int32_t target);
 };
 
-/// Tiles [begin, end) of signs in kTiles order, from weights in kRows order. `to`: the first of all
-/// tiles.
-void tile_signs(const LinearWeights& rows, int64_t begin, int64_t end, uint32_t* to);
-/// The same of Q8_0, tiles of kTileRows rows.
+/// Tiles [begin, end) of signs in `order`, kTiles or kByteTiles, from weights in kRows order. `to`:
+/// the first of all tiles.
+void tile_signs(const LinearWeights& rows, SignOrder order, int64_t begin, int64_t end,
+                uint32_t* to);
+/// The same of Q8_0 in kTiles.
 void tile_blocks(const LinearWeights& rows, int64_t begin, int64_t end, uint8_t* to);
 
 /// The scalar reference: plain loops, sums in double. The oracle of every other table.
 const KernelTable& reference_kernels();
 
-/// Portable vector code, compiled once per instruction set that the compiler targets here.
-/// Best first; every entry runs on this machine.
+/// Products by lookup, compiled once per instruction set that has the shuffles, then portable
+/// vector code, once per instruction set that the compiler targets here. Best first; every entry
+/// runs on this machine.
 std::vector<const KernelTable*> cpu_kernels();
 
 }  // namespace rabit

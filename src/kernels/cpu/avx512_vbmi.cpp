@@ -327,7 +327,7 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
     return;
   }
   if (input == nullptr) {
-    binary_many(w, x, tokens, y, row_begin, row_end, scratch);
+    binary_many<WordSigns>(w, x, tokens, y, row_begin, row_end, scratch);
     return;
   }
   const int64_t token_bytes = w.paths * path_bytes((w.d_in + 31) / 32);
@@ -351,10 +351,6 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
       run(product, tile, token);
     }
   }
-}
-
-int64_t lookup_scratch(int64_t d_in, int64_t tokens, int64_t paths) {
-  return larger(matmul_scratch(d_in, tokens, paths), matmul_scratch(d_in, kFewTokens + 1, paths));
 }
 
 }  // namespace

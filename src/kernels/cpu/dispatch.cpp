@@ -1,4 +1,4 @@
-// Which compiled copies of the portable kernels run on this machine. __builtin_cpu_supports says
+// Which compiled copies of the kernels run on this machine. __builtin_cpu_supports says
 // yes only if the operating system also saves the registers of the set.
 #include "kernels/api/kernels.h"
 
@@ -14,7 +14,18 @@ extern const KernelTable kTable;
 namespace cpu_v4 {
 extern const KernelTable kTable;
 }
+namespace cpu_avx2 {
+extern const KernelTable kTable;
+}
+namespace cpu_avx512 {
+extern const KernelTable kTable;
+}
 namespace cpu_vbmi {
+extern const KernelTable kTable;
+}
+#endif
+#ifdef RABIT_AARCH64
+namespace cpu_neon {
 extern const KernelTable kTable;
 }
 #endif
@@ -32,11 +43,20 @@ std::vector<const KernelTable*> cpu_kernels() {
     tables.push_back(&cpu_vbmi::kTable);
   }
   if (v4) {
+    tables.push_back(&cpu_avx512::kTable);
+  }
+  if (v3) {
+    tables.push_back(&cpu_avx2::kTable);
+  }
+  if (v4) {
     tables.push_back(&cpu_v4::kTable);
   }
   if (v3) {
     tables.push_back(&cpu_v3::kTable);
   }
+#endif
+#ifdef RABIT_AARCH64
+  tables.push_back(&cpu_neon::kTable);
 #endif
   tables.push_back(&cpu_base::kTable);
   return tables;

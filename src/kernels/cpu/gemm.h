@@ -215,26 +215,44 @@ RABIT_INLINE Vec flip(Vec v, UintVec bits) {
   return reinterpret_cast<Vec>(reinterpret_cast<UintVec>(v) ^ bits);
 }
 
-/// Where packed signs lie, in words.
-struct SignPlaces {
+/// The flips of kLanes columns from `column` on, a multiple of kLanes; signs in kRows or kTiles
+/// order.
+struct WordSigns {
+  const uint32_t* signs;
   int64_t path, tile, row, word;  // distances between neighbours
-  RABIT_INLINE int64_t at(int64_t p, int64_t r, int64_t w) const {
-    return p * path + r / kTileRows * tile + r % kTileRows * row + w * word;
+  explicit WordSigns(const LinearWeights& w) : signs(w.signs) {
+    const int64_t words = (w.d_in + 31) / 32;
+    const bool rows = w.order == SignOrder::kRows;
+    path = rows ? w.d_out * words : words * kTileRows;
+    tile = rows ? kTileRows * words : w.paths * words * kTileRows;
+    row = rows ? words : 1;
+    word = rows ? 1 : kTileRows;
+  }
+  RABIT_INLINE UintVec flips_at(int64_t p, int64_t r, int64_t column) const {
+    const int64_t at = p * path + r / kTileRows * tile + r % kTileRows * row + column / 32 * word;
+    return flips(signs[at], column % 32);
   }
 };
 
-RABIT_INLINE SignPlaces places_of(const LinearWeights& w) {
-  const int64_t words = (w.d_in + 31) / 32;
-  if (w.order == SignOrder::kRows) {
-    return {w.d_out * words, kTileRows * words, words, 1};
+/// The same of signs in kByteTiles order.
+struct ByteSigns {
+  const uint8_t* signs;
+  int64_t path, tile;  // distances between neighbours
+  explicit ByteSigns(const LinearWeights& w)
+      : signs(reinterpret_cast<const uint8_t*>(w.signs)),
+        path((w.d_in + 31) / 32 * 4 * kTileRows),
+        tile(w.paths * path) {}
+  RABIT_INLINE UintVec flips_at(int64_t p, int64_t r, int64_t column) const {
+    const uint8_t* at =
+        signs + p * path + r / kTileRows * tile + r % kTileRows + column / 8 * kTileRows;
+    const uint32_t bits = kLanes == 16 ? at[0] | at[kTileRows] << 8 : at[0];
+    return flips(bits, column % 8);
   }
-  return {words * kTileRows, w.paths * words * kTileRows, 1, kTileRows};
-}
+};
 
-template <int kPaths>
+template <int kPaths, typename Signs>
 struct BinaryRows {
-  const uint32_t* signs;
-  SignPlaces places;
+  Signs signs;
   const uint16_t* row_scale;  // F16 (k, d_out)
   const float* h;             // (k, h_stride), zeros after d_in
   int64_t d_out, h_stride;
@@ -242,8 +260,8 @@ struct BinaryRows {
     Vec sum = {};
 #pragma GCC unroll 4
     for (int path = 0; path < kPaths; ++path) {
-      const uint32_t word = signs[places.at(path, row, column / 32)];
-      const Vec signed_h = flip(load(h + path * h_stride + column), flips(word, column % 32));
+      const Vec signed_h =
+          flip(load(h + path * h_stride + column), signs.flips_at(path, row, column));
       sum += finite_half(row_scale[path * d_out + row]) * signed_h;
     }
     return sum;

@@ -242,27 +242,29 @@ void binary_few(const LinearWeights& w, const float* x, int64_t tokens, float* y
   }
 }
 
-template <int kPaths>
-void binary_many(const LinearWeights& w, const float* x, int64_t tokens, float* y,
-                 int64_t row_begin, int64_t row_end, float* scratch) {
+template <int kPaths, typename Signs>
+void binary_many_paths(const LinearWeights& w, const float* x, int64_t tokens, float* y,
+                       int64_t row_begin, int64_t row_end, float* scratch) {
   const int64_t words = (w.d_in + 31) / 32;
   float* h = scratch + kGemmScratch;
   decode_columns(w, words * 32, h);
-  const BinaryRows<kPaths> rows = {w.signs, places_of(w), w.row_scale, h, w.d_out, words * 32};
+  const BinaryRows<kPaths, Signs> rows = {Signs(w), w.row_scale, h, w.d_out, words * 32};
   gemm(rows, w.d_out, w.d_in, x, tokens, y, row_begin, row_end, scratch);
 }
 
+/// Signs: the reader of the signs' order, of gemm.h.
+template <typename Signs>
 void binary_many(const LinearWeights& w, const float* x, int64_t tokens, float* y,
                  int64_t row_begin, int64_t row_end, float* scratch) {
   switch (w.paths) {
     case 1:
-      return binary_many<1>(w, x, tokens, y, row_begin, row_end, scratch);
+      return binary_many_paths<1, Signs>(w, x, tokens, y, row_begin, row_end, scratch);
     case 2:
-      return binary_many<2>(w, x, tokens, y, row_begin, row_end, scratch);
+      return binary_many_paths<2, Signs>(w, x, tokens, y, row_begin, row_end, scratch);
     case 3:
-      return binary_many<3>(w, x, tokens, y, row_begin, row_end, scratch);
+      return binary_many_paths<3, Signs>(w, x, tokens, y, row_begin, row_end, scratch);
     default:
-      return binary_many<4>(w, x, tokens, y, row_begin, row_end, scratch);
+      return binary_many_paths<4, Signs>(w, x, tokens, y, row_begin, row_end, scratch);
   }
 }
 
@@ -298,7 +300,7 @@ void matmul(const LinearWeights& w, const float* x, const void* /*input*/, int64
   } else if (tokens <= kFewTokens) {
     binary_few(w, x, tokens, y, row_begin, row_end, scratch);
   } else {
-    binary_many(w, x, tokens, y, row_begin, row_end, scratch);
+    binary_many<WordSigns>(w, x, tokens, y, row_begin, row_end, scratch);
   }
 }
 
@@ -310,6 +312,11 @@ int64_t matmul_scratch(int64_t d_in, int64_t tokens, int64_t paths) {
   // Few tokens of tiles go through panels where there is no other product.
   const int64_t many = tokens > kFewTokens || paths == 0 ? kGemmScratch + paths * padded : 0;
   return larger(few, many);
+}
+
+/// For kernels by lookup: any number of tokens may come without a prepared input.
+int64_t lookup_scratch(int64_t d_in, int64_t tokens, int64_t paths) {
+  return larger(matmul_scratch(d_in, tokens, paths), matmul_scratch(d_in, kFewTokens + 1, paths));
 }
 
 }  // namespace

@@ -129,6 +129,8 @@ RABIT_INLINE float finite_half(uint16_t bits) {
   __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #define RABIT_SWAP(a) \
   __builtin_shufflevector(a, a, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
+#define RABIT_SWAP_PAIRS(a) \
+  __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
 #define RABIT_EVEN(a) \
   __builtin_shufflevector(a, a, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14)
 #define RABIT_ODD(a) \
@@ -139,6 +141,7 @@ constexpr IntVec kLaneIndex = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
 #define RABIT_LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
 #define RABIT_HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
 #define RABIT_SWAP(a) __builtin_shufflevector(a, a, 1, 0, 3, 2, 5, 4, 7, 6)
+#define RABIT_SWAP_PAIRS(a) __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5)
 #define RABIT_EVEN(a) __builtin_shufflevector(a, a, 0, 0, 2, 2, 4, 4, 6, 6)
 #define RABIT_ODD(a) __builtin_shufflevector(a, a, 1, 1, 3, 3, 5, 5, 7, 7)
 constexpr int kStages = 3;
@@ -147,6 +150,7 @@ constexpr IntVec kLaneIndex = {0, 1, 2, 3, 4, 5, 6, 7};
 #define RABIT_LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
 #define RABIT_HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
 #define RABIT_SWAP(a) __builtin_shufflevector(a, a, 1, 0, 3, 2)
+#define RABIT_SWAP_PAIRS(a) __builtin_shufflevector(a, a, 2, 3, 0, 1)
 #define RABIT_EVEN(a) __builtin_shufflevector(a, a, 0, 0, 2, 2)
 #define RABIT_ODD(a) __builtin_shufflevector(a, a, 1, 1, 3, 3)
 constexpr int kStages = 2;

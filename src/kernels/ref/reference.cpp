@@ -22,6 +22,23 @@ double scale_of(const int8_t* block) {
   return half_to_float(half);
 }
 
+/// Is the bit of a row and column set?
+bool sign_bit(const LinearWeights& w, int64_t path, int64_t row, int64_t column) {
+  const int64_t words = (w.d_in + 31) / 32, word = column / 32;
+  const int64_t tile_word = (row / kTileRows * w.paths + path) * words + word;
+  switch (w.order) {
+    case SignOrder::kRows:
+      return (w.signs[(path * w.d_out + row) * words + word] >> (column % 32)) & 1U;
+    case SignOrder::kTiles:
+      return (w.signs[tile_word * kTileRows + row % kTileRows] >> (column % 32)) & 1U;
+    case SignOrder::kByteTiles:
+      break;
+  }
+  const auto* bytes = reinterpret_cast<const uint8_t*>(w.signs);
+  const int64_t at = (tile_word * 4 + column % 32 / 8) * kTileRows + row % kTileRows;
+  return (bytes[at] >> (column % 8)) & 1;
+}
+
 double weight_at(const LinearWeights& w, int64_t row, int64_t column) {
   const int64_t at = row * w.d_in + column;
   switch (w.format) {
@@ -46,16 +63,9 @@ double weight_at(const LinearWeights& w, int64_t row, int64_t column) {
     case WeightFormat::kResidualBinary:
       break;
   }
-  const int64_t words = (w.d_in + 31) / 32;
   double sum = 0;
   for (int64_t path = 0; path < w.paths; ++path) {
-    const int64_t at_word =
-        w.order == SignOrder::kRows
-            ? (path * w.d_out + row) * words + column / 32
-            : ((row / kTileRows * w.paths + path) * words + column / 32) * kTileRows +
-                  row % kTileRows;
-    const uint32_t word = w.signs[at_word];
-    const double sign = (word >> (column % 32)) & 1U ? 1.0 : -1.0;
+    const double sign = sign_bit(w, path, row, column) ? 1.0 : -1.0;
     sum += sign * static_cast<double>(half_to_float(w.row_scale[path * w.d_out + row])) *
            static_cast<double>(half_to_float(w.col_scale[path * w.d_in + column]));
   }
