@@ -38,7 +38,7 @@ die() {
 }
 
 packages=(g++ cmake ninja-build ccache git python3 python3-venv nlohmann-json3-dev libcli11-dev
-  libfmt-dev libpcre2-dev libssl-dev libarchive-dev libgtest-dev)
+  libfmt-dev libpcre2-dev libssl-dev libarchive-dev libgtest-dev libbenchmark-dev)
 # For the test of the kernels for 64-bit ARM, which is skipped without them.
 [[ $(uname -m) != x86_64 ]] || packages+=(g++-aarch64-linux-gnu qemu-user)
 torch_version=2.11.0

@@ -213,15 +213,15 @@ class Prepared {
   Prepared(const KernelTable& table, const Layer& layer, const Floats& x, int64_t tokens)
       : w(layer.w) {
     const int64_t words = (w.d_in + 31) / 32, tiles = sign_tiles(w.d_out);
-    if (w.format == WeightFormat::kQ8_0 && table.block_order == SignOrder::kTiles) {
+    if (w.format == WeightFormat::kQ8_0 && table.block_order == WeightOrder::kTiles) {
       signs_ = std::make_unique<Scratch>(tiles * w.d_in / 32 * kBlockTileBytes / 4);
       auto* to = reinterpret_cast<uint8_t*>(signs_->data());
       tile_blocks(layer.w, 0, tiles / 2, to);
       tile_blocks(layer.w, tiles / 2, tiles, to);
       w.dense = to;
-      w.order = SignOrder::kTiles;
+      w.order = WeightOrder::kTiles;
     }
-    if (w.format == WeightFormat::kResidualBinary && table.sign_order != SignOrder::kRows) {
+    if (w.format == WeightFormat::kResidualBinary && table.sign_order != WeightOrder::kRows) {
       signs_ = std::make_unique<Scratch>(tiles * kTileRows * w.paths * words);
       auto* to = reinterpret_cast<uint32_t*>(signs_->data());
       tile_signs(layer.w, table.sign_order, 0, tiles / 2, to);
@@ -251,9 +251,9 @@ struct Quantized {
   std::vector<int64_t> q;       // (d_in)
   Floats units;                 // of q, by group
 
-  Quantized(SignOrder order, const Layer& layer, int64_t path, const float* x) {
+  Quantized(WeightOrder order, const Layer& layer, int64_t path, const float* x) {
     const int64_t d_in = layer.w.d_in;
-    const bool bytes = order == SignOrder::kByteTiles;
+    const bool bytes = order == WeightOrder::kByteTiles;
     group = bytes ? 128 : (d_in + 3) / 4 * 4;
     step = bytes ? 16 : 1;
     for (int64_t begin = 0; begin < d_in; begin += group) {
@@ -384,7 +384,7 @@ class Kernels : public testing::TestWithParam<const KernelTable*> {
           const std::vector<int64_t> sums =
               columns.sums(layer.signs.data() + (path * d_out + r) * words);
           const float g = half_to_float(layer.row_scale[path * d_out + r]);
-          if (table().sign_order == SignOrder::kTiles) {
+          if (table().sign_order == WeightOrder::kTiles) {
             want[r] = std::fma(static_cast<float>(sums[0]), columns.units[0] * g, want[r]);
             continue;
           }
@@ -820,7 +820,7 @@ TEST(KernelTables, NamesAreDistinctAndPortableIsLast) {
 // Every bit where the order says, nothing outside the tiles asked for; the reference reads them
 // all.
 TEST(TileSigns, PutEveryBitInItsPlace) {
-  for (const SignOrder order : {SignOrder::kTiles, SignOrder::kByteTiles}) {
+  for (const WeightOrder order : {WeightOrder::kTiles, WeightOrder::kByteTiles}) {
     for (const auto& [d_out, d_in] : {std::pair<int64_t, int64_t>{1, 1}, {64, 32}, {150, 70}}) {
       const int64_t paths = 3, words = (d_in + 31) / 32, tiles = sign_tiles(d_out);
       const int64_t tile_words = paths * words * kTileRows;
@@ -837,7 +837,7 @@ TEST(TileSigns, PutEveryBitInItsPlace) {
           for (int64_t word = 0; word < words; ++word) {
             const int64_t first = (row / 64 * paths + path) * words + word;
             uint32_t got = tiled[first * 64 + row % 64];
-            if (order == SignOrder::kByteTiles) {
+            if (order == WeightOrder::kByteTiles) {
               got = 0;
               for (int64_t byte = 0; byte < 4; ++byte) {
                 const int64_t at = (first * 4 + byte) * 64 + row % 64;

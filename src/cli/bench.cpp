@@ -2,6 +2,7 @@
 // Each row is repeated; a run before the first is not counted. Before every repetition the memory
 // is read once, so that both are measured under the same conditions.
 #include <fmt/format.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -33,6 +34,7 @@ struct Row {
   int64_t prompt = 0, generated = 0, depth = 0;
   int threads = 0;
   std::string kernels;
+  double load_seconds = 0;
   uint64_t weight_bytes = 0;      // of a token
   std::vector<double> samples;    // tokens per second, by repetition
   std::vector<double> bandwidth;  // bytes per second that could be read before each
@@ -142,17 +144,29 @@ Result<std::vector<Row>> measure(const BenchOptions& options, const std::filesys
   std::vector<Row> rows;
   const int64_t deepest = *std::max_element(depths.begin(), depths.end());
   for (const int64_t count : threads) {
+    const double started = now_seconds();
     RABIT_ASSIGN(const auto model, Model::load(path, {.threads = static_cast<int>(count),
                                                       .dense_as_f32 = options.dense_f32,
                                                       .kernels = options.kernels}));
+    const double load_seconds = now_seconds() - started;
     RABIT_ASSIGN(const auto session,
                  Session::create(model, deepest + std::max(options.prompt, options.generate)));
     RABIT_ASSIGN(ReadBandwidth bandwidth, ReadBandwidth::make(model->threads()));
+    const size_t before = rows.size();
     for (const int64_t depth : depths) {
       RABIT_CHECK(measure_depth(options, *model, *session, bandwidth, depth, rows));
     }
+    for (size_t i = before; i < rows.size(); ++i) {
+      rows[i].load_seconds = load_seconds;
+    }
   }
   return rows;
+}
+
+/// Bytes that the process held at most, what it read of mapped files included.
+int64_t peak_memory() {
+  struct rusage usage {};
+  return ::getrusage(RUSAGE_SELF, &usage) == 0 ? int64_t{usage.ru_maxrss} * 1024 : 0;
 }
 
 std::string to_markdown(const ModelConfig& config, const SizeReport& size,
@@ -214,13 +228,15 @@ Result<Json> to_json(const BenchOptions& options, const std::filesystem::path& p
               {"kernels", rows.front().kernels},
               {"weight_bytes_per_token", rows.front().weight_bytes},
               {"dense_weights", options.dense_f32 ? "F32" : "F16"},
-              {"repetitions", options.repetitions}};
+              {"repetitions", options.repetitions},
+              {"peak_memory_bytes", peak_memory()}};
   for (const Row& row : rows) {
     out["rows"].push_back({{"test", row.test},
                            {"n_prompt", row.prompt},
                            {"n_gen", row.generated},
                            {"depth", row.depth},
                            {"threads", row.threads},
+                           {"load_seconds", row.load_seconds},
                            {"tokens_per_second", row.mean()},
                            {"stddev", row.stddev()},
                            {"samples", row.samples},

@@ -72,7 +72,7 @@ Result<const T*> in_place(const TensorInfo& tensor, std::vector<Buffer>& owned) 
 uint64_t block_bytes(WeightFormat format) { return format == WeightFormat::kQ8_0 ? 34 : 18; }
 
 /// Signs in the order that the kernels take, from the file's.
-Status arrange(Linear& linear, SignOrder order, ThreadPool& pool) {
+Status arrange(Linear& linear, WeightOrder order, ThreadPool& pool) {
   LinearWeights& w = linear.weights;
   if (order == w.order) {
     return {};
@@ -91,7 +91,7 @@ Status arrange(Linear& linear, SignOrder order, ThreadPool& pool) {
 }
 
 /// The same of Q8_0.
-Status arrange_blocks(Linear& linear, SignOrder order, ThreadPool& pool) {
+Status arrange_blocks(Linear& linear, WeightOrder order, ThreadPool& pool) {
   LinearWeights& w = linear.weights;
   if (order == w.order || w.format != WeightFormat::kQ8_0) {
     return {};
@@ -211,12 +211,12 @@ Result<Linear> load_blocks(const GgufFile& file, const TensorInfo& tensor, Linea
 }
 
 Result<Linear> load_dense(const GgufFile& file, const std::string& name, LinearShape shape,
-                          bool as_f32, SignOrder block_order, ThreadPool& pool) {
+                          bool as_f32, WeightOrder block_order, ThreadPool& pool) {
   RABIT_ASSIGN(const TensorInfo* tensor, find(file, name, {shape.d_in, shape.d_out}));
   if (const auto format = block_format(tensor->type); format && !as_f32) {
     RABIT_ASSIGN(Linear linear, load_blocks(file, *tensor, shape, *format));
     RABIT_CHECK(arrange_blocks(linear, block_order, pool));
-    if (linear.weights.order != SignOrder::kRows) {
+    if (linear.weights.order != WeightOrder::kRows) {
       file.release(*tensor);
     }
     return linear;
@@ -339,7 +339,7 @@ Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
       if (file.find_tensor(name + ".sign") != nullptr) {
         RABIT_ASSIGN(linear, load_packed(file, name, shape));
         RABIT_CHECK(arrange(linear, model->table->sign_order, *model->pool));
-        if (linear.weights.order != SignOrder::kRows) {
+        if (linear.weights.order != WeightOrder::kRows) {
           file.release(*file.find_tensor(name + ".sign"));
         }
       } else {

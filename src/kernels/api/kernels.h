@@ -23,7 +23,7 @@ enum class WeightFormat { kF32, kF16, kQ8_0, kQ4_0, kResidualBinary };
 /// Q8_0 has the first two. kTiles: (ceil(d_out/kTileRows), d_in/32) tiles of kBlockTileBytes, each
 /// the scales of its rows (kTileRows), then 4 columns of all rows, the next 4, and so on, (8,
 /// kTileRows, 4), with 128 added to each value; rows beyond d_out zero, scales too.
-enum class SignOrder { kRows, kTiles, kByteTiles };
+enum class WeightOrder { kRows, kTiles, kByteTiles };
 inline constexpr int64_t kTileRows = 64;
 constexpr int64_t sign_tiles(int64_t d_out) { return (d_out + kTileRows - 1) / kTileRows; }
 inline constexpr int64_t kBlockTileBytes = 34 * kTileRows;
@@ -39,7 +39,7 @@ struct LinearWeights {
   const uint32_t* signs = nullptr;      // bits: see quant/residual_binary.h
   const uint16_t* row_scale = nullptr;  // F16 (k, d_out)
   const uint16_t* col_scale = nullptr;  // F16 (k, d_in)
-  SignOrder order = SignOrder::kRows;   // of kResidualBinary and kQ8_0
+  WeightOrder order = WeightOrder::kRows;  // of kResidualBinary and kQ8_0
 };
 
 /// Largest head_dim that attention takes.
@@ -69,8 +69,8 @@ struct KernelTable {
   std::string_view name;
 
   /// The order of packed signs, and of Q8_0, that matmul takes; the reference takes all.
-  SignOrder sign_order;
-  SignOrder block_order;
+  WeightOrder sign_order;
+  WeightOrder block_order;
   /// Bytes that prepare() makes of the input of a product with weights of this format, d_in and
   /// paths, for at most group_tokens tokens; 0: matmul reads x alone, of any number of tokens.
   int64_t (*input_bytes)(const LinearWeights& w, int64_t tokens);
@@ -120,7 +120,7 @@ struct KernelTable {
 
 /// Tiles [begin, end) of signs in `order`, kTiles or kByteTiles, from weights in kRows order. `to`:
 /// the first of all tiles.
-void tile_signs(const LinearWeights& rows, SignOrder order, int64_t begin, int64_t end,
+void tile_signs(const LinearWeights& rows, WeightOrder order, int64_t begin, int64_t end,
                 uint32_t* to);
 /// The same of Q8_0 in kTiles.
 void tile_blocks(const LinearWeights& rows, int64_t begin, int64_t end, uint8_t* to);

@@ -3,7 +3,7 @@
 
 namespace rabit {
 
-void tile_signs(const LinearWeights& rows, SignOrder order, int64_t begin, int64_t end,
+void tile_signs(const LinearWeights& rows, WeightOrder order, int64_t begin, int64_t end,
                 uint32_t* to) {
   const int64_t words = (rows.d_in + 31) / 32;
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -15,7 +15,7 @@ void tile_signs(const LinearWeights& rows, SignOrder order, int64_t begin, int64
         const uint32_t* from = rows.signs + (path * rows.d_out + row) * words;
         for (int64_t word = 0; word < words; ++word) {
           const uint32_t bits = row < rows.d_out ? from[word] : 0;
-          if (order == SignOrder::kTiles) {
+          if (order == WeightOrder::kTiles) {
             out[word * kTileRows + r] = bits;
             continue;
           }

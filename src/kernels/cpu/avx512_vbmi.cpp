@@ -357,8 +357,8 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
 
 extern const KernelTable kTable;
 constinit const KernelTable kTable = {.name = RABIT_NAME,
-                                      .sign_order = SignOrder::kTiles,
-                                      .block_order = SignOrder::kTiles,
+                                      .sign_order = WeightOrder::kTiles,
+                                      .block_order = WeightOrder::kTiles,
                                       .input_bytes = input_bytes,
                                       .group_tokens = kGroupTokens,
                                       .prepare = prepare,

@@ -273,8 +273,8 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
 
 extern const KernelTable kTable;
 constinit const KernelTable kTable = {.name = RABIT_NAME,
-                                      .sign_order = SignOrder::kByteTiles,
-                                      .block_order = SignOrder::kRows,
+                                      .sign_order = WeightOrder::kByteTiles,
+                                      .block_order = WeightOrder::kRows,
                                       .input_bytes = input_bytes,
                                       .group_tokens = kGroupTokens,
                                       .prepare = prepare,

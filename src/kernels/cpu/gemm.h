@@ -59,19 +59,23 @@ TileProduct tile_product_for(int64_t rows) {
   switch (rows) {
 #define RABIT_TILE(n) \
   case n:             \
-    return tile_product<n, kAdd>;
-    RABIT_TILE(1)
-    RABIT_TILE(2)
-    RABIT_TILE(3)
-    RABIT_TILE(4)
-    RABIT_TILE(5)
+    return tile_product<n, kAdd>
+    RABIT_TILE(1);
+    RABIT_TILE(2);
+    RABIT_TILE(3);
+    RABIT_TILE(4);
+    RABIT_TILE(5);
 #if RABIT_LANES == 16
-    RABIT_TILE(6)
-    RABIT_TILE(7)
-    RABIT_TILE(8) RABIT_TILE(9) RABIT_TILE(10) RABIT_TILE(11)
+    RABIT_TILE(6);
+    RABIT_TILE(7);
+    RABIT_TILE(8);
+    RABIT_TILE(9);
+    RABIT_TILE(10);
+    RABIT_TILE(11);
 #endif
 #undef RABIT_TILE
-        default : return tile_product<kTile, kAdd>;
+    default:
+      return tile_product<kTile, kAdd>;
   }
 }
 
@@ -222,7 +226,7 @@ struct WordSigns {
   int64_t path, tile, row, word;  // distances between neighbours
   explicit WordSigns(const LinearWeights& w) : signs(w.signs) {
     const int64_t words = (w.d_in + 31) / 32;
-    const bool rows = w.order == SignOrder::kRows;
+    const bool rows = w.order == WeightOrder::kRows;
     path = rows ? w.d_out * words : words * kTileRows;
     tile = rows ? kTileRows * words : w.paths * words * kTileRows;
     row = rows ? words : 1;

@@ -10,8 +10,8 @@ namespace rabit::RABIT_ISA {
 
 extern const KernelTable kTable;
 constinit const KernelTable kTable = {.name = RABIT_NAME,
-                                      .sign_order = SignOrder::kRows,
-                                      .block_order = SignOrder::kRows,
+                                      .sign_order = WeightOrder::kRows,
+                                      .block_order = WeightOrder::kRows,
                                       .input_bytes = no_input,
                                       .group_tokens = 1,
                                       .prepare = nullptr,

@@ -27,11 +27,11 @@ bool sign_bit(const LinearWeights& w, int64_t path, int64_t row, int64_t column)
   const int64_t words = (w.d_in + 31) / 32, word = column / 32;
   const int64_t tile_word = (row / kTileRows * w.paths + path) * words + word;
   switch (w.order) {
-    case SignOrder::kRows:
+    case WeightOrder::kRows:
       return (w.signs[(path * w.d_out + row) * words + word] >> (column % 32)) & 1U;
-    case SignOrder::kTiles:
+    case WeightOrder::kTiles:
       return (w.signs[tile_word * kTileRows + row % kTileRows] >> (column % 32)) & 1U;
-    case SignOrder::kByteTiles:
+    case WeightOrder::kByteTiles:
       break;
   }
   const auto* bytes = reinterpret_cast<const uint8_t*>(w.signs);
@@ -47,7 +47,7 @@ double weight_at(const LinearWeights& w, int64_t row, int64_t column) {
     case WeightFormat::kF16:
       return half_to_float(static_cast<const uint16_t*>(w.dense)[at]);
     case WeightFormat::kQ8_0:
-      if (w.order == SignOrder::kTiles) {
+      if (w.order == WeightOrder::kTiles) {
         const auto* tile = static_cast<const uint8_t*>(w.dense) +
                            (row / kTileRows * (w.d_in / 32) + column / 32) * kBlockTileBytes;
         const int64_t r = row % kTileRows, c = column % 32;
@@ -179,8 +179,8 @@ double cross_entropy(const float* logits, int64_t vocab, int32_t target) {
 }
 
 constexpr KernelTable kReference = {.name = "reference",
-                                    .sign_order = SignOrder::kRows,
-                                    .block_order = SignOrder::kRows,
+                                    .sign_order = WeightOrder::kRows,
+                                    .block_order = WeightOrder::kRows,
                                     .input_bytes = no_input,
                                     .group_tokens = 1,
                                     .prepare = nullptr,

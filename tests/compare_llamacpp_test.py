@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""bench/compare_llamacpp.sh and .py with programs of known speed in llama.cpp's place.
+
+Environment: RABIT_BINARY the program, RABIT_SOURCE_DIR the checkout.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+import unittest
+from pathlib import Path
+
+from tiny_model import RABIT, tiny_model
+
+ROOT = Path(os.environ.get("RABIT_SOURCE_DIR", Path(__file__).resolve().parent.parent))
+# 2 ms a token and block, and 7 ms for the rest; a prompt ten times as fast.
+BENCH = """#!/usr/bin/env python3
+import json, re, sys
+blocks = int(re.search(r"-(\\d+)\\.gguf", sys.argv[sys.argv.index("-m") + 1]).group(1))
+rate = 1 / (2e-3 * blocks + 7e-3)
+print(json.dumps([{"n_prompt": 8, "n_gen": 0, "samples_ts": [10 * rate] * 3},
+                  {"n_prompt": 0, "n_gen": 2, "samples_ts": [rate] * 3}]))
+"""
+QUANTIZE = """#!/usr/bin/env python3
+import shutil, sys
+shutil.copy(sys.argv[2], sys.argv[3])
+"""
+
+
+class CompareTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        for name, text in (("llama-bench", BENCH), ("llama-quantize", QUANTIZE)):
+            (self.folder / name).write_text(text)
+            (self.folder / name).chmod(0o755)
+        self.vocabulary = self.folder / "tiny.gguf"
+        tiny_model(self.vocabulary)
+
+    def compare(self, *more, code=0):
+        done = subprocess.run([str(ROOT / "bench/compare_llamacpp.sh"), "--llama", self.folder, "--vocabulary", self.vocabulary,
+                               "--rabit", RABIT, "--shape", "smollm2-135m", "--blocks", "1,3", "--types", "Q4_0,Q2_K",
+                               "--prompt", "8", "--generate", "2", "--repetitions", "1", "--rounds", "2", *more],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+                              env={**os.environ, "TMPDIR": str(self.folder)})
+        self.assertEqual(done.returncode, code, done.stderr)
+        return done
+
+    def test_page(self):
+        told = self.compare("--threads", "1,2", "--bits", "2,3").stdout
+        rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", told, re.MULTILINE)
+        names = [row[0] for row in rows if not row[0].startswith("-") and row[0].strip()]
+        self.assertEqual(names, 2 * ["rabit, 2 bits", "rabit, 3 bits", "llama.cpp, Q4_0", "llama.cpp, Q2_K"])
+        for name, token, part, prompt in rows:
+            if name.startswith("llama.cpp"):
+                self.assertEqual((token, part, prompt), ("2.00 (2.00 to 2.00)", "-", "1.6 (1.6 to 1.6)"))
+            elif name.startswith("rabit"):
+                self.assertRegex(part, r"^-?\d+ %$")
+        self.assertIn("2 threads, reading ", told)
+        self.assertEqual(sorted(path.name for path in self.folder.iterdir()), ["llama-bench", "llama-quantize", "tiny.gguf"])
+
+    def test_refusals(self):
+        for arguments, says in ((("--blocks", "3,1"), "--blocks 3,1: two numbers"), (("--rounds", "0"), "must be 1 or more"),
+                                (("--rabit", "none"), "none: no program"),
+                                (("--vocabulary", "none.gguf"), "none.gguf: no such file")):
+            self.assertIn(says, self.compare(*arguments, code=2).stderr)
+        (self.folder / "llama-quantize").write_text("#!/bin/sh\necho no such type >&2\nexit 3\n")
+        self.assertIn("no such type", self.compare(code=1).stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
