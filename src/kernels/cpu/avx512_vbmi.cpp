@@ -27,6 +27,8 @@ constexpr int64_t kHeader = 64, kTable64 = 64, kWordTables = 4 * kTable64;
 constexpr int32_t kBias = 32768;          // sums are kept as unsigned 16-bit numbers
 constexpr float kLargestSum = 32765.0F;   // of |q| over four columns, rounded up to 2 beyond
 constexpr int64_t kExactWords = 1 << 12;  // words whose sums 32 bits hold
+constexpr int64_t kTurnWords = 8;         // that a group of tiles goes through before the next
+constexpr int64_t kAheadWords = 32;       // to ask for, over all tiles
 // Their tables are to stay in the second-level cache, while weights come from memory once for all.
 constexpr int64_t kGroupTokens = 32;
 constexpr int64_t kGroupTiles = 4;
@@ -164,15 +166,23 @@ void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input
   }
 }
 
-// Sums of the rows of kTiles tiles over some words: signs of the first tile, the others' `stride`
-// words apart; tables of the first word and token, the others' `token_bytes` apart.
+// Sums of the rows of kTiles tiles, in parts: of tables' low bytes and of high ones.
+template <int kTiles, int kTokens>
+struct Sums {
+  __m512i low[kTokens][4 * kTiles], high[kTokens][4 * kTiles];
+};
+
+// Adds the sums over some words: signs of the first tile, the others' `stride` words apart; tables
+// of the first word and token, the others' `token_bytes` apart; what is `ahead` words on in each
+// tile is asked for.
 template <int kTiles, int kTokens>
 RABIT_INLINE void lookup(const uint32_t* signs, int64_t stride, const uint8_t* tables,
-                         int64_t token_bytes, int64_t words, __m512i (&sums)[kTokens][kTiles * 4]) {
+                         int64_t token_bytes, int64_t words, int64_t ahead,
+                         Sums<kTiles, kTokens>& sums) {
   constexpr int kVectors = 4 * kTiles;
   const __m512i nibbles = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1);
   const __m512i quarter = _mm512_set1_epi32(0x30201000);  // of the table, by byte of a word
-  __m512i low[kTokens][kVectors] = {}, high[kTokens][kVectors] = {};
+  Sums<kTiles, kTokens> now = sums;
   for (int64_t word = 0; word < words; ++word) {
     __m512i even_low[kTokens], even_high[kTokens], odd_low[kTokens], odd_high[kTokens];
 #pragma GCC unroll 2
@@ -186,7 +196,7 @@ RABIT_INLINE void lookup(const uint32_t* signs, int64_t stride, const uint8_t* t
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const uint32_t* from = signs + v / 4 * stride + word * kTileRows + v % 4 * 16;
-      _mm_prefetch(reinterpret_cast<const char*>(from + 16 * kTileRows), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(from + ahead * kTileRows), _MM_HINT_T0);
       const __m512i bits = _mm512_load_si512(from);
       const __m512i even = _mm512_ternarylogic_epi32(bits, nibbles, quarter, 0xEA);
       const __m512i odd =
@@ -196,65 +206,88 @@ RABIT_INLINE void lookup(const uint32_t* signs, int64_t stride, const uint8_t* t
         const auto add = [&](__m512i& sum, __m512i which, __m512i table) {
           sum = _mm512_dpbusd_epi32(sum, _mm512_permutexvar_epi8(which, table), ones);
         };
-        add(low[t][v], even, even_low[t]);
-        add(high[t][v], even, even_high[t]);
-        add(low[t][v], odd, odd_low[t]);
-        add(high[t][v], odd, odd_high[t]);
+        add(now.low[t][v], even, even_low[t]);
+        add(now.high[t][v], even, even_high[t]);
+        add(now.low[t][v], odd, odd_low[t]);
+        add(now.high[t][v], odd, odd_high[t]);
       }
     }
   }
+  sums = now;
+}
+
+// Adds a path's sums over `words` words, times its scales, to the rows' totals.
+template <int kTiles, int kTokens>
+RABIT_INLINE void add_scaled(const LinearWeights& w, int64_t path, int64_t tile,
+                             const uint8_t* of_path, int64_t token_bytes, int64_t words,
+                             const Sums<kTiles, kTokens>& sums,
+                             __m512 (&totals)[kTokens][4 * kTiles]) {
   const __m512i bias = _mm512_set1_epi32(static_cast<int32_t>(words * 8 * kBias));
-#pragma GCC unroll 2
-  for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      sums[t][v] =
-          _mm512_sub_epi32(_mm512_add_epi32(low[t][v], _mm512_slli_epi32(high[t][v], 8)), bias);
+  for (int v = 0; v < 4 * kTiles; ++v) {
+    const int64_t row = tile * kTileRows + v * 16;
+    const __m512 g = _mm512_cvtph_ps(
+        _mm256_maskz_loadu_epi16(lanes_left(w.d_out - row), w.row_scale + path * w.d_out + row));
+#pragma GCC unroll 2
+    for (int t = 0; t < kTokens; ++t) {
+      const __m512i sum = _mm512_sub_epi32(
+          _mm512_add_epi32(sums.low[t][v], _mm512_slli_epi32(sums.high[t][v], 8)), bias);
+      const __m512 scale =
+          _mm512_set1_ps(*reinterpret_cast<const float*>(of_path + t * token_bytes));
+      totals[t][v] =
+          _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, g), totals[t][v]);
     }
   }
 }
 
-// Rows of kTiles tiles from `tile` on, kTokens tokens; only rows in [row_begin, row_end) are
-// written.
+// Only rows in [row_begin, row_end) are written.
 template <int kTiles, int kTokens>
-void tiles_by_lookup(const LinearWeights& w, const uint8_t* input, int64_t tile, float* y,
-                     int64_t row_begin, int64_t row_end) {
-  constexpr int kVectors = 4 * kTiles;
-  const int64_t words = (w.d_in + 31) / 32, stride = w.paths * words * kTileRows;
-  const int64_t token_bytes = w.paths * path_bytes(words);
-  __m512 totals[kTokens][kVectors] = {};
-  for (int64_t path = 0; path < w.paths; ++path) {
-    const uint8_t* of_path = input + path * path_bytes(words);
-    const uint32_t* signs = w.signs + tile * stride + path * words * kTileRows;
-    for (int64_t word = 0; word < words; word += kExactWords) {
-      __m512i sums[kTokens][kVectors];
-      lookup<kTiles, kTokens>(signs + word * kTileRows, stride,
-                              of_path + kHeader + word * kWordTables, token_bytes,
-                              smaller(kExactWords, words - word), sums);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t row = tile * kTileRows + v * 16;
-        const __m512 g = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(
-            lanes_left(w.d_out - row), w.row_scale + path * w.d_out + row));
-#pragma GCC unroll 2
-        for (int t = 0; t < kTokens; ++t) {
-          const __m512 scale =
-              _mm512_set1_ps(*reinterpret_cast<const float*>(of_path + t * token_bytes));
-          totals[t][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t][v]), _mm512_mul_ps(scale, g),
-                                         totals[t][v]);
-        }
-      }
-    }
-  }
+RABIT_INLINE void store_rows(const __m512 (&totals)[kTokens][4 * kTiles], int64_t tile,
+                             int64_t d_out, float* y, int64_t row_begin, int64_t row_end) {
 #pragma GCC unroll 2
   for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < 4 * kTiles; ++v) {
       const int64_t row = tile * kTileRows + v * 16;
       const __mmask16 mask =
           static_cast<__mmask16>(lanes_left(row_end - row) & ~lanes_left(row_begin - row));
-      _mm512_mask_storeu_ps(y + t * w.d_out + row, mask, totals[t][v]);
+      _mm512_mask_storeu_ps(y + t * d_out + row, mask, totals[t][v]);
     }
+  }
+}
+
+// kGroups times kTiles tiles from `tile` on, kTokens tokens. The groups take turns at a few words,
+// so that memory is read at places far apart by turns, which is faster than one after the other.
+template <int kGroups, int kTiles, int kTokens>
+void tiles_by_lookup(const LinearWeights& w, const uint8_t* input, int64_t tile, float* y,
+                     int64_t row_begin, int64_t row_end) {
+  const int64_t words = (w.d_in + 31) / 32, stride = w.paths * words * kTileRows;
+  const int64_t token_bytes = w.paths * path_bytes(words);
+  const int64_t turn = kGroups == 1 ? kExactWords : kTurnWords;
+  __m512 totals[kGroups][kTokens][4 * kTiles] = {};
+  for (int64_t path = 0; path < w.paths; ++path) {
+    const uint8_t* of_path = input + path * path_bytes(words);
+    const uint32_t* signs = w.signs + tile * stride + path * words * kTileRows;
+    for (int64_t begin = 0; begin < words; begin += kExactWords) {
+      const int64_t end = smaller(words, begin + kExactWords);
+      Sums<kTiles, kTokens> sums[kGroups] = {};
+      for (int64_t word = begin; word < end; word += turn) {
+        for (int group = 0; group < kGroups; ++group) {
+          lookup<kTiles, kTokens>(signs + group * kTiles * stride + word * kTileRows, stride,
+                                  of_path + kHeader + word * kWordTables, token_bytes,
+                                  smaller(turn, end - word), kAheadWords / (kGroups * kTiles),
+                                  sums[group]);
+        }
+      }
+      for (int group = 0; group < kGroups; ++group) {
+        add_scaled<kTiles, kTokens>(w, path, tile + group * kTiles, of_path, token_bytes,
+                                    end - begin, sums[group], totals[group]);
+      }
+    }
+  }
+  for (int group = 0; group < kGroups; ++group) {
+    store_rows<kTiles, kTokens>(totals[group], tile + group * kTiles, w.d_out, y, row_begin,
+                                row_end);
   }
 }
 
@@ -343,12 +376,15 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
     int64_t token = 0;
     for (; token + 2 <= tokens; token += 2) {
       for (int64_t tile = first; tile < last; ++tile) {
-        run(tiles_by_lookup<1, 2>, tile, token);
+        run(tiles_by_lookup<1, 1, 2>, tile, token);
       }
     }
-    for (int64_t tile = first; tile < last && token < tokens; tile += 2) {
-      const Product product = tile + 2 <= last ? tiles_by_lookup<2, 1> : tiles_by_lookup<1, 1>;
-      run(product, tile, token);
+    int64_t tile = first;
+    for (; token < tokens && tile + 4 <= last; tile += 4) {
+      run(tiles_by_lookup<2, 2, 1>, tile, token);
+    }
+    for (; token < tokens && tile < last; ++tile) {
+      run(tiles_by_lookup<1, 1, 1>, tile, token);
     }
   }
 }
@@ -364,7 +400,7 @@ constinit const KernelTable kTable = {.name = RABIT_NAME,
                                       .prepare = prepare,
                                       .matmul = matmul_by_lookup,
                                       .matmul_scratch = lookup_scratch,
-                                      .matmul_row_grain = 2 * kTileRows,
+                                      .matmul_row_grain = kGroupTiles * kTileRows,
                                       .rms_norm = rms_norm,
                                       .rope = rope,
                                       .attention = attention,
