@@ -27,7 +27,7 @@ constexpr int64_t kHeader = 64, kTable64 = 64, kWordTables = 4 * kTable64;
 constexpr int32_t kBias = 32768;          // sums are kept as unsigned 16-bit numbers
 constexpr float kLargestSum = 32765.0F;   // of |q| over four columns, rounded up to 2 beyond
 constexpr int64_t kExactWords = 1 << 12;  // words whose sums 32 bits hold
-constexpr int64_t kTurnWords = 8;         // that a group of tiles goes through before the next
+constexpr int64_t kTurnWords = 4;         // that a group of tiles goes through before the next
 constexpr int64_t kAheadWords = 32;       // to ask for, over all tiles
 // Their tables are to stay in the second-level cache, while weights come from memory once for all.
 constexpr int64_t kGroupTokens = 32;
