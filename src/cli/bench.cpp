@@ -35,6 +35,7 @@ struct Row {
   int threads = 0;
   std::string kernels;
   double load_seconds = 0;
+  int64_t load_memory = 0;        // bytes that the process held at most until then
   uint64_t weight_bytes = 0;      // of a token
   std::vector<double> samples;    // tokens per second, by repetition
   std::vector<double> bandwidth;  // bytes per second that could be read before each
@@ -104,6 +105,12 @@ Result<double> time_once(Session& session, const Row& row, std::span<const int32
   return now_seconds() - started;
 }
 
+/// Bytes that the process held at most, what it read of mapped files included.
+int64_t peak_memory() {
+  struct rusage usage {};
+  return ::getrusage(RUSAGE_SELF, &usage) == 0 ? int64_t{usage.ru_maxrss} * 1024 : 0;
+}
+
 /// The rows of one depth, prompt first.
 Status measure_depth(const BenchOptions& options, const Model& model, Session& session,
                      ReadBandwidth& bandwidth, int64_t depth, std::vector<Row>& rows) {
@@ -149,6 +156,7 @@ Result<std::vector<Row>> measure(const BenchOptions& options, const std::filesys
                                                       .dense_as_f32 = options.dense_f32,
                                                       .kernels = options.kernels}));
     const double load_seconds = now_seconds() - started;
+    const int64_t load_memory = peak_memory();
     RABIT_ASSIGN(const auto session,
                  Session::create(model, deepest + std::max(options.prompt, options.generate)));
     RABIT_ASSIGN(ReadBandwidth bandwidth, ReadBandwidth::make(model->threads()));
@@ -158,15 +166,10 @@ Result<std::vector<Row>> measure(const BenchOptions& options, const std::filesys
     }
     for (size_t i = before; i < rows.size(); ++i) {
       rows[i].load_seconds = load_seconds;
+      rows[i].load_memory = load_memory;
     }
   }
   return rows;
-}
-
-/// Bytes that the process held at most, what it read of mapped files included.
-int64_t peak_memory() {
-  struct rusage usage {};
-  return ::getrusage(RUSAGE_SELF, &usage) == 0 ? int64_t{usage.ru_maxrss} * 1024 : 0;
 }
 
 std::string to_markdown(const ModelConfig& config, const SizeReport& size,
@@ -228,8 +231,7 @@ Result<Json> to_json(const BenchOptions& options, const std::filesystem::path& p
               {"kernels", rows.front().kernels},
               {"weight_bytes_per_token", rows.front().weight_bytes},
               {"dense_weights", options.dense_f32 ? "F32" : "F16"},
-              {"repetitions", options.repetitions},
-              {"peak_memory_bytes", peak_memory()}};
+              {"repetitions", options.repetitions}};
   for (const Row& row : rows) {
     out["rows"].push_back({{"test", row.test},
                            {"n_prompt", row.prompt},
@@ -237,6 +239,7 @@ Result<Json> to_json(const BenchOptions& options, const std::filesystem::path& p
                            {"depth", row.depth},
                            {"threads", row.threads},
                            {"load_seconds", row.load_seconds},
+                           {"load_memory_bytes", row.load_memory},
                            {"tokens_per_second", row.mean()},
                            {"stddev", row.stddev()},
                            {"samples", row.samples},
