@@ -75,6 +75,58 @@ RABIT_INLINE float softmax_step(float* scores, int64_t count, int64_t end, float
   return shrink;
 }
 
+// Of a query or two, as when one token is generated, keys and values are used as they are read.
+constexpr int64_t kFewRows = 4;
+constexpr int64_t kCacheAhead = 2048;  // bytes from what is read to what is asked for
+
+/// scores[row][p] = q[row] keys[first + p].
+template <typename Rows>
+void few_scores(const Rows& keys, int64_t first, int64_t count, int64_t head_dim, const float* q,
+                int64_t rows, float* scores) {
+  for (int64_t p = 0; p < count; ++p) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* query = q + row * kTileStride;
+      Vec sum = {};
+      int64_t c = 0;
+      for (; c + kLanes <= head_dim; c += kLanes) {
+        __builtin_prefetch(static_cast<const char*>(keys.place(first + p, c)) + kCacheAhead);
+        sum += keys.read(first + p, c, kLanes) * load(query + c);
+      }
+      if (c < head_dim) {
+        sum += keys.read(first + p, c, head_dim - c) * load_part(query + c, head_dim - c);
+      }
+      scores[row * kTileStride + p] = sum_lanes(sum);
+    }
+  }
+}
+
+/// sums[row][0, head_dim) (+)= sum over p of scores[row][p] values[first + p].
+template <typename Rows>
+void few_sums(const Rows& values, int64_t first, int64_t count, int64_t head_dim, int64_t d,
+              const float* scores, int64_t rows, float* sums, bool add) {
+  constexpr int64_t kWidth = 8;  // vectors at once
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t c0 = 0; c0 < head_dim; c0 += kWidth * kLanes) {
+      Vec parts[kWidth] = {};
+      for (int64_t p = 0; p < count; ++p) {
+        const float score = scores[row * kTileStride + p];
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kWidth; ++i) {
+          const int64_t c = c0 + i * kLanes;
+          if (c < head_dim) {
+            __builtin_prefetch(static_cast<const char*>(values.place(first + p, c)) + kCacheAhead);
+            parts[i] += score * values.read(first + p, c, head_dim - c);
+          }
+        }
+      }
+      for (int64_t i = 0; i < kWidth && c0 + i * kLanes < head_dim; ++i) {
+        float* to = sums + row * d + c0 + i * kLanes;
+        store(to, add ? load(to) + parts[i] : parts[i]);
+      }
+    }
+  }
+}
+
 template <typename Rows>
 void attend(const AttentionInput& in, const Rows& keys, const Rows& values, int64_t head_begin,
             int64_t group, int64_t token_begin, int64_t token_count, float* scratch, float* out) {
@@ -88,6 +140,7 @@ void attend(const AttentionInput& in, const Rows& keys, const Rows& values, int6
   float* largest = sums + rows * d;
   float* total = largest + rows;
   const float scale = 1.0F / __builtin_sqrtf(static_cast<float>(head_dim));
+  const bool few = rows <= kFewRows;
 
   for (int64_t t = 0; t < token_count; ++t) {
     copy_tile(in.q + ((token_begin + t) * in.heads + head_begin) * head_dim, head_dim, group,
@@ -101,7 +154,10 @@ void attend(const AttentionInput& in, const Rows& keys, const Rows& values, int6
   const int64_t positions = first_query + token_count;
   for (int64_t p0 = 0; p0 < positions; p0 += kMaxColumns) {
     const int64_t count = smaller(kMaxColumns, positions - p0);
-    for (int64_t p = 0; p < count; p += kPanel) {
+    if (few) {
+      few_scores(keys, p0, count, head_dim, q, rows, scores);
+    }
+    for (int64_t p = 0; p < count && !few; p += kPanel) {
       unpack_panel(keys, p0 + p, smaller(kPanel, count - p), 0, head_dim, panel);
       for (int64_t row = 0; row < rows; row += kTile) {
         // Scores past `count` land in the row's padding and are never read.
@@ -118,6 +174,10 @@ void attend(const AttentionInput& in, const Rows& keys, const Rows& values, int6
           store(sums + row * d + c, load(sums + row * d + c) * shrink);
         }
       }
+    }
+    if (few) {
+      few_sums(values, p0, count, head_dim, d, scores, rows, sums, p0 > 0);
+      continue;
     }
     unpack_values(values, p0, count, head_dim, d, v);
     for (int64_t row = 0; row < rows; row += kTile) {

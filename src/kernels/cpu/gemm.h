@@ -143,6 +143,9 @@ struct FiniteHalfRows {
 struct HalfRows {
   const uint16_t* data;
   int64_t stride;
+  RABIT_INLINE const void* place(int64_t row, int64_t column) const {
+    return data + row * stride + column;
+  }
   RABIT_INLINE Vec read(int64_t row, int64_t column, int64_t left) const {
     const uint16_t* p = data + row * stride + column;
     return left >= kLanes ? load_half(p) : load_half_part(p, left);

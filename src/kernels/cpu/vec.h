@@ -99,7 +99,11 @@ RABIT_INLINE Vec widen_any(ShortVec bits) {
 }
 
 RABIT_INLINE Vec load_half(const uint16_t* p) {
+#if RABIT_LANES > 4
+  return load_finite_half(p);  // the instruction takes all
+#else
   return widen_any(*reinterpret_cast<const LooseShortVec*>(p));
+#endif
 }
 
 RABIT_INLINE Vec load_half_part(const uint16_t* p, int64_t count) {
