@@ -3,6 +3,7 @@
 //   kernels_bench --benchmark_filter='avx512.*/4096x4096/.*tokens:1$'
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -19,8 +20,8 @@ namespace {
 
 using rabit::KernelTable;
 using rabit::LinearWeights;
-using rabit::WeightOrder;
 using rabit::WeightFormat;
+using rabit::WeightOrder;
 
 constexpr int64_t kBytes = int64_t{192} << 20;  // of all copies, at least: more than caches hold
 constexpr int64_t kHugePage = int64_t{2} << 20;
@@ -64,7 +65,7 @@ struct Weights {
                                                             : c.d_out * c.d_in * 2;
     const Memory rows = allocate(plain);
     for (int64_t i = 0; i + 8 <= plain; i += 8) {
-      // Halves between 2^-7 and 2^-5 of both signs: fit for every format.
+      // Halves between 2^-7 and 2^-6 of both signs: fit for every format.
       const uint64_t value =
           binary ? random() : (random() & 0x83FF83FF83FF83FFU) | 0x2000200020002000U;
       std::memcpy(rows.get() + i, &value, sizeof value);
@@ -76,11 +77,11 @@ struct Weights {
     w.signs = reinterpret_cast<const uint32_t*>(rows.get());
     w.dense = rows.get();
     const WeightOrder order = binary                            ? table.sign_order
-                            : c.format == WeightFormat::kQ8_0 ? table.block_order
-                                                              : WeightOrder::kRows;
+                              : c.format == WeightFormat::kQ8_0 ? table.block_order
+                                                                : WeightOrder::kRows;
     const int64_t size = order == WeightOrder::kRows ? plain
-                         : binary                  ? tiles * rabit::kTileRows * c.paths * words * 4
-                                                   : tiles * c.d_in / 32 * rabit::kBlockTileBytes;
+                         : binary ? tiles * rabit::kTileRows * c.paths * words * 4
+                                  : tiles * c.d_in / 32 * rabit::kBlockTileBytes;
     for (int64_t held = 0; held < kBytes; held += size) {
       copies.push_back(allocate(size));
       std::byte* to = copies.back().get();

@@ -288,9 +288,10 @@ class WithModel(CliTest):
     def test_eval_against_a_teacher(self):
         text = self.file("text.txt", TEXT * 20)
         options = ("--ppl", text, "--ctx", 32, "--windows", 2, "--teacher", MODEL, "--json")
-        many, one = (json.loads(self.succeeds("eval", "-m", MODEL, *options, *more)) for more in ((), ("--together", 1)))
-        self.assertEqual(one["together"], 1)
-        for told in (many, one):
+        many, one, some, all_of = (json.loads(self.succeeds("eval", "-m", MODEL, *options, *more))
+                                   for more in ((), ("--together", 1), ("--together", 5), ("--together", 64)))
+        self.assertEqual((one["together"], some["together"]), (1, 5))
+        for told in (many, one, some, all_of):
             self.assertEqual(told["teacher"]["positions"], 62)
             self.assertLess(told["teacher"]["mean_kl"], 1e-4)
             self.assertGreater(told["teacher"]["largest_kl"], 0)
@@ -333,6 +334,10 @@ class WithModel(CliTest):
             self.assertEqual(told["params"], 49152 * 576 + 2 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536) + 5 * 576)
             self.assertAlmostEqual(told["bits_per_weight"], bits * 1.046, places=3)
         self.assertEqual(list(self.folder.glob("*bench*")), [])
+        environment["TMPDIR"] = "/none"
+        done = run("bench", "--shape", "smollm2-135m", env=environment)
+        self.assertEqual(done.returncode, FAILURE)
+        self.assertIn("cannot make a folder /none/rabit-bench-", done.stderr.decode())
         self.fails("bench", "--shape", "gpt", says="no shape is called 'gpt'; there are smollm2-135m, ")
         for arguments, says in ((("-m", MODEL, "--shape", "llama2-7b"), "excludes"), ((), "-m or --shape is required"),
                                 (("-m", MODEL, "--layers", 2), "requires --shape"),
@@ -421,7 +426,8 @@ class WithModel(CliTest):
     def test_examples_of_every_help(self):
         self.file("text.txt", TEXT * 40)
         self.file("prompt.txt", "It was a dark and stormy night")
-        (self.folder / "model.gguf").symlink_to(os.path.abspath(MODEL))
+        for name in ("model.gguf", "model.2bit.gguf"):
+            (self.folder / name).symlink_to(os.path.abspath(MODEL))
         binary = os.path.abspath(RABIT)
         ran = 0
         for command in ((), ("eval",), ("run",), ("bench",), ("inspect",)):
@@ -431,7 +437,7 @@ class WithModel(CliTest):
                 # An example that takes all defaults is one of minutes here: it is run smaller.
                 small = {
                     "eval": ["--ctx", "64", "--windows", "2"],
-                    "bench": ["-p", "8", "-n", "2", "-r", "1"],
+                    "bench": ["-p", "8", "-n", "2", "-r", "1", "-t", "2"],
                 }
                 if len(words) > 1:
                     arguments = words[1:]

@@ -17,8 +17,9 @@ namespace rabit {
 struct EngineOptions {
   int threads = 0;  ///< 0: as many as the process may use; at most 1024
   /// Dense weights and the KV cache in F32 instead of F16: logits at float accuracy (relative error
-  /// below 1e-4) for twice the memory. F16 moves logits by 1e-3 of their norm on average,
-  /// up to 1e-2 at single positions.
+  /// below 1e-4) for twice the memory, or more where the file's are smaller than F16, and sums of
+  /// floats in packed layers, which take far longer. F16 moves logits by 1e-3 of their norm on
+  /// average, up to 1e-2 at single positions.
   bool dense_as_f32 = false;
   std::string kernels;  ///< name of a kernel table, empty: the best that runs here
 };

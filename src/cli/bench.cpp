@@ -2,15 +2,19 @@
 // Each row is repeated; a run before the first is not counted. Before every repetition the memory
 // is read once, so that both are measured under the same conditions.
 #include <fmt/format.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
+#include <utility>
 
 #include "cli/common.h"
 #include "cli/read_bandwidth.h"
@@ -57,10 +61,13 @@ struct Row {
     return std::sqrt(sum / static_cast<double>(samples.size() - 1));
   }
   double weights_per_second() const { return mean() * static_cast<double>(weight_bytes); }  // bytes
-  double read_per_second() const {  // the median
-    std::vector<double> sorted = bandwidth;
-    std::sort(sorted.begin(), sorted.end());
-    return sorted[sorted.size() / 2];
+  /// Of what could be read, the mean over repetitions.
+  double share_of_read() const {
+    double sum = 0;
+    for (size_t i = 0; i < samples.size(); ++i) {
+      sum += samples[i] * static_cast<double>(weight_bytes) / bandwidth[i];
+    }
+    return sum / static_cast<double>(samples.size());
   }
 };
 
@@ -105,11 +112,18 @@ Result<double> time_once(Session& session, const Row& row, std::span<const int32
   return now_seconds() - started;
 }
 
-/// Bytes that the process held at most, what it read of mapped files included.
+/// Bytes that the process has held at most since forget_peak_memory(), what it read of mapped files
+/// included; 0: not known.
 int64_t peak_memory() {
-  struct rusage usage {};
-  return ::getrusage(RUSAGE_SELF, &usage) == 0 ? int64_t{usage.ru_maxrss} * 1024 : 0;
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.rfind("VmHWM:", 0) == 0) {
+      return std::atoll(line.c_str() + 6) * 1024;
+    }
+  }
+  return 0;
 }
+void forget_peak_memory() { std::ofstream("/proc/self/clear_refs") << "5"; }
 
 /// The rows of one depth, prompt first.
 Status measure_depth(const BenchOptions& options, const Model& model, Session& session,
@@ -151,6 +165,7 @@ Result<std::vector<Row>> measure(const BenchOptions& options, const std::filesys
   std::vector<Row> rows;
   const int64_t deepest = *std::max_element(depths.begin(), depths.end());
   for (const int64_t count : threads) {
+    forget_peak_memory();
     const double started = now_seconds();
     RABIT_ASSIGN(const auto model, Model::load(path, {.threads = static_cast<int>(count),
                                                       .dense_as_f32 = options.dense_f32,
@@ -185,9 +200,7 @@ std::string to_markdown(const ModelConfig& config, const SizeReport& size,
          std::to_string(row.threads), row.test,
          fmt::format("{:.2f} ± {:.2f}", row.mean(), row.stddev()),
          row.generated == 0 ? "" : fmt::format("{:.2f}", row.weights_per_second() / 1e9),
-         row.generated == 0
-             ? ""
-             : fmt::format("{:.0f} %", 100 * row.weights_per_second() / row.read_per_second())});
+         row.generated == 0 ? "" : fmt::format("{:.0f} %", 100 * row.share_of_read())});
   }
   std::string line = "|", rule = "|", body;
   std::vector<size_t> widths;
@@ -230,7 +243,7 @@ Result<Json> to_json(const BenchOptions& options, const std::filesystem::path& p
               {"backend", "CPU"},
               {"kernels", rows.front().kernels},
               {"weight_bytes_per_token", rows.front().weight_bytes},
-              {"dense_weights", options.dense_f32 ? "F32" : "F16"},
+              {"dense_weights", options.dense_f32 ? "F32" : "as in the file, or F16"},
               {"repetitions", options.repetitions}};
   for (const Row& row : rows) {
     out["rows"].push_back({{"test", row.test},
@@ -248,23 +261,36 @@ Result<Json> to_json(const BenchOptions& options, const std::filesystem::path& p
   return out;
 }
 
-/// A file of the system's folder for such, gone with this.
-class TemporaryModel {
+/// A folder of its own among the system's temporary ones, gone with this.
+class TemporaryFolder {
  public:
-  TemporaryModel() {
-    std::error_code none;
-    path_ =
-        std::filesystem::temp_directory_path(none) / fmt::format("rabit-bench-{}.gguf", ::getpid());
+  /// Errors: a folder that cannot be made.
+  static Result<TemporaryFolder> make() {
+    const char* given = std::getenv("TMPDIR");
+    std::string name =
+        std::string(given != nullptr && *given != 0 ? given : "/tmp") + "/rabit-bench-XXXXXX";
+    if (::mkdtemp(name.data()) == nullptr) {
+      return Error{"cannot make a folder " + name + ": " + std::strerror(errno)};
+    }
+    TemporaryFolder folder;
+    folder.path_ = name;
+    return folder;
   }
-  ~TemporaryModel() {
+  ~TemporaryFolder() {
     std::error_code ignored;
-    std::filesystem::remove(path_, ignored);
+    if (!path_.empty()) {
+      std::filesystem::remove_all(path_, ignored);
+    }
   }
-  TemporaryModel(const TemporaryModel&) = delete;
-  TemporaryModel& operator=(const TemporaryModel&) = delete;
+  TemporaryFolder(TemporaryFolder&& other) noexcept : path_(std::exchange(other.path_, {})) {}
+  TemporaryFolder& operator=(TemporaryFolder&& other) noexcept {
+    std::swap(path_, other.path_);
+    return *this;
+  }
   const std::filesystem::path& path() const { return path_; }
 
  private:
+  TemporaryFolder() = default;
   std::filesystem::path path_;
 };
 
@@ -278,11 +304,12 @@ Status bench(const BenchOptions& options) {
   const std::vector<int64_t> threads = parse_list("-t", options.threads, 1024);
   const std::vector<int64_t> depths = parse_list("-d", options.depths, 1 << 20);
   std::filesystem::path path = options.model;
-  std::optional<TemporaryModel> temporary;
+  std::optional<TemporaryFolder> temporary;
   if (!options.shape.empty()) {
     RABIT_ASSIGN(ModelConfig config, named_shape(options.shape));
     config.layers = options.layers > 0 ? options.layers : config.layers;
-    path = temporary.emplace().path();
+    RABIT_ASSIGN(temporary, TemporaryFolder::make());
+    path = temporary->path() / "model.gguf";
     RABIT_CHECK(write_random_model(path, config, options.paths));
   }
   RABIT_ASSIGN(const auto file, GgufFile::open(path));
@@ -331,7 +358,8 @@ Command add_bench(CLI::App& app) {
       ->check(CLI::IsMember({"md", "json"}))
       ->type_name("FORMAT")
       ->capture_default_str();
-  sub->add_flag("--dense-f32", options->dense_f32, "Hold dense weights in F32 instead of F16");
+  sub->add_flag("--dense-f32", options->dense_f32,
+                "Hold dense weights and the cache in F32, and sum floats throughout");
   sub->add_option("--kernels", options->kernels,
                   "Kernel table instead of the best that runs here, or that RABIT_ISA names")
       ->type_name("NAME");

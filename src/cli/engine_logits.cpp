@@ -10,20 +10,15 @@
 #include "kernels/api/kernels.h"
 
 namespace rabit::cli {
-namespace {
-
-constexpr int64_t kCompared = 32;  // positions whose logits of both models are in memory at once
-
-}  // namespace
-
 struct EngineLogitSource::State {
   std::shared_ptr<Model> model;
   std::unique_ptr<Session> session;
   std::unique_ptr<Session> teacher;
   int64_t together = 0;
+  int64_t compared = 0;  // positions whose logits of both models are in memory at once
   const KernelTable* table = &reference_kernels();
   ThreadPool pool;
-  std::vector<float> teacher_logits;  // (kCompared, vocab)
+  std::vector<float> teacher_logits;  // (compared, vocab)
   DivergenceResult divergence;
 };
 
@@ -34,11 +29,12 @@ Result<std::unique_ptr<EngineLogitSource>> EngineLogitSource::create(
     std::shared_ptr<Model> model, int64_t capacity, int64_t together,
     std::shared_ptr<Model> teacher) {
   RABIT_ASSIGN(std::unique_ptr<Session> session, Session::create(model, capacity));
+  constexpr int64_t kCompared = 32;
+  const int64_t step = together > 0 ? std::min(together, capacity) : teacher ? kCompared : capacity;
   std::unique_ptr<State> state(new State{.model = model,
                                          .session = std::move(session),
-                                         .together = together > 0 ? together
-                                                     : teacher    ? kCompared
-                                                                  : capacity,
+                                         .together = step,
+                                         .compared = std::max<int64_t>(kCompared / step, 1) * step,
                                          .pool = ThreadPool(model->threads())});
   if (teacher) {
     if (teacher->vocab_size() != model->vocab_size()) {
@@ -46,7 +42,7 @@ Result<std::unique_ptr<EngineLogitSource>> EngineLogitSource::create(
                    " tokens, the model one of " + std::to_string(model->vocab_size())};
     }
     RABIT_ASSIGN(state->teacher, Session::create(std::move(teacher), capacity));
-    state->teacher_logits.resize(static_cast<size_t>(kCompared * model->vocab_size()));
+    state->teacher_logits.resize(static_cast<size_t>(state->compared * model->vocab_size()));
   }
   const std::string name = model->kernels();
   for (const KernelTable* table : cpu_kernels()) {
@@ -70,7 +66,7 @@ Status EngineLogitSource::score(std::span<const int32_t> tokens, std::span<doubl
   if (state.teacher) {
     state.teacher->truncate(0);
   }
-  const int64_t compared = state.teacher ? kCompared : count;
+  const int64_t compared = state.teacher ? state.compared : count;
   for (int64_t begin = 0; begin < count; begin += compared) {
     const auto part = tokens.subspan(begin, std::min(compared, count - begin));
     if (state.teacher) {
@@ -80,10 +76,9 @@ Status EngineLogitSource::score(std::span<const int32_t> tokens, std::span<doubl
           }));
     }
     const auto size = static_cast<int64_t>(part.size());
-    const int64_t together = state.together > 0 ? state.together : size;
-    for (int64_t from = 0; from < size; from += together) {
+    for (int64_t from = 0; from < size; from += state.together) {
       RABIT_CHECK(state.session->forward_all(
-          part.subspan(from, std::min(together, size - from)),
+          part.subspan(from, std::min(state.together, size - from)),
           [&](int64_t first, int64_t rows, const float* logits) {
             first += from;
             const int64_t scored = std::min(rows, count - 1 - begin - first);

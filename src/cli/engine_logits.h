@@ -12,8 +12,8 @@ namespace rabit::cli {
 class EngineLogitSource : public LogitSource {
  public:
   /// Contexts of at most `capacity` tokens, which go through the model `together` at a time; 0: as
-  /// many as the runtime takes. teacher: a model to compare with, of the same vocabulary, or null.
-  /// Errors: of Session::create, another vocabulary.
+  /// many as the runtime takes, or 32 beside a teacher. teacher: a model to compare with, of the
+  /// same vocabulary, or null. Errors: of Session::create, another vocabulary.
   static Result<std::unique_ptr<EngineLogitSource>> create(std::shared_ptr<Model> model,
                                                            int64_t capacity, int64_t together = 0,
                                                            std::shared_ptr<Model> teacher = {});

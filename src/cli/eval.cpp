@@ -86,28 +86,29 @@ Status eval(const EvalOptions& options) {
             size.file_bits_per_weight()));
   }
   RABIT_ASSIGN(const std::string model_sha256, sha256_file(options.model));
-  nlohmann::ordered_json told = {{"perplexity", result->perplexity},
-                                 {"perplexity_stderr", result->perplexity_stderr},
-                                 {"mean_nll", result->mean_nll},
-                                 {"tokens_scored", result->tokens_scored},
-                                 {"tokens_total", count},
-                                 {"windows", result->windows},
-                                 {"ctx", result->ctx},
-                                 {"protocol", perplexity_protocol(options.ctx)},
-                                 {"model", options.model},
-                                 {"model_label", model_label(config, size)},
-                                 {"model_sha256", model_sha256},
-                                 {"text", options.text},
-                                 {"text_sha256", sha256_hex(text)},
-                                 {"bits_per_weight", size.bits_per_weight()},
-                                 {"file_bits_per_weight", size.file_bits_per_weight()},
-                                 {"file_bytes", size.file_bytes},
-                                 {"parameters", size.parameters},
-                                 {"seconds", seconds},
-                                 {"tokens_per_second", rate},
-                                 {"threads", model->threads()},
-                                 {"kernels", model->kernels()},
-                                 {"dense_weights", options.dense_f32 ? "F32" : "F16"}};
+  nlohmann::ordered_json told = {
+      {"perplexity", result->perplexity},
+      {"perplexity_stderr", result->perplexity_stderr},
+      {"mean_nll", result->mean_nll},
+      {"tokens_scored", result->tokens_scored},
+      {"tokens_total", count},
+      {"windows", result->windows},
+      {"ctx", result->ctx},
+      {"protocol", perplexity_protocol(options.ctx)},
+      {"model", options.model},
+      {"model_label", model_label(config, size)},
+      {"model_sha256", model_sha256},
+      {"text", options.text},
+      {"text_sha256", sha256_hex(text)},
+      {"bits_per_weight", size.bits_per_weight()},
+      {"file_bits_per_weight", size.file_bits_per_weight()},
+      {"file_bytes", size.file_bytes},
+      {"parameters", size.parameters},
+      {"seconds", seconds},
+      {"tokens_per_second", rate},
+      {"threads", model->threads()},
+      {"kernels", model->kernels()},
+      {"dense_weights", options.dense_f32 ? "F32" : "as in the file, or F16"}};
   if (options.together > 0) {
     told["together"] = options.together;
   }
@@ -140,7 +141,8 @@ Command add_eval(CLI::App& app) {
   add_integer(sub, "--together", options->together, 0, 1 << 20,
               "Tokens that go through the model at once; 1: as in generation; 0: many");
   add_threads(sub, options->threads);
-  sub->add_flag("--dense-f32", options->dense_f32, "Hold dense weights in F32 instead of F16");
+  sub->add_flag("--dense-f32", options->dense_f32,
+                "Hold dense weights and the cache in F32, and sum floats throughout");
   sub->add_option("--kernels", options->kernels,
                   "Kernel table instead of the best that runs here, or that RABIT_ISA names")
       ->type_name("NAME");

@@ -9,7 +9,7 @@
 
 namespace rabit::cli {
 
-/// Memory far larger than the caches, and threads to read it.
+/// Half a GiB of memory, more than the caches of most processors, and threads to read it.
 class ReadBandwidth {
  public:
   /// Errors: memory that cannot be had.

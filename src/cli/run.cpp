@@ -240,7 +240,8 @@ Command add_run(CLI::App& app) {
   sub->add_flag("--special", options->special,
                 "Read special tokens in the prompt, and show those generated");
   sub->add_flag("--no-display-prompt", options->no_display_prompt, "Print the continuation only");
-  sub->add_flag("--dense-f32", options->dense_f32, "Hold dense weights in F32 instead of F16");
+  sub->add_flag("--dense-f32", options->dense_f32,
+                "Hold dense weights and the cache in F32, and sum floats throughout");
   sub->add_option("--kernels", options->kernels,
                   "Kernel table instead of the best that runs here, or that RABIT_ISA names")
       ->type_name("NAME");

@@ -149,7 +149,8 @@ class GgufFile {
   std::vector<TensorInfo> tensors_;
 };
 
-/// Part of a tensor's bytes, made when it is their turn to be written.
+/// Part of a tensor's bytes, made when it is their turn to be written; null ends the writing, by an
+/// interrupt or else as an error.
 struct TensorPiece {
   uint64_t begin = 0, size = 0;  // bytes
   std::function<std::shared_ptr<const std::byte>()> bytes;

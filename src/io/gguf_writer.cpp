@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "base/interrupt.h"
 #include "io/gguf.h"
 
 namespace rabit {
@@ -270,6 +271,10 @@ Status GgufWriter::write_pieces(AtomicFile& file, uint64_t tensors_begin) const 
   for (const auto& [info, size, pieces] : tensors_) {
     for (const TensorPiece& piece : pieces) {
       const std::shared_ptr<const std::byte> bytes = piece.bytes();
+      if (bytes == nullptr) {
+        RABIT_CHECK(check_interrupt());
+        return Error{"tensor " + info.name + " could not be made"};
+      }
       file.seek(begin + piece.begin);
       RABIT_CHECK(file.write(std::span(bytes.get(), piece.size)));
     }

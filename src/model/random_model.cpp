@@ -1,3 +1,5 @@
+// No tensor is in memory before its turn to be written. Each has its own random numbers: the seed
+// is the number of bytes before it.
 #include "model/random_model.h"
 
 #include <array>
@@ -8,6 +10,7 @@
 #include <vector>
 
 #include "base/half.h"
+#include "base/interrupt.h"
 #include "io/gguf.h"
 
 namespace rabit {
@@ -47,6 +50,9 @@ class RandomTensors {
              const std::function<void(std::byte*, uint64_t)>& fill) {
     seed_ += size;
     const auto make = [fill, size, seed = seed_]() -> Bytes {
+      if (!check_interrupt()) {
+        return nullptr;
+      }
       const std::shared_ptr<std::byte[]> bytes(new std::byte[size + sizeof(uint64_t)]);
       fill(bytes.get(), seed);
       return Bytes(bytes, bytes.get());

@@ -34,11 +34,11 @@ struct LinearWeights {
   WeightFormat format = WeightFormat::kF32;
   int64_t d_out = 0;
   int64_t d_in = 0;
-  int64_t paths = 0;                    // kResidualBinary only (1 to 4), as all below but `dense`
-  const void* dense = nullptr;          // float, F16 or blocks, (d_out, d_in)
-  const uint32_t* signs = nullptr;      // bits: see quant/residual_binary.h
-  const uint16_t* row_scale = nullptr;  // F16 (k, d_out)
-  const uint16_t* col_scale = nullptr;  // F16 (k, d_in)
+  int64_t paths = 0;  // kResidualBinary only (1 to 4), as all below but `dense` and `order`
+  const void* dense = nullptr;             // float, F16 or blocks, (d_out, d_in)
+  const uint32_t* signs = nullptr;         // bits: see quant/residual_binary.h
+  const uint16_t* row_scale = nullptr;     // F16 (k, d_out)
+  const uint16_t* col_scale = nullptr;     // F16 (k, d_in)
   WeightOrder order = WeightOrder::kRows;  // of kResidualBinary and kQ8_0
 };
 

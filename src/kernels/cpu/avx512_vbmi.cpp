@@ -102,7 +102,7 @@ void prepare_blocks(const LinearWeights& w, const float* x, int64_t tokens, uint
     const float largest = unordered != 0 ? __builtin_nanf("") : _mm512_reduce_max_ps(size);
     const bool usable = largest > 1e-30F && largest < __builtin_inff();
     const __m512 unit = _mm512_set1_ps(usable ? kLargest / largest : 0.0F);
-    if (begin == 0) {
+    if (begin == 0 && end > 0) {
       *reinterpret_cast<float*>(input) =
           largest > 1e-30F || largest != largest ? largest / kLargest : 0.0F;
     }
@@ -136,10 +136,11 @@ void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input
     const uint16_t* h = w.col_scale + i % w.paths * w.d_in;
     auto* out = static_cast<uint8_t*>(input) + i * path_bytes(words);
     const float largest = largest_sum(h, in, w.d_in);
-    // Where there is no such unit all q are 0, and the scale makes NaN of infinity and NaN.
+    // Without such a unit q are 0 or, of infinity and NaN, anything: the scale is neither then, and
+    // so is what is multiplied by it.
     const bool usable = largest > 1e-30F && largest < __builtin_inff();
     const __m512 unit = _mm512_set1_ps(usable ? kLargestSum / largest : 0.0F);
-    if (word_begin == 0) {
+    if (word_begin == 0 && word_end > 0) {
       *reinterpret_cast<float*>(out) =
           largest > 1e-30F || largest != largest ? largest / kLargestSum : 0.0F;
     }
