@@ -14,6 +14,7 @@
 
 #include "base/interrupt.h"
 #include "kernels/api/kernels.h"
+#include "model/random_model.h"
 #include "tiny_model.h"
 
 namespace rabit {
@@ -104,6 +105,68 @@ TEST_F(Engine, PackedEqualsItsReconstruction) {
     const auto got_next = packed->forward(std::vector<int32_t>{1});
     const auto want_next = dense->forward(std::vector<int32_t>{1});
     EXPECT_LE(relative_error(*got_next, *want_next), 2e-5);
+  }
+}
+
+// Packed layers and a head in Q8_0, by every table's kernels: few tokens, many, and one at a time.
+TEST_F(Engine, KernelsAgreeOnAPackedModel) {
+  ModelConfig config;
+  config.architecture = "llama";
+  config.layers = 2;
+  config.d_model = 96;
+  config.heads = 6;
+  config.kv_heads = 2;
+  config.head_dim = 16;
+  config.d_ff = 160;
+  config.vocab_size = 200;
+  config.context_length = 128;
+  const std::vector<int32_t> tokens = rabit::random_tokens(70, 3, config.vocab_size);
+  for (const int64_t paths : {1, 2, 4}) {
+    const auto file = path("packed.gguf");
+    ASSERT_TRUE(write_random_model(file, config, paths));
+    const auto oracle = session(file, 128, {2, false, "reference"});
+    const std::vector<Floats> want = all_logits(*oracle, tokens, config.vocab_size);
+    for (const KernelTable* table : cpu_kernels()) {
+      SCOPED_TRACE(std::string(table->name) + ", paths " + std::to_string(paths));
+      for (const bool as_f32 : {false, true}) {
+        const auto many = session(file, 128, {3, as_f32, std::string(table->name)});
+        const std::vector<Floats> got = all_logits(*many, tokens, config.vocab_size);
+        const auto one = session(file, 128, {1, as_f32, std::string(table->name)});
+        for (size_t i = 0; i < want.size(); ++i) {
+          EXPECT_LE(relative_error(got[i], want[i]), 1e-2) << i;
+          const auto next = one->forward(std::span(tokens).subspan(i, 1));
+          ASSERT_TRUE(next);
+          EXPECT_LE(relative_error(*next, want[i]), 1e-2) << i;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Engine, RefusesBlocksWithoutFiniteScales) {
+  ModelConfig config;
+  config.architecture = "llama";
+  config.layers = 1;
+  config.d_model = config.d_ff = 32;
+  config.heads = config.kv_heads = 2;
+  config.head_dim = 16;
+  config.vocab_size = 20;
+  config.context_length = 8;
+  const auto file = path("blocks.gguf");
+  ASSERT_TRUE(write_random_model(file, config, 1));
+  ASSERT_TRUE(Model::load(file, {}));
+  const auto size = static_cast<int64_t>(std::filesystem::file_size(file));
+  const auto head = GgufFile::open(file).value()->find_tensor("output.weight")->data.size();
+  for (const uint16_t scale : {0x7C00, 0x7E00, 0xFC00}) {
+    // The head is the last tensor; its last block's scale.
+    std::fstream out(file, std::ios::binary | std::ios::in | std::ios::out);
+    out.seekp(size - static_cast<int64_t>(head + 31) / 32 * 32 + static_cast<int64_t>(head) - 34);
+    out.write(reinterpret_cast<const char*>(&scale), sizeof scale);
+    out.close();
+    const auto refused = Model::load(file, {});
+    ASSERT_FALSE(refused);
+    EXPECT_NE(refused.error().message.find("output.weight: a scale is not finite"),
+              std::string::npos);
   }
 }
 
