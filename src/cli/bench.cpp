@@ -125,9 +125,10 @@ int64_t peak_memory() {
 }
 void forget_peak_memory() { std::ofstream("/proc/self/clear_refs") << "5"; }
 
-/// The rows of one depth, prompt first.
-Status measure_depth(const BenchOptions& options, const Model& model, Session& session,
-                     ReadBandwidth& bandwidth, int64_t depth, std::vector<Row>& rows) {
+/// The rows of one depth, prompt first. loaded: what all rows of the model have in common.
+Status measure_depth(const BenchOptions& options, const Model& model, const Row& loaded,
+                     Session& session, ReadBandwidth& bandwidth, int64_t depth,
+                     std::vector<Row>& rows) {
   session.truncate(0);
   if (depth > 0) {
     RABIT_CHECK(session.forward(filler_tokens(depth, model.vocab_size())));
@@ -137,14 +138,11 @@ Status measure_depth(const BenchOptions& options, const Model& model, Session& s
     if (length == 0) {
       continue;
     }
-    Row row{.test = (prompt ? "pp" : "tg") + std::to_string(length) +
-                    (depth > 0 ? fmt::format(" @ d{}", depth) : ""),
-            .prompt = prompt ? length : 0,
-            .generated = prompt ? 0 : length,
-            .depth = depth,
-            .threads = model.threads(),
-            .kernels = model.kernels(),
-            .weight_bytes = model.weight_bytes()};
+    Row row = loaded;
+    row.test = (prompt ? "pp" : "tg") + std::to_string(length) +
+               (depth > 0 ? fmt::format(" @ d{}", depth) : "");
+    (prompt ? row.prompt : row.generated) = length;
+    row.depth = depth;
     const auto tokens = filler_tokens(length, model.vocab_size());
     Progress progress(fmt::format("bench, {} on {} threads", row.test, row.threads));
     RABIT_CHECK(time_once(session, row, tokens));
@@ -170,18 +168,16 @@ Result<std::vector<Row>> measure(const BenchOptions& options, const std::filesys
     RABIT_ASSIGN(const auto model, Model::load(path, {.threads = static_cast<int>(count),
                                                       .dense_as_f32 = options.dense_f32,
                                                       .kernels = options.kernels}));
-    const double load_seconds = now_seconds() - started;
-    const int64_t load_memory = peak_memory();
+    const Row loaded = {.threads = model->threads(),
+                        .kernels = model->kernels(),
+                        .load_seconds = now_seconds() - started,
+                        .load_memory = peak_memory(),
+                        .weight_bytes = model->weight_bytes()};
     RABIT_ASSIGN(const auto session,
                  Session::create(model, deepest + std::max(options.prompt, options.generate)));
     RABIT_ASSIGN(ReadBandwidth bandwidth, ReadBandwidth::make(model->threads()));
-    const size_t before = rows.size();
     for (const int64_t depth : depths) {
-      RABIT_CHECK(measure_depth(options, *model, *session, bandwidth, depth, rows));
-    }
-    for (size_t i = before; i < rows.size(); ++i) {
-      rows[i].load_seconds = load_seconds;
-      rows[i].load_memory = load_memory;
+      RABIT_CHECK(measure_depth(options, *model, loaded, *session, bandwidth, depth, rows));
     }
   }
   return rows;

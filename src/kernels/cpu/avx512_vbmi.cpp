@@ -14,9 +14,7 @@
 
 #include <immintrin.h>
 
-#include "kernels/cpu/attention.h"
-#include "kernels/cpu/matmul.h"
-#include "kernels/cpu/pointwise.h"
+#include "kernels/cpu/portable_table.h"
 
 namespace rabit::RABIT_ISA {
 namespace {
@@ -62,6 +60,19 @@ RABIT_INLINE __m512 scaled(const uint16_t* h, const float* x, int64_t c, int64_t
                        _mm512_maskz_loadu_ps(mask, x + c));
 }
 
+// Units of q in 1, and what a unit is worth, where the largest of what q stands for is to be
+// `most`. Without such a unit q are 0 or, of infinity and NaN, anything: the worth is neither then,
+// and so is what is multiplied by it.
+struct Unit {
+  float units, worth;
+};
+
+RABIT_INLINE Unit unit_of(float largest, float most) {
+  const bool usable = largest > 1e-30F && largest < __builtin_inff();
+  return {usable ? most / largest : 0.0F,
+          largest > 1e-30F || largest != largest ? largest / most : 0.0F};
+}
+
 // Largest sum of |h x| over four neighbouring columns; NaN if one is.
 float largest_sum(const uint16_t* h, const float* x, int64_t d_in) {
   __m512 largest = _mm512_setzero_ps();
@@ -100,18 +111,17 @@ void prepare_blocks(const LinearWeights& w, const float* x, int64_t tokens, uint
       size = _mm512_max_ps(size, _mm512_abs_ps(in));
     }
     const float largest = unordered != 0 ? __builtin_nanf("") : _mm512_reduce_max_ps(size);
-    const bool usable = largest > 1e-30F && largest < __builtin_inff();
-    const __m512 unit = _mm512_set1_ps(usable ? kLargest / largest : 0.0F);
+    const Unit unit = unit_of(largest, kLargest);
+    const __m512 units = _mm512_set1_ps(unit.units);
     if (begin == 0 && end > 0) {
-      *reinterpret_cast<float*>(input) =
-          largest > 1e-30F || largest != largest ? largest / kLargest : 0.0F;
+      *reinterpret_cast<float*>(input) = unit.worth;
     }
     for (int64_t block = begin; block < end; ++block) {
       uint8_t* out = input + kHeader + block * kBlockInput;
       int32_t sum = 0;
       for (int64_t half = 0; half < 2; ++half) {
         const float* from = x + block * kBlock + half * 16;
-        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), unit));
+        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), units));
         const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
         const __m512i lower = _mm512_sub_epi32(q, _mm512_slli_epi32(upper, 8));
         _mm_store_si128(reinterpret_cast<__m128i*>(out + half * 16), _mm512_cvtepi32_epi8(upper));
@@ -135,19 +145,15 @@ void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input
     const float* in = x + i / w.paths * w.d_in;
     const uint16_t* h = w.col_scale + i % w.paths * w.d_in;
     auto* out = static_cast<uint8_t*>(input) + i * path_bytes(words);
-    const float largest = largest_sum(h, in, w.d_in);
-    // Without such a unit q are 0 or, of infinity and NaN, anything: the scale is neither then, and
-    // so is what is multiplied by it.
-    const bool usable = largest > 1e-30F && largest < __builtin_inff();
-    const __m512 unit = _mm512_set1_ps(usable ? kLargestSum / largest : 0.0F);
+    const Unit unit = unit_of(largest_sum(h, in, w.d_in), kLargestSum);
+    const __m512 units = _mm512_set1_ps(unit.units);
     if (word_begin == 0 && word_end > 0) {
-      *reinterpret_cast<float*>(out) =
-          largest > 1e-30F || largest != largest ? largest / kLargestSum : 0.0F;
+      *reinterpret_cast<float*>(out) = unit.worth;
     }
     for (int64_t word = word_begin; word < word_end; ++word) {
       alignas(64) int16_t q[32];
       for (int half = 0; half < 2; ++half) {
-        const __m512 in_units = _mm512_mul_ps(scaled(h, in, word * 32 + half * 16, w.d_in), unit);
+        const __m512 in_units = _mm512_mul_ps(scaled(h, in, word * 32 + half * 16, w.d_in), units);
         _mm256_store_si256(reinterpret_cast<__m256i*>(q + half * 16),
                            _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(in_units)));
       }
@@ -298,7 +304,7 @@ void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile, f
   constexpr int kVectors = kTileRows / 16;
   const int64_t blocks = w.d_in / kBlock;
   const auto* weights = static_cast<const uint8_t*>(w.dense) + tile * blocks * kBlockTileBytes;
-  __m512 totals[kVectors] = {};
+  __m512 totals[1][kVectors] = {};
   for (int64_t block = 0; block < blocks; ++block, weights += kBlockTileBytes) {
     const uint8_t* in = input + kHeader + block * kBlockInput;
     const auto quad = [&](int64_t at) {  // four columns' bytes in every lane
@@ -328,17 +334,15 @@ void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile, f
       const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper[v], 8), lower[v]);
       const __m512 scale =
           _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 32 * v)));
-      totals[v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, totals[v]);
+      totals[0][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, totals[0][v]);
     }
   }
   const __m512 unit = _mm512_set1_ps(*reinterpret_cast<const float*>(input));
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
-    const int64_t row = tile * kTileRows + v * 16;
-    const __mmask16 mask =
-        static_cast<__mmask16>(lanes_left(row_end - row) & ~lanes_left(row_begin - row));
-    _mm512_mask_storeu_ps(y + row, mask, _mm512_mul_ps(totals[v], unit));
+    totals[0][v] = _mm512_mul_ps(totals[0][v], unit);
   }
+  store_rows<1, 1>(totals, tile, w.d_out, y, row_begin, row_end);
 }
 
 void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input, int64_t tokens,
@@ -393,21 +397,17 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
 }  // namespace
 
 extern const KernelTable kTable;
-constinit const KernelTable kTable = {.name = RABIT_NAME,
-                                      .sign_order = WeightOrder::kTiles,
-                                      .block_order = WeightOrder::kTiles,
-                                      .input_bytes = input_bytes,
-                                      .group_tokens = kGroupTokens,
-                                      .prepare = prepare,
-                                      .matmul = matmul_by_lookup,
-                                      .matmul_scratch = lookup_scratch,
-                                      .matmul_row_grain = kGroupTiles * kTileRows,
-                                      .rms_norm = rms_norm,
-                                      .rope = rope,
-                                      .attention = attention,
-                                      .attention_scratch = attention_scratch,
-                                      .attention_token_grain = kQueryTokens,
-                                      .swiglu = swiglu,
-                                      .cross_entropy = cross_entropy};
+constinit const KernelTable kTable = [] {
+  KernelTable table = portable_table();
+  table.sign_order = WeightOrder::kTiles;
+  table.block_order = WeightOrder::kTiles;
+  table.input_bytes = input_bytes;
+  table.group_tokens = kGroupTokens;
+  table.prepare = prepare;
+  table.matmul = matmul_by_lookup;
+  table.matmul_scratch = lookup_scratch;
+  table.matmul_row_grain = kGroupTiles * kTileRows;
+  return table;
+}();
 
 }  // namespace rabit::RABIT_ISA

@@ -26,9 +26,7 @@
 //   rows_in_order (from, to): B floats from that order to the rows'
 #pragma once
 
-#include "kernels/cpu/attention.h"
-#include "kernels/cpu/matmul.h"
-#include "kernels/cpu/pointwise.h"
+#include "kernels/cpu/portable_table.h"
 
 namespace rabit::RABIT_ISA {
 namespace {
@@ -272,21 +270,16 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
 }  // namespace
 
 extern const KernelTable kTable;
-constinit const KernelTable kTable = {.name = RABIT_NAME,
-                                      .sign_order = WeightOrder::kByteTiles,
-                                      .block_order = WeightOrder::kRows,
-                                      .input_bytes = input_bytes,
-                                      .group_tokens = kGroupTokens,
-                                      .prepare = prepare,
-                                      .matmul = matmul_by_lookup,
-                                      .matmul_scratch = lookup_scratch,
-                                      .matmul_row_grain = 2 * kTileRows,
-                                      .rms_norm = rms_norm,
-                                      .rope = rope,
-                                      .attention = attention,
-                                      .attention_scratch = attention_scratch,
-                                      .attention_token_grain = kQueryTokens,
-                                      .swiglu = swiglu,
-                                      .cross_entropy = cross_entropy};
+constinit const KernelTable kTable = [] {
+  KernelTable table = portable_table();
+  table.sign_order = WeightOrder::kByteTiles;
+  table.input_bytes = input_bytes;
+  table.group_tokens = kGroupTokens;
+  table.prepare = prepare;
+  table.matmul = matmul_by_lookup;
+  table.matmul_scratch = lookup_scratch;
+  table.matmul_row_grain = 2 * kTileRows;
+  return table;
+}();
 
 }  // namespace rabit::RABIT_ISA

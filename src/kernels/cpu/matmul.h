@@ -25,6 +25,19 @@ RABIT_INLINE void prefetch(const void* from, int64_t ahead) {
   __builtin_prefetch(static_cast<const char*>(from) + ahead);
 }
 
+/// y[t][row + r] = the sum of sums[r][t]'s lanes.
+template <int kRows, int kTokens>
+RABIT_INLINE void store_sums(const Vec (&sums)[kRows][kTokens], int64_t d_out, int64_t row,
+                             float* y) {
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      y[t * d_out + row + r] = sum_lanes(sums[r][t]);
+    }
+  }
+}
+
 /// kRows rows times kTokens tokens. sums[r][t] stay vectors until the end.
 template <int kRows, int kTokens, typename Rows>
 RABIT_INLINE void dense_rows(const Rows& source, int64_t d_out, int64_t d_in, int64_t row,
@@ -57,13 +70,7 @@ RABIT_INLINE void dense_rows(const Rows& source, int64_t d_out, int64_t d_in, in
       }
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t) {
-      y[t * d_out + row + r] = sum_lanes(sums[r][t]);
-    }
-  }
+  store_sums(sums, d_out, row, y);
 }
 
 /// The same of quantized blocks, whose scales count once.
@@ -100,13 +107,7 @@ RABIT_INLINE void dense_rows(const BlockRows<Block>& source, int64_t d_out, int6
       }
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t) {
-      y[t * d_out + row + r] = sum_lanes(sums[r][t]);
-    }
-  }
+  store_sums(sums, d_out, row, y);
 }
 
 template <int kTokens, typename Rows>
@@ -177,13 +178,7 @@ RABIT_INLINE void binary_rows(const LinearWeights& w, int64_t words, int64_t row
       }
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t) {
-      y[t * w.d_out + row + r] = sum_lanes(totals[r][t]);
-    }
-  }
+  store_sums(totals, w.d_out, row, y);
 }
 
 template <int kTokens>

@@ -2,28 +2,11 @@
 // RABIT_LANES and RABIT_NAME are defined; nothing but `kTable` leaves the file that does.
 #pragma once
 
-#include "kernels/cpu/attention.h"
-#include "kernels/cpu/matmul.h"
-#include "kernels/cpu/pointwise.h"
+#include "kernels/cpu/portable_table.h"
 
 namespace rabit::RABIT_ISA {
 
 extern const KernelTable kTable;
-constinit const KernelTable kTable = {.name = RABIT_NAME,
-                                      .sign_order = WeightOrder::kRows,
-                                      .block_order = WeightOrder::kRows,
-                                      .input_bytes = no_input,
-                                      .group_tokens = 1,
-                                      .prepare = nullptr,
-                                      .matmul = matmul,
-                                      .matmul_scratch = matmul_scratch,
-                                      .matmul_row_grain = 32,
-                                      .rms_norm = rms_norm,
-                                      .rope = rope,
-                                      .attention = attention,
-                                      .attention_scratch = attention_scratch,
-                                      .attention_token_grain = kQueryTokens,
-                                      .swiglu = swiglu,
-                                      .cross_entropy = cross_entropy};
+constinit const KernelTable kTable = portable_table();
 
 }  // namespace rabit::RABIT_ISA
