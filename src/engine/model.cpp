@@ -71,40 +71,32 @@ Result<const T*> in_place(const TensorInfo& tensor, std::vector<Buffer>& owned) 
 /// Of 32 values.
 uint64_t block_bytes(WeightFormat format) { return format == WeightFormat::kQ8_0 ? 34 : 18; }
 
-/// Signs in the order that the kernels take, from the file's.
-Status arrange(Linear& linear, WeightOrder order, ThreadPool& pool) {
+/// Signs and Q8_0 in the order that the kernels take, from the file's, whose tensor is not needed
+/// then.
+Status arrange(Linear& linear, const KernelTable& table, const GgufFile& file,
+               const TensorInfo& source, ThreadPool& pool) {
   LinearWeights& w = linear.weights;
+  const bool packed = w.format == WeightFormat::kResidualBinary;
+  const WeightOrder order = packed                            ? table.sign_order
+                            : w.format == WeightFormat::kQ8_0 ? table.block_order
+                                                              : w.order;
   if (order == w.order) {
     return {};
   }
   const int64_t tiles = sign_tiles(w.d_out), words = (w.d_in + 31) / 32;
-  RABIT_ASSIGN(Buffer buffer,
-               Buffer::make(static_cast<uint64_t>(tiles * kTileRows * w.paths * words),
-                            sizeof(uint32_t), "packed signs"));
+  const int64_t word_bytes =
+      packed ? kTileRows * w.paths * static_cast<int64_t>(sizeof(uint32_t)) : kBlockTileBytes;
+  RABIT_ASSIGN(Buffer buffer, Buffer::make(static_cast<uint64_t>(tiles * words),
+                                           static_cast<uint64_t>(word_bytes), "weights in tiles"));
   pool.parallel_for(tiles, 1, [&](int64_t begin, int64_t end, int) {
-    tile_signs(w, order, begin, end, buffer.as<uint32_t>());
+    packed ? tile_signs(w, order, begin, end, buffer.as<uint32_t>())
+           : tile_blocks(w, begin, end, buffer.as<uint8_t>());
   });
-  w.signs = buffer.as<uint32_t>();
+  w.signs = packed ? buffer.as<uint32_t>() : nullptr;
+  w.dense = packed ? nullptr : buffer.as<void>();
   w.order = order;
   linear.owned.push_back(std::move(buffer));
-  return {};
-}
-
-/// The same of Q8_0.
-Status arrange_blocks(Linear& linear, WeightOrder order, ThreadPool& pool) {
-  LinearWeights& w = linear.weights;
-  if (order == w.order || w.format != WeightFormat::kQ8_0) {
-    return {};
-  }
-  const int64_t tiles = sign_tiles(w.d_out);
-  RABIT_ASSIGN(Buffer buffer, Buffer::make(static_cast<uint64_t>(tiles * w.d_in / 32),
-                                           kBlockTileBytes, "a weight matrix"));
-  pool.parallel_for(tiles, 1, [&](int64_t begin, int64_t end, int) {
-    tile_blocks(w, begin, end, buffer.as<uint8_t>());
-  });
-  w.dense = buffer.as<void>();
-  w.order = order;
-  linear.owned.push_back(std::move(buffer));
+  file.release(source);
   return {};
 }
 
@@ -211,14 +203,11 @@ Result<Linear> load_blocks(const GgufFile& file, const TensorInfo& tensor, Linea
 }
 
 Result<Linear> load_dense(const GgufFile& file, const std::string& name, LinearShape shape,
-                          bool as_f32, WeightOrder block_order, ThreadPool& pool) {
+                          bool as_f32, const KernelTable& table, ThreadPool& pool) {
   RABIT_ASSIGN(const TensorInfo* tensor, find(file, name, {shape.d_in, shape.d_out}));
   if (const auto format = block_format(tensor->type); format && !as_f32) {
     RABIT_ASSIGN(Linear linear, load_blocks(file, *tensor, shape, *format));
-    RABIT_CHECK(arrange_blocks(linear, block_order, pool));
-    if (linear.weights.order != WeightOrder::kRows) {
-      file.release(*tensor);
-    }
+    RABIT_CHECK(arrange(linear, table, file, *tensor, pool));
     return linear;
   }
   const TensorType wanted = as_f32 ? TensorType::kF32 : TensorType::kF16;
@@ -323,7 +312,7 @@ Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
   RABIT_ASSIGN(model->output_norm, load_norm(file, "output_norm.weight", config.d_model));
   const std::string head_name = config.tied_head ? "token_embd.weight" : "output.weight";
   RABIT_ASSIGN(model->head, load_dense(file, head_name, {config.vocab_size, config.d_model}, as_f32,
-                                       model->table->block_order, *model->pool));
+                                       *model->table, *model->pool));
   model->bytes_per_token = linear_bytes(model->head.weights);
 
   model->blocks.resize(static_cast<size_t>(config.layers));
@@ -336,15 +325,12 @@ Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
       const std::string name = linear_name(layer, role);
       const LinearShape shape = linear_shape(config, role);
       Linear& linear = block.linears[static_cast<size_t>(role)];
-      if (file.find_tensor(name + ".sign") != nullptr) {
+      if (const TensorInfo* sign = file.find_tensor(name + ".sign"); sign != nullptr) {
         RABIT_ASSIGN(linear, load_packed(file, name, shape));
-        RABIT_CHECK(arrange(linear, model->table->sign_order, *model->pool));
-        if (linear.weights.order != WeightOrder::kRows) {
-          file.release(*file.find_tensor(name + ".sign"));
-        }
+        RABIT_CHECK(arrange(linear, *model->table, file, *sign, *model->pool));
       } else {
-        RABIT_ASSIGN(linear, load_dense(file, name + ".weight", shape, as_f32,
-                                        model->table->block_order, *model->pool));
+        RABIT_ASSIGN(
+            linear, load_dense(file, name + ".weight", shape, as_f32, *model->table, *model->pool));
       }
       model->bytes_per_token += linear_bytes(linear.weights);
     }
