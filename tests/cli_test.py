@@ -256,6 +256,9 @@ class WithModel(CliTest):
         os.environ["RABIT_ISA"] = "portable"
         self.assertEqual(json.loads(self.succeeds(*arguments))["kernels"], "portable")
         self.assertEqual(json.loads(self.succeeds(*arguments, "--kernels", "reference"))["kernels"], "reference")
+        said = run("run", "-m", MODEL, "-p", "a", "-n", 1, "-t", 2, "--verbose", "--cache-type", "q8_0").stderr.decode()
+        self.assertRegex(said, "kernels portable, 2 threads, .*KV cache Q8_0; loaded in [0-9.]+ s")
+        self.assertNotIn(b"loaded in", run("run", "-m", MODEL, "-p", "a", "-n", 1).stderr)
         os.environ["RABIT_ISA"] = "none"
         self.fails(*arguments, says="no kernels named 'none' run here")
 
@@ -299,7 +302,14 @@ class WithModel(CliTest):
             self.assertAlmostEqual(told["perplexity"] / many["perplexity"], 1, places=2)
         exact = json.loads(self.succeeds("eval", "-m", MODEL, *options, "--dense-f32"))
         self.assertLess(exact["teacher"]["mean_kl"], 1e-9)
+        self.assertEqual(exact["kv_cache"], "F32")
+        small = json.loads(self.succeeds("eval", "-m", MODEL, *options, "--cache-type", "q8_0"))
+        self.assertEqual((small["kv_cache"], many["kv_cache"]), ("Q8_0", "F16"))
+        self.assertLess(small["teacher"]["mean_kl"], 1e-3)
+        self.assertNotEqual(small["teacher"]["mean_kl"], many["teacher"]["mean_kl"])
         self.assertIn("KL from the teacher (F32): mean ", self.succeeds("eval", "-m", MODEL, *options[:-1]))
+        self.fails("eval", "-m", MODEL, *options, "--cache-type", "q8_0", "--dense-f32", code=2, says="excludes")
+        self.fails("eval", "-m", MODEL, *options, "--cache-type", "q3", code=2, says="cache-type")
         self.fails("eval", "-m", MODEL, "--ppl", text, "--ctx", 32, "--teacher", text, says="GGUF")
 
     def test_bench(self):

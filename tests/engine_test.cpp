@@ -292,6 +292,10 @@ TEST_F(Engine, RefusesBadOptionsAndFiles) {
   large.dense["blk.1.ffn_up.weight"][7] = std::numeric_limits<float>::quiet_NaN();
   large.write(path("nan.gguf"));
   EXPECT_FALSE(Model::load(path("nan.gguf"), {.dense_as_f32 = true}));
+
+  const auto cache = Model::load(path("scale.gguf"), {.cache_q8_0 = true});
+  ASSERT_FALSE(cache);
+  EXPECT_NE(cache.error().message.find("heads of a multiple of 32, not 12"), std::string::npos);
 }
 
 TEST_F(Engine, WeightBytesAreThoseOfOneToken) {

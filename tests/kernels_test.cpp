@@ -690,12 +690,17 @@ void check_attention(const KernelTable& table, CacheFormat format, int64_t token
           std::numeric_limits<float>::quiet_NaN();
     }
   }
-  const std::vector<uint16_t> k16 = to_halves(k), v16 = to_halves(v);
-  const bool wide = format == CacheFormat::kF32;
+  const auto cache = [&](const Floats& values) {
+    const auto count = static_cast<int64_t>(values.size());
+    std::vector<std::byte> bytes(static_cast<size_t>(cache_bytes(format, count)));
+    reference_kernels().to_cache(values.data(), count, format, bytes.data());
+    return bytes;
+  };
+  const std::vector<std::byte> keys = cache(k), values = cache(v);
   const AttentionInput in = {.q = q.data(),
                              .cache = format,
-                             .k = wide ? static_cast<const void*>(k.data()) : k16.data(),
-                             .v = wide ? static_cast<const void*>(v.data()) : v16.data(),
+                             .k = keys.data(),
+                             .v = values.data(),
                              .tokens = tokens,
                              .first_position = first,
                              .heads = heads,
@@ -740,6 +745,72 @@ TEST_P(Kernels, Attention) {
       check_attention(table(), format, 1, 30, 6, 2, d);
     }
     check_attention(table(), format, 60, 400, 9, 3, 64);
+  }
+  for (const int64_t d : {32, 64, 96, 256}) {
+    check_attention(table(), CacheFormat::kQ8_0, 1, 390, 6, 2, d);
+    check_attention(table(), CacheFormat::kQ8_0, 2, 5, 3, 3, d);
+    check_attention(table(), CacheFormat::kQ8_0, 60, 400, 9, 3, d);
+  }
+}
+
+TEST_P(Kernels, CacheIsThatOfTheReference) {
+  const float largest = std::numeric_limits<float>::max();
+  const float infinity = std::numeric_limits<float>::infinity();
+  // Around every step of F16: subnormals, its smallest normal number, ties, its largest, beyond.
+  Floats floats;
+  for (const float value :
+       {0.0F,         1e-9F,    0x1p-25F, 0x1.8p-25F, 0x1p-24F,   0x1.8p-24F,  0x1.ffcp-15F,
+        0x1.ffep-15F, 0x1p-14F, 1.0F,     0x1.002p0F, 0x1.006p0F, 0x1.0021p0F, 127.0F,
+        65504.0F,     65519.0F, 65520.0F, 1e6F,       largest,    infinity}) {
+    floats.push_back(value);
+    floats.push_back(-value);
+  }
+  for (const float value : normals(1000)) {
+    floats.push_back(value);
+  }
+  for (const CacheFormat format : {CacheFormat::kF16, CacheFormat::kF32, CacheFormat::kQ8_0}) {
+    const int64_t step = format == CacheFormat::kQ8_0 ? 32 : 1;
+    for (int64_t count = step; count <= 200; count += step) {
+      for (const int64_t first : {int64_t{0}, int64_t{32}, int64_t{64}, int64_t{133}}) {
+        const auto bytes = static_cast<size_t>(cache_bytes(format, count));
+        std::vector<uint8_t> want(bytes + 8, 0xA5), got(bytes + 8, 0xA5);
+        const bool finite = std::all_of(floats.begin() + first, floats.begin() + first + count,
+                                        [](float value) { return std::isfinite(value); });
+        if (format == CacheFormat::kQ8_0 && !finite) {
+          continue;
+        }
+        reference_kernels().to_cache(floats.data() + first, count, format, want.data());
+        table().to_cache(floats.data() + first, count, format, got.data());
+        ASSERT_EQ(want, got) << static_cast<int>(format) << " " << count << " from " << first;
+      }
+    }
+  }
+  // Blocks of zeros, of almost nothing, of what no scale of F16 holds, of what is not finite.
+  for (const float value : {0.0F, 1e-7F, 3e-6F, 1e7F, largest}) {
+    Floats block(32, value);
+    block[7] = -value / 2;
+    std::array<uint8_t, 34> want = {}, got = {};
+    reference_kernels().to_cache(block.data(), 32, CacheFormat::kQ8_0, want.data());
+    table().to_cache(block.data(), 32, CacheFormat::kQ8_0, got.data());
+    EXPECT_EQ(want, got) << value;
+  }
+  for (const float value : {infinity, -infinity, std::numeric_limits<float>::quiet_NaN()}) {
+    for (const int place : {0, 13, 31}) {
+      Floats block(32, 1.0F);
+      block[place] = value;
+      std::array<uint8_t, 34> got = {};
+      table().to_cache(block.data(), 32, CacheFormat::kQ8_0, got.data());
+      EXPECT_TRUE(std::isnan(half_to_float(static_cast<uint16_t>(got[0] | got[1] << 8)))) << value;
+    }
+    Floats q(32, 1.0F), k(32, 1.0F), out(32, 0.0F);
+    k[3] = value;
+    std::array<uint8_t, 34> keys = {};
+    table().to_cache(k.data(), 32, CacheFormat::kQ8_0, keys.data());
+    const AttentionInput in = {
+        q.data(), CacheFormat::kQ8_0, keys.data(), keys.data(), 1, 0, 1, 1, 32, 1};
+    Scratch scratch(table().attention_scratch(1, 1, 1, 1, 32));
+    table().attention(in, 0, 1, 0, 1, scratch.data(), out.data());
+    EXPECT_TRUE(std::isnan(out[0])) << value;
   }
 }
 

@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "cli/common.h"
+#include "cli/engine_flags.h"
 #include "cli/read_bandwidth.h"
 #include "cli/size_report.h"
 #include "model/random_model.h"
@@ -28,9 +29,9 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 struct BenchOptions {
-  std::string model, shape, threads, depths, output = "md", kernels;
+  std::string model, shape, threads, depths, output = "md";
   int64_t layers = 0, paths = 2, prompt = 512, generate = 128, repetitions = 5;
-  bool dense_f32 = false;
+  EngineFlags engine;
 };
 
 struct Row {
@@ -165,9 +166,7 @@ Result<std::vector<Row>> measure(const BenchOptions& options, const std::filesys
   for (const int64_t count : threads) {
     forget_peak_memory();
     const double started = now_seconds();
-    RABIT_ASSIGN(const auto model, Model::load(path, {.threads = static_cast<int>(count),
-                                                      .dense_as_f32 = options.dense_f32,
-                                                      .kernels = options.kernels}));
+    RABIT_ASSIGN(const auto model, load_model(path, options.engine, count));
     const Row loaded = {.threads = model->threads(),
                         .kernels = model->kernels(),
                         .load_seconds = now_seconds() - started,
@@ -239,7 +238,8 @@ Result<Json> to_json(const BenchOptions& options, const std::filesystem::path& p
               {"backend", "CPU"},
               {"kernels", rows.front().kernels},
               {"weight_bytes_per_token", rows.front().weight_bytes},
-              {"dense_weights", options.dense_f32 ? "F32" : "as in the file, or F16"},
+              {"dense_weights", dense_type(options.engine)},
+              {"kv_cache", cache_type(options.engine)},
               {"repetitions", options.repetitions}};
   for (const Row& row : rows) {
     out["rows"].push_back({{"test", row.test},
@@ -354,11 +354,7 @@ Command add_bench(CLI::App& app) {
       ->check(CLI::IsMember({"md", "json"}))
       ->type_name("FORMAT")
       ->capture_default_str();
-  sub->add_flag("--dense-f32", options->dense_f32,
-                "Hold dense weights and the cache in F32, and sum floats throughout");
-  sub->add_option("--kernels", options->kernels,
-                  "Kernel table instead of the best that runs here, or that RABIT_ISA names")
-      ->type_name("NAME");
+  add_engine_flags(sub, options->engine);
   sub->footer(
       "Examples:\n"
       "  rabit bench -m model.gguf\n"

@@ -7,6 +7,7 @@
 
 #include "base/files.h"
 #include "cli/common.h"
+#include "cli/engine_flags.h"
 #include "cli/engine_logits.h"
 #include "cli/size_report.h"
 #include "eval/perplexity.h"
@@ -16,9 +17,10 @@ namespace rabit::cli {
 namespace {
 
 struct EvalOptions {
-  std::string model, teacher, text, kernels;
+  std::string model, teacher, text;
   int64_t ctx = 2048, windows = 0, together = 0, threads = 0;
-  bool dense_f32 = false, json = false;
+  bool json = false;
+  EngineFlags engine;
 };
 
 Status eval(const EvalOptions& options) {
@@ -37,10 +39,7 @@ Status eval(const EvalOptions& options) {
   }
   warn_of_context(config.context_length, options.ctx);
 
-  RABIT_ASSIGN(const auto model,
-               Model::load(options.model, {.threads = static_cast<int>(options.threads),
-                                           .dense_as_f32 = options.dense_f32,
-                                           .kernels = options.kernels}));
+  RABIT_ASSIGN(const auto model, load_model(options.model, options.engine, options.threads));
   std::shared_ptr<Model> teacher;
   if (!options.teacher.empty()) {
     RABIT_ASSIGN(teacher,
@@ -86,29 +85,29 @@ Status eval(const EvalOptions& options) {
             size.file_bits_per_weight()));
   }
   RABIT_ASSIGN(const std::string model_sha256, sha256_file(options.model));
-  nlohmann::ordered_json told = {
-      {"perplexity", result->perplexity},
-      {"perplexity_stderr", result->perplexity_stderr},
-      {"mean_nll", result->mean_nll},
-      {"tokens_scored", result->tokens_scored},
-      {"tokens_total", count},
-      {"windows", result->windows},
-      {"ctx", result->ctx},
-      {"protocol", perplexity_protocol(options.ctx)},
-      {"model", options.model},
-      {"model_label", model_label(config, size)},
-      {"model_sha256", model_sha256},
-      {"text", options.text},
-      {"text_sha256", sha256_hex(text)},
-      {"bits_per_weight", size.bits_per_weight()},
-      {"file_bits_per_weight", size.file_bits_per_weight()},
-      {"file_bytes", size.file_bytes},
-      {"parameters", size.parameters},
-      {"seconds", seconds},
-      {"tokens_per_second", rate},
-      {"threads", model->threads()},
-      {"kernels", model->kernels()},
-      {"dense_weights", options.dense_f32 ? "F32" : "as in the file, or F16"}};
+  nlohmann::ordered_json told = {{"perplexity", result->perplexity},
+                                 {"perplexity_stderr", result->perplexity_stderr},
+                                 {"mean_nll", result->mean_nll},
+                                 {"tokens_scored", result->tokens_scored},
+                                 {"tokens_total", count},
+                                 {"windows", result->windows},
+                                 {"ctx", result->ctx},
+                                 {"protocol", perplexity_protocol(options.ctx)},
+                                 {"model", options.model},
+                                 {"model_label", model_label(config, size)},
+                                 {"model_sha256", model_sha256},
+                                 {"text", options.text},
+                                 {"text_sha256", sha256_hex(text)},
+                                 {"bits_per_weight", size.bits_per_weight()},
+                                 {"file_bits_per_weight", size.file_bits_per_weight()},
+                                 {"file_bytes", size.file_bytes},
+                                 {"parameters", size.parameters},
+                                 {"seconds", seconds},
+                                 {"tokens_per_second", rate},
+                                 {"threads", model->threads()},
+                                 {"kernels", model->kernels()},
+                                 {"dense_weights", dense_type(options.engine)},
+                                 {"kv_cache", cache_type(options.engine)}};
   if (options.together > 0) {
     told["together"] = options.together;
   }
@@ -141,11 +140,7 @@ Command add_eval(CLI::App& app) {
   add_integer(sub, "--together", options->together, 0, 1 << 20,
               "Tokens that go through the model at once; 1: as in generation; 0: many");
   add_threads(sub, options->threads);
-  sub->add_flag("--dense-f32", options->dense_f32,
-                "Hold dense weights and the cache in F32, and sum floats throughout");
-  sub->add_option("--kernels", options->kernels,
-                  "Kernel table instead of the best that runs here, or that RABIT_ISA names")
-      ->type_name("NAME");
+  add_engine_flags(sub, options->engine);
   sub->add_flag("--json", options->json, "Print one JSON object");
   sub->footer(
       "The text is tokenized once and cut into windows that do not overlap; every token but a\n"

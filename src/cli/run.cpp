@@ -8,6 +8,7 @@
 
 #include "base/interrupt.h"
 #include "cli/common.h"
+#include "cli/engine_flags.h"
 #include "cli/size_report.h"
 #include "rabit/engine.h"
 
@@ -15,11 +16,11 @@ namespace rabit::cli {
 namespace {
 
 struct RunOptions {
-  std::string model, prompt, prompt_file, kernels;
+  std::string model, prompt, prompt_file;
   int64_t predict = 128, threads = 0, ctx = 0, top_k = 40, seed = -1;
   double temperature = 0.8, top_p = 0.95, min_p = 0.05;
   bool ignore_eos = false, special = false, json = false, no_display_prompt = false;
-  bool dense_f32 = false;
+  EngineFlags engine;
 };
 
 /// Hands text on in whole UTF-8 characters: a token may hold part of one. Bytes that can never
@@ -177,10 +178,7 @@ Status run(const RunOptions& options) {
     return Error{"the prompt has no tokens: give a longer one"};
   }
 
-  RABIT_ASSIGN(const auto model,
-               Model::load(options.model, {.threads = static_cast<int>(options.threads),
-                                           .dense_as_f32 = options.dense_f32,
-                                           .kernels = options.kernels}));
+  RABIT_ASSIGN(const auto model, load_model(options.model, options.engine, options.threads));
   const auto prompt_tokens = static_cast<int64_t>(tokens.size());
   RABIT_ASSIGN(const int64_t ctx, choose_ctx(options, model->context_length(), prompt_tokens));
   RABIT_ASSIGN(const auto session, Session::create(model, ctx));
@@ -240,11 +238,7 @@ Command add_run(CLI::App& app) {
   sub->add_flag("--special", options->special,
                 "Read special tokens in the prompt, and show those generated");
   sub->add_flag("--no-display-prompt", options->no_display_prompt, "Print the continuation only");
-  sub->add_flag("--dense-f32", options->dense_f32,
-                "Hold dense weights and the cache in F32, and sum floats throughout");
-  sub->add_option("--kernels", options->kernels,
-                  "Kernel table instead of the best that runs here, or that RABIT_ISA names")
-      ->type_name("NAME");
+  add_engine_flags(sub, options->engine);
   sub->add_flag("--json", options->json, "Print one JSON object at the end instead of the text");
   sub->footer(
       "Examples:\n"

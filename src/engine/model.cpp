@@ -1,6 +1,6 @@
 // Loading: every tensor's type, extents, alignment and scales are checked here, so that the forward
-// pass need not fail. Packed layers and F16 or F32 weights of the wanted type stay in the mapped
-// file; everything else is decoded once.
+// pass need not fail. What kernels take as it lies stays in the mapped file; signs and Q8_0 are
+// rearranged where they want them in tiles, everything else is decoded once.
 #include "engine/model.h"
 
 #include <algorithm>
@@ -300,7 +300,13 @@ Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
     return Error{path.string() + ": heads of " + std::to_string(config.head_dim) +
                  " are not supported: even, at most " + std::to_string(kMaxHeadDim)};
   }
-  model->cache = options.dense_as_f32 ? CacheFormat::kF32 : CacheFormat::kF16;
+  if (options.cache_q8_0 && config.head_dim % 32 != 0) {
+    return Error{path.string() + ": a KV cache of Q8_0 needs heads of a multiple of 32, not " +
+                 std::to_string(config.head_dim) + "; take F16"};
+  }
+  model->cache = options.dense_as_f32 ? CacheFormat::kF32
+                 : options.cache_q8_0 ? CacheFormat::kQ8_0
+                                      : CacheFormat::kF16;
   model->pool =
       std::make_unique<ThreadPool>(options.threads == 0 ? usable_threads() : options.threads);
 

@@ -8,10 +8,8 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <initializer_list>
 
-#include "base/half.h"
 #include "base/interrupt.h"
 #include "engine/model.h"
 #include "io/dequant.h"
@@ -81,7 +79,7 @@ class LoadedSession : public Session {
   float* last_ = nullptr;            // (vocab): logits of the last token
   std::vector<double> frequencies_;  // (head_dim / 2): radians a position
   Buffer input_;                     // (kMostProducts, input_bytes_): made ready for products
-  int64_t input_bytes_ = 0;          // 0: products read floats, with an F32 cache always
+  int64_t input_bytes_ = 0;          // 0: products read floats, as with an F32 cache
   Buffer scratch_;                   // (threads, scratch_stride_)
   int64_t scratch_stride_ = 0;
   Buffer logits_;  // (kLogitsChunk, vocab), from the first forward_all on
@@ -90,18 +88,18 @@ class LoadedSession : public Session {
 
 Status LoadedSession::allocate() {
   const KernelTable& table = *model_->table;
-  const uint64_t element = model_->cache == CacheFormat::kF32 ? 4 : 2;
-  uint64_t positions = 0, bytes = 0;
-  const auto per_position = static_cast<uint64_t>(config_.layers * config_.d_kv());
+  uint64_t bytes = 0;
+  const auto per_position =
+      static_cast<uint64_t>(cache_bytes(model_->cache, config_.layers * config_.d_kv()));
   const auto pages = static_cast<uint64_t>(std::max(0L, ::sysconf(_SC_PHYS_PAGES)));
   const auto page = static_cast<uint64_t>(std::max(0L, ::sysconf(_SC_PAGESIZE)));
-  if (__builtin_mul_overflow(static_cast<uint64_t>(capacity_), per_position, &positions) ||
-      __builtin_mul_overflow(positions, 2 * element, &bytes) || bytes > pages * page) {
+  if (__builtin_mul_overflow(static_cast<uint64_t>(capacity_), 2 * per_position, &bytes) ||
+      bytes > pages * page) {
     return Error{"a context of " + std::to_string(capacity_) +
                  " positions does not fit this machine's memory; ask for a smaller one"};
   }
-  RABIT_ASSIGN(keys_, Buffer::make(positions, element, "the cache of keys"));
-  RABIT_ASSIGN(values_, Buffer::make(positions, element, "the cache of values"));
+  RABIT_ASSIGN(keys_, Buffer::make(bytes / 2, 1, "the cache of keys"));
+  RABIT_ASSIGN(values_, Buffer::make(bytes / 2, 1, "the cache of values"));
 
   const std::array<std::pair<float**, int64_t>, 10> parts = {{{&x_, chunk_ * config_.d_model},
                                                               {&h_, chunk_ * config_.d_model},
@@ -132,7 +130,7 @@ Status LoadedSession::allocate() {
     for (int64_t tokens = 1; tokens <= chunk_; ++tokens) {
       scratch = std::max(scratch, table.matmul_scratch(w.d_in, tokens, w.paths));
     }
-    if (model_->cache == CacheFormat::kF16) {
+    if (model_->cache != CacheFormat::kF32) {
       const int64_t group = std::min(chunk_, table.group_tokens);
       input_bytes_ = std::max(input_bytes_, table.input_bytes(w, group));
     }
@@ -216,7 +214,7 @@ void LoadedSession::multiply(const float* x, int64_t tokens,
 /// influence on the values.
 void LoadedSession::multiply_group(const float* all, int64_t first, int64_t tokens,
                                    std::initializer_list<Product> products) {
-  constexpr int64_t kTasksPerThread = 3, kFewestRows = 96;
+  constexpr int64_t kTasksPerThread = 8, kFewestRows = 96;
   const KernelTable& table = *model_->table;
   const int64_t parts = model_->threads() == 1 ? 1 : model_->threads() * kTasksPerThread;
   const auto rows_per_task = [&](const LinearWeights& w) {
@@ -285,25 +283,18 @@ void LoadedSession::store_cache(int64_t layer, int64_t begin, int64_t end) {
   const int64_t d = config_.head_dim;
   for (int64_t t = begin; t < end; ++t) {
     for (int64_t head = 0; head < config_.kv_heads; ++head) {
-      const int64_t to = ((layer * config_.kv_heads + head) * capacity_ + position_ + t) * d;
+      const int64_t place = (layer * config_.kv_heads + head) * capacity_ + position_ + t;
+      const int64_t to = cache_bytes(model_->cache, place * d);
       const int64_t from = (t * config_.kv_heads + head) * d;
-      if (model_->cache == CacheFormat::kF32) {
-        std::memcpy(keys_.as<float>() + to, k_ + from, static_cast<size_t>(d) * sizeof(float));
-        std::memcpy(values_.as<float>() + to, v_ + from, static_cast<size_t>(d) * sizeof(float));
-      } else {
-        for (int64_t i = 0; i < d; ++i) {
-          keys_.as<uint16_t>()[to + i] = float_to_half(k_[from + i]);
-          values_.as<uint16_t>()[to + i] = float_to_half(v_[from + i]);
-        }
-      }
+      model_->table->to_cache(k_ + from, d, model_->cache, keys_.as<std::byte>() + to);
+      model_->table->to_cache(v_ + from, d, model_->cache, values_.as<std::byte>() + to);
     }
   }
 }
 
 void LoadedSession::attend(int64_t layer, int64_t tokens) {
   const KernelTable& table = *model_->table;
-  const int64_t element = model_->cache == CacheFormat::kF32 ? 4 : 2;
-  const int64_t offset = layer * capacity_ * config_.d_kv() * element;
+  const int64_t offset = cache_bytes(model_->cache, layer * capacity_ * config_.d_kv());
   const AttentionInput input = {.q = q_,
                                 .cache = model_->cache,
                                 .k = keys_.as<std::byte>() + offset,

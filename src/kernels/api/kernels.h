@@ -45,17 +45,21 @@ struct LinearWeights {
 /// Largest head_dim that attention takes.
 inline constexpr int64_t kMaxHeadDim = 256;
 
-/// Element type of the KV cache. F16 halves its memory; F32 keeps the logits at float accuracy
-/// (with F32 weights, within 1e-4 of their norm).
-enum class CacheFormat { kF16, kF32 };
+/// Type of the KV cache. F32 keeps the logits at float accuracy (with F32 weights, within 1e-4 of
+/// their norm). Q8_0: blocks of 32 as GGUF has them, head_dim a multiple of 32.
+enum class CacheFormat { kF16, kF32, kQ8_0 };
+constexpr int64_t cache_bytes(CacheFormat format, int64_t values) {
+  return format == CacheFormat::kF32   ? 4 * values
+         : format == CacheFormat::kF16 ? 2 * values
+                                       : values / 32 * 34;
+}
 
 /// One causal attention: queries at positions first_position + t over cached keys and values.
 /// Query head i reads KV head i / (heads / kv_heads).
 struct AttentionInput {
   const float* q = nullptr;  // (tokens, heads, head_dim)
   CacheFormat cache = CacheFormat::kF16;
-  const void* k =
-      nullptr;  // (kv_heads, capacity, head_dim), filled up to the last query's position
+  const void* k = nullptr;  // (kv_heads, capacity, head_dim), filled to the last query's position
   const void* v = nullptr;  // as k
   int64_t tokens = 0;
   int64_t first_position = 0;
@@ -101,6 +105,10 @@ struct KernelTable {
   /// order for "llama", turned by angle position * theta^(-2i/head_dim); cos_sin holds, for each
   /// token, head_dim/2 pairs (cos, sin).
   void (*rope)(float* x, const float* cos_sin, int64_t tokens, int64_t heads, int64_t head_dim);
+  /// Values as the cache holds them, `count` of them; for Q8_0 a multiple of 32: scale
+  /// F16(max |x| / 127), x / scale to the nearest integer. A block with a value that is not finite
+  /// becomes NaN.
+  void (*to_cache)(const float* from, int64_t count, CacheFormat format, void* to);
   /// softmax(q k^T / sqrt(head_dim)) v for query heads [head_begin, head_end) of tokens
   /// [token_begin, token_end). out: (tokens, heads, head_dim), only those heads and tokens written.
   /// `scratch`: this thread's own, attention_scratch() floats, 64-byte aligned.

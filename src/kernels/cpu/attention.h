@@ -12,6 +12,52 @@
 namespace rabit::RABIT_ISA {
 namespace {
 
+/// A block of 32 values as Q8_0.
+RABIT_INLINE void to_block(const float* from, uint8_t* block) {
+  Vec top = {}, none = {};  // the second: 0, or NaN where a value is not finite
+  for (int64_t c = 0; c < kBlock; c += kLanes) {
+    const Vec v = load(from + c);
+    top = max_of(top, v < 0 ? -v : v);
+    none += v * 0.0F;
+  }
+  uint16_t scale[kLanes];
+  store_half(scale, splat(max_lane(top) / 127 + sum_lanes(none)));
+  __builtin_memcpy(block, scale, sizeof scale[0]);
+  const float unit = half_value(scale[0]), units = unit > 0 ? 1 / unit : 0;
+  constexpr float kRounder = 0x1.8p23F;  // adding it leaves the nearest integer in the low bits
+  for (int64_t c = 0; c < kBlock; c += kLanes) {
+    const Vec v = load(from + c) * units;
+    const Vec bounded = v > 127.0F ? splat(127.0F) : v < -127.0F ? splat(-127.0F) : v;
+    const IntVec whole = reinterpret_cast<IntVec>(bounded + kRounder);
+    *reinterpret_cast<LooseByteVec*>(block + 2 + c) = __builtin_convertvector(whole, ByteVec);
+  }
+}
+
+void to_cache(const float* from, int64_t count, CacheFormat format, void* to) {
+  const int64_t whole = count / kLanes * kLanes;
+  switch (format) {
+    case CacheFormat::kF32:
+      __builtin_memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+      return;
+    case CacheFormat::kF16: {
+      auto* halves = static_cast<uint16_t*>(to);
+      for (int64_t i = 0; i < whole; i += kLanes) {
+        store_half(halves + i, load(from + i));
+      }
+      if (whole < count) {
+        uint16_t rest[kLanes];
+        store_half(rest, load_part(from + whole, count - whole));
+        __builtin_memcpy(halves + whole, rest, static_cast<size_t>(count - whole) * sizeof rest[0]);
+      }
+      return;
+    }
+    case CacheFormat::kQ8_0:
+      for (int64_t at = 0; at < count; at += kBlock) {
+        to_block(from + at, static_cast<uint8_t*>(to) + cache_bytes(format, at));
+      }
+  }
+}
+
 constexpr int64_t kQueryTokens = 48;  // a multiple of every kTile
 static_assert(kQueryTokens % kTile == 0);
 
@@ -204,20 +250,28 @@ void attend(const AttentionInput& in, const Rows& keys, const Rows& values, int6
 void attention(const AttentionInput& in, int64_t head_begin, int64_t head_end, int64_t token_begin,
                int64_t token_end, float* scratch, float* out) {
   const int64_t group = in.heads / in.kv_heads;
-  const int64_t cache_head = in.capacity * in.head_dim;
+  const int64_t cache_head = cache_bytes(in.cache, in.capacity * in.head_dim);
   for (int64_t t = token_begin; t < token_end; t += kQueryTokens) {
     const int64_t count = smaller(kQueryTokens, token_end - t);
     for (int64_t head = head_begin; head < head_end;) {
       const int64_t kv = head / group;
       const int64_t last = smaller(head_end, (kv + 1) * group);
-      if (in.cache == CacheFormat::kF32) {
-        const FloatRows k = {static_cast<const float*>(in.k) + kv * cache_head, in.head_dim};
-        const FloatRows v = {static_cast<const float*>(in.v) + kv * cache_head, in.head_dim};
-        attend(in, k, v, head, last - head, t, count, scratch, out);
-      } else {
-        const HalfRows k = {static_cast<const uint16_t*>(in.k) + kv * cache_head, in.head_dim};
-        const HalfRows v = {static_cast<const uint16_t*>(in.v) + kv * cache_head, in.head_dim};
-        attend(in, k, v, head, last - head, t, count, scratch, out);
+      const auto* k = static_cast<const uint8_t*>(in.k) + kv * cache_head;
+      const auto* v = static_cast<const uint8_t*>(in.v) + kv * cache_head;
+      const auto run = [&](const auto& keys, const auto& values) {
+        attend(in, keys, values, head, last - head, t, count, scratch, out);
+      };
+      switch (in.cache) {
+        case CacheFormat::kF32:
+          run(FloatRows{reinterpret_cast<const float*>(k), in.head_dim},
+              FloatRows{reinterpret_cast<const float*>(v), in.head_dim});
+          break;
+        case CacheFormat::kF16:
+          run(HalfRows{reinterpret_cast<const uint16_t*>(k), in.head_dim},
+              HalfRows{reinterpret_cast<const uint16_t*>(v), in.head_dim});
+          break;
+        case CacheFormat::kQ8_0:
+          run(BlockRows<Q8Block>{k, in.head_dim}, BlockRows<Q8Block>{v, in.head_dim});
       }
       head = last;
     }

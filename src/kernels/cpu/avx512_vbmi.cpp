@@ -25,8 +25,7 @@ constexpr int64_t kHeader = 64, kTable64 = 64, kWordTables = 4 * kTable64;
 constexpr int32_t kBias = 32768;          // sums are kept as unsigned 16-bit numbers
 constexpr float kLargestSum = 32765.0F;   // of |q| over four columns, rounded up to 2 beyond
 constexpr int64_t kExactWords = 1 << 12;  // words whose sums 32 bits hold
-constexpr int64_t kTurnWords = 4;         // that a group of tiles goes through before the next
-constexpr int64_t kAheadWords = 32;       // to ask for, over all tiles
+constexpr int64_t kAheadWords = 32;       // from what is read to what is asked for
 // Their tables are to stay in the second-level cache, while weights come from memory once for all.
 constexpr int64_t kGroupTokens = 32;
 constexpr int64_t kGroupTiles = 4;
@@ -87,16 +86,55 @@ float largest_sum(const uint16_t* h, const float* x, int64_t d_in) {
   return unordered != 0 ? __builtin_nanf("") : _mm512_reduce_max_ps(largest);
 }
 
-// +1 where bit b (b + 1) of the lane's number is set, else -1, in the lane's low (high) half.
-RABIT_INLINE __m512i pair_signs(int b) {
-  const __m512i number = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i bit =
-      _mm512_and_si512(_mm512_srli_epi32(number, static_cast<unsigned>(b)), _mm512_set1_epi32(1));
-  const __m512i next = _mm512_and_si512(_mm512_srli_epi32(number, static_cast<unsigned>(b) + 1),
-                                        _mm512_set1_epi32(1));
-  const __m512i halves = _mm512_or_si512(bit, _mm512_slli_epi32(next, 16));
-  return _mm512_sub_epi16(_mm512_slli_epi16(halves, 1), _mm512_set1_epi16(1));
-}
+// Tables of a word's 32 columns from their q. Of a pair of columns, R has q0 + q1 and q1 - q0 and
+// -R the other two sums with signs; two pairs add up to the 16 sums of four columns, for two
+// nibbles at a time. `plus` adds the bias to what is taken of the first pair.
+class Tabulate {
+ public:
+  Tabulate() {
+    // Of nibbles 0 and 2: which of a pair's sums, R before -R, by the pair's two bits.
+    constexpr int16_t kOfSigns[4] = {32, 33, 1, 0};
+    alignas(64) int16_t first[32], second[32];
+    alignas(64) uint8_t low[64];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int pairs = lane / 16 * 8, number = lane % 16;
+      first[lane] = static_cast<int16_t>(pairs + kOfSigns[number % 4]);
+      second[lane] = static_cast<int16_t>(pairs + 2 + kOfSigns[number / 4]);
+    }
+    for (int byte = 0; byte < 64; ++byte) {
+      low[byte] = static_cast<uint8_t>(2 * byte);
+    }
+    first_ = _mm512_load_si512(first);
+    second_ = _mm512_load_si512(second);
+    low_ = _mm512_load_si512(low);
+  }
+
+  RABIT_INLINE void operator()(__m512i q, uint8_t* tables) const {
+    const __m512i bias = _mm512_set1_epi16(static_cast<int16_t>(kBias));
+    const __m512i neighbours = _mm512_rol_epi32(q, 16);
+    const __m512i r =
+        _mm512_mask_sub_epi16(_mm512_add_epi16(q, neighbours), 0xAAAAAAAA, q, neighbours);
+    const __m512i minus = _mm512_sub_epi16(_mm512_setzero_si512(), r);
+    const __m512i r_plus = _mm512_add_epi16(r, bias), minus_plus = _mm512_sub_epi16(bias, r);
+    const auto two_nibbles = [&](int lanes) {  // those so many lanes of R after 0 and 2
+      const __m512i after = _mm512_set1_epi16(static_cast<int16_t>(lanes));
+      return _mm512_add_epi16(
+          _mm512_permutex2var_epi16(r_plus, _mm512_add_epi16(first_, after), minus_plus),
+          _mm512_permutex2var_epi16(r, _mm512_add_epi16(second_, after), minus));
+    };
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+      const __m512i sums = two_nibbles(4 * odd), more = two_nibbles(4 * odd + 16);
+      const __m512i high = _mm512_add_epi8(low_, _mm512_set1_epi8(1));
+      uint8_t* to = tables + odd * 2 * kTable64;
+      _mm512_store_si512(to, _mm512_permutex2var_epi8(sums, low_, more));
+      _mm512_store_si512(to + kTable64, _mm512_permutex2var_epi8(sums, high, more));
+    }
+  }
+
+ private:
+  __m512i first_, second_, low_;
+};
 
 // q = 256 upper + lower, both signed bytes.
 void prepare_blocks(const LinearWeights& w, const float* x, int64_t tokens, uint8_t* input,
@@ -140,7 +178,7 @@ void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input
     return prepare_blocks(w, x, tokens, static_cast<uint8_t*>(input), word_begin, word_end);
   }
   const int64_t words = (w.d_in + 31) / 32;
-  const __m512i low_pair = pair_signs(0), high_pair = pair_signs(2);
+  const Tabulate tabulate;
   for (int64_t i = 0; i < tokens * w.paths; ++i) {
     const float* in = x + i / w.paths * w.d_in;
     const uint16_t* h = w.col_scale + i % w.paths * w.d_in;
@@ -151,45 +189,33 @@ void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input
       *reinterpret_cast<float*>(out) = unit.worth;
     }
     for (int64_t word = word_begin; word < word_end; ++word) {
-      alignas(64) int16_t q[32];
-      for (int half = 0; half < 2; ++half) {
-        const __m512 in_units = _mm512_mul_ps(scaled(h, in, word * 32 + half * 16, w.d_in), units);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(q + half * 16),
-                           _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(in_units)));
-      }
-      const auto* pairs = reinterpret_cast<const int32_t __attribute__((may_alias))*>(q);
-      uint8_t* tables = out + kHeader + word * kWordTables;
-#pragma GCC unroll 8
-      for (int nibble = 0; nibble < 8; ++nibble) {  // nibble n: columns 4n to 4n + 3
-        __m512i sums = _mm512_dpwssd_epi32(_mm512_set1_epi32(kBias), low_pair,
-                                           _mm512_set1_epi32(pairs[2 * nibble]));
-        sums = _mm512_dpwssd_epi32(sums, high_pair, _mm512_set1_epi32(pairs[2 * nibble + 1]));
-        uint8_t* table = tables + nibble % 2 * 2 * kTable64 + nibble / 2 * 16;
-        _mm_store_si128(reinterpret_cast<__m128i*>(table), _mm512_cvtepi32_epi8(sums));
-        _mm_store_si128(reinterpret_cast<__m128i*>(table + kTable64),
-                        _mm512_cvtepi32_epi8(_mm512_srli_epi32(sums, 8)));
-      }
+      const auto half = [&](int64_t c) {
+        const __m512 in_units = _mm512_mul_ps(scaled(h, in, c, w.d_in), units);
+        return _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(in_units));
+      };
+      const __m512i q =
+          _mm512_inserti64x4(_mm512_castsi256_si512(half(word * 32)), half(word * 32 + 16), 1);
+      tabulate(q, out + kHeader + word * kWordTables);
     }
   }
 }
 
-// Sums of the rows of kTiles tiles, in parts: of tables' low bytes and of high ones.
-template <int kTiles, int kTokens>
+constexpr int kTileVectors = kTileRows / 16;  // of a tile's rows
+
+// Sums of a tile's rows, in parts: of tables' low bytes and of high ones.
+template <int kTokens>
 struct Sums {
-  __m512i low[kTokens][4 * kTiles], high[kTokens][4 * kTiles];
+  __m512i low[kTokens][kTileVectors], high[kTokens][kTileVectors];
 };
 
-// Adds the sums over some words: signs of the first tile, the others' `stride` words apart; tables
-// of the first word and token, the others' `token_bytes` apart; what is `ahead` words on in each
-// tile is asked for.
-template <int kTiles, int kTokens>
-RABIT_INLINE void lookup(const uint32_t* signs, int64_t stride, const uint8_t* tables,
-                         int64_t token_bytes, int64_t words, int64_t ahead,
-                         Sums<kTiles, kTokens>& sums) {
-  constexpr int kVectors = 4 * kTiles;
+// Sums over some words of a tile: signs and tables of the first; a token's tables are `token_bytes`
+// after those of the one before.
+template <int kTokens>
+RABIT_INLINE Sums<kTokens> lookup(const uint32_t* signs, const uint8_t* tables, int64_t token_bytes,
+                                  int64_t words) {
   const __m512i nibbles = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1);
   const __m512i quarter = _mm512_set1_epi32(0x30201000);  // of the table, by byte of a word
-  Sums<kTiles, kTokens> now = sums;
+  Sums<kTokens> sums = {};
   for (int64_t word = 0; word < words; ++word) {
     __m512i even_low[kTokens], even_high[kTokens], odd_low[kTokens], odd_high[kTokens];
 #pragma GCC unroll 2
@@ -200,10 +226,10 @@ RABIT_INLINE void lookup(const uint32_t* signs, int64_t stride, const uint8_t* t
       odd_low[t] = _mm512_load_si512(of_word + 2 * kTable64);
       odd_high[t] = _mm512_load_si512(of_word + 3 * kTable64);
     }
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const uint32_t* from = signs + v / 4 * stride + word * kTileRows + v % 4 * 16;
-      _mm_prefetch(reinterpret_cast<const char*>(from + ahead * kTileRows), _MM_HINT_T0);
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      const uint32_t* from = signs + word * kTileRows + v * 16;
+      _mm_prefetch(reinterpret_cast<const char*>(from + kAheadWords * kTileRows), _MM_HINT_T0);
       const __m512i bits = _mm512_load_si512(from);
       const __m512i even = _mm512_ternarylogic_epi32(bits, nibbles, quarter, 0xEA);
       const __m512i odd =
@@ -213,25 +239,24 @@ RABIT_INLINE void lookup(const uint32_t* signs, int64_t stride, const uint8_t* t
         const auto add = [&](__m512i& sum, __m512i which, __m512i table) {
           sum = _mm512_dpbusd_epi32(sum, _mm512_permutexvar_epi8(which, table), ones);
         };
-        add(now.low[t][v], even, even_low[t]);
-        add(now.high[t][v], even, even_high[t]);
-        add(now.low[t][v], odd, odd_low[t]);
-        add(now.high[t][v], odd, odd_high[t]);
+        add(sums.low[t][v], even, even_low[t]);
+        add(sums.high[t][v], even, even_high[t]);
+        add(sums.low[t][v], odd, odd_low[t]);
+        add(sums.high[t][v], odd, odd_high[t]);
       }
     }
   }
-  sums = now;
+  return sums;
 }
 
 // Adds a path's sums over `words` words, times its scales, to the rows' totals.
-template <int kTiles, int kTokens>
+template <int kTokens>
 RABIT_INLINE void add_scaled(const LinearWeights& w, int64_t path, int64_t tile,
                              const uint8_t* of_path, int64_t token_bytes, int64_t words,
-                             const Sums<kTiles, kTokens>& sums,
-                             __m512 (&totals)[kTokens][4 * kTiles]) {
+                             const Sums<kTokens>& sums, __m512 (&totals)[kTokens][kTileVectors]) {
   const __m512i bias = _mm512_set1_epi32(static_cast<int32_t>(words * 8 * kBias));
-#pragma GCC unroll 8
-  for (int v = 0; v < 4 * kTiles; ++v) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kTileVectors; ++v) {
     const int64_t row = tile * kTileRows + v * 16;
     const __m512 g = _mm512_cvtph_ps(
         _mm256_maskz_loadu_epi16(lanes_left(w.d_out - row), w.row_scale + path * w.d_out + row));
@@ -248,13 +273,13 @@ RABIT_INLINE void add_scaled(const LinearWeights& w, int64_t path, int64_t tile,
 }
 
 // Only rows in [row_begin, row_end) are written.
-template <int kTiles, int kTokens>
-RABIT_INLINE void store_rows(const __m512 (&totals)[kTokens][4 * kTiles], int64_t tile,
+template <int kTokens>
+RABIT_INLINE void store_rows(const __m512 (&totals)[kTokens][kTileVectors], int64_t tile,
                              int64_t d_out, float* y, int64_t row_begin, int64_t row_end) {
 #pragma GCC unroll 2
   for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 8
-    for (int v = 0; v < 4 * kTiles; ++v) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
       const int64_t row = tile * kTileRows + v * 16;
       const __mmask16 mask =
           static_cast<__mmask16>(lanes_left(row_end - row) & ~lanes_left(row_begin - row));
@@ -263,48 +288,33 @@ RABIT_INLINE void store_rows(const __m512 (&totals)[kTokens][4 * kTiles], int64_
   }
 }
 
-// kGroups times kTiles tiles from `tile` on, kTokens tokens. The groups take turns at a few words,
-// so that memory is read at places far apart by turns, which is faster than one after the other.
-template <int kGroups, int kTiles, int kTokens>
-void tiles_by_lookup(const LinearWeights& w, const uint8_t* input, int64_t tile, float* y,
-                     int64_t row_begin, int64_t row_end) {
-  const int64_t words = (w.d_in + 31) / 32, stride = w.paths * words * kTileRows;
+// Rows of a tile, kTokens tokens.
+template <int kTokens>
+void tile_by_lookup(const LinearWeights& w, const uint8_t* input, int64_t tile, float* y,
+                    int64_t row_begin, int64_t row_end) {
+  const int64_t words = (w.d_in + 31) / 32;
   const int64_t token_bytes = w.paths * path_bytes(words);
-  const int64_t turn = kGroups == 1 ? kExactWords : kTurnWords;
-  __m512 totals[kGroups][kTokens][4 * kTiles] = {};
+  const uint32_t* signs = w.signs + tile * w.paths * words * kTileRows;
+  __m512 totals[kTokens][kTileVectors] = {};
   for (int64_t path = 0; path < w.paths; ++path) {
     const uint8_t* of_path = input + path * path_bytes(words);
-    const uint32_t* signs = w.signs + tile * stride + path * words * kTileRows;
     for (int64_t begin = 0; begin < words; begin += kExactWords) {
-      const int64_t end = smaller(words, begin + kExactWords);
-      Sums<kTiles, kTokens> sums[kGroups] = {};
-      for (int64_t word = begin; word < end; word += turn) {
-        for (int group = 0; group < kGroups; ++group) {
-          lookup<kTiles, kTokens>(signs + group * kTiles * stride + word * kTileRows, stride,
-                                  of_path + kHeader + word * kWordTables, token_bytes,
-                                  smaller(turn, end - word), kAheadWords / (kGroups * kTiles),
-                                  sums[group]);
-        }
-      }
-      for (int group = 0; group < kGroups; ++group) {
-        add_scaled<kTiles, kTokens>(w, path, tile + group * kTiles, of_path, token_bytes,
-                                    end - begin, sums[group], totals[group]);
-      }
+      const int64_t part = smaller(kExactWords, words - begin);
+      const uint8_t* tables = of_path + kHeader + begin * kWordTables;
+      const auto sums = lookup<kTokens>(signs, tables, token_bytes, part);
+      add_scaled(w, path, tile, of_path, token_bytes, part, sums, totals);
+      signs += part * kTileRows;
     }
   }
-  for (int group = 0; group < kGroups; ++group) {
-    store_rows<kTiles, kTokens>(totals[group], tile + group * kTiles, w.d_out, y, row_begin,
-                                row_end);
-  }
+  store_rows(totals, tile, w.d_out, y, row_begin, row_end);
 }
 
 // Rows of a tile of Q8_0, one token; only rows in [row_begin, row_end) are written.
 void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile, float* y,
                    int64_t row_begin, int64_t row_end) {
-  constexpr int kVectors = kTileRows / 16;
   const int64_t blocks = w.d_in / kBlock;
   const auto* weights = static_cast<const uint8_t*>(w.dense) + tile * blocks * kBlockTileBytes;
-  __m512 totals[1][kVectors] = {};
+  __m512 totals[1][kTileVectors] = {};
   for (int64_t block = 0; block < blocks; ++block, weights += kBlockTileBytes) {
     const uint8_t* in = input + kHeader + block * kBlockInput;
     const auto quad = [&](int64_t at) {  // four columns' bytes in every lane
@@ -312,16 +322,16 @@ void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile, f
       __builtin_memcpy(&bytes, in + at, sizeof bytes);
       return _mm512_set1_epi32(bytes);
     };
-    __m512i upper[kVectors] = {}, lower[kVectors];
+    __m512i upper[kTileVectors] = {}, lower[kTileVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kTileVectors; ++v) {
       lower[v] = quad(64);
     }
 #pragma GCC unroll 8
     for (int64_t four = 0; four < kBlock / 4; ++four) {
       const __m512i in_upper = quad(4 * four), in_lower = quad(32 + 4 * four);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kTileVectors; ++v) {
         const uint8_t* from = weights + 2 * kTileRows + four * 4 * kTileRows + v * 64;
         _mm_prefetch(reinterpret_cast<const char*>(from + 2 * kBlockTileBytes), _MM_HINT_T0);
         const __m512i bytes = _mm512_loadu_si512(from);
@@ -330,7 +340,7 @@ void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile, f
       }
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kTileVectors; ++v) {
       const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper[v], 8), lower[v]);
       const __m512 scale =
           _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 32 * v)));
@@ -339,10 +349,10 @@ void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile, f
   }
   const __m512 unit = _mm512_set1_ps(*reinterpret_cast<const float*>(input));
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) {
+  for (int v = 0; v < kTileVectors; ++v) {
     totals[0][v] = _mm512_mul_ps(totals[0][v], unit);
   }
-  store_rows<1, 1>(totals, tile, w.d_out, y, row_begin, row_end);
+  store_rows(totals, tile, w.d_out, y, row_begin, row_end);
 }
 
 void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input, int64_t tokens,
@@ -370,10 +380,8 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
   }
   const int64_t token_bytes = w.paths * path_bytes((w.d_in + 31) / 32);
   const int64_t end = (row_end + kTileRows - 1) / kTileRows;
-  using Product = void (*)(const LinearWeights&, const uint8_t*, int64_t, float*, int64_t, int64_t);
-  const auto run = [&](Product product, int64_t tile, int64_t token) {
-    product(w, static_cast<const uint8_t*>(input) + token * token_bytes, tile, y + token * w.d_out,
-            row_begin, row_end);
+  const auto at = [&](int64_t token) {
+    return static_cast<const uint8_t*>(input) + token * token_bytes;
   };
   // Some tiles stay in the second-level cache while all tokens go through them, two at a time.
   for (int64_t first = row_begin / kTileRows; first < end; first += kGroupTiles) {
@@ -381,15 +389,11 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
     int64_t token = 0;
     for (; token + 2 <= tokens; token += 2) {
       for (int64_t tile = first; tile < last; ++tile) {
-        run(tiles_by_lookup<1, 1, 2>, tile, token);
+        tile_by_lookup<2>(w, at(token), tile, y + token * w.d_out, row_begin, row_end);
       }
     }
-    int64_t tile = first;
-    for (; token < tokens && tile + 4 <= last; tile += 4) {
-      run(tiles_by_lookup<2, 2, 1>, tile, token);
-    }
-    for (; token < tokens && tile < last; ++tile) {
-      run(tiles_by_lookup<1, 1, 1>, tile, token);
+    for (int64_t tile = first; token < tokens && tile < last; ++tile) {
+      tile_by_lookup<1>(w, at(token), tile, y + token * w.d_out, row_begin, row_end);
     }
   }
 }
@@ -406,7 +410,7 @@ constinit const KernelTable kTable = [] {
   table.prepare = prepare;
   table.matmul = matmul_by_lookup;
   table.matmul_scratch = lookup_scratch;
-  table.matmul_row_grain = kGroupTiles * kTileRows;
+  table.matmul_row_grain = kTileRows;
   return table;
 }();
 

@@ -174,7 +174,7 @@ struct Q4Block {
 };
 
 RABIT_INLINE float block_scale(const uint8_t* block) {
-  return finite_half(static_cast<uint16_t>(block[0] | block[1] << 8));
+  return half_value(static_cast<uint16_t>(block[0] | block[1] << 8));
 }
 
 template <typename Block>
@@ -183,6 +183,9 @@ struct BlockRows {
   int64_t stride;  // columns
   RABIT_INLINE const uint8_t* block(int64_t row, int64_t index) const {
     return data + (row * (stride / kBlock) + index) * Block::kBytes;
+  }
+  RABIT_INLINE const void* place(int64_t row, int64_t column) const {
+    return block(row, column / kBlock);
   }
   RABIT_INLINE Vec read(int64_t row, int64_t column, int64_t /*left*/) const {
     const uint8_t* from = block(row, column / kBlock);
@@ -269,7 +272,7 @@ struct BinaryRows {
     for (int path = 0; path < kPaths; ++path) {
       const Vec signed_h =
           flip(load(h + path * h_stride + column), signs.flips_at(path, row, column));
-      sum += finite_half(row_scale[path * d_out + row]) * signed_h;
+      sum += half_value(row_scale[path * d_out + row]) * signed_h;
     }
     return sum;
   }

@@ -171,7 +171,7 @@ RABIT_INLINE void binary_rows(const LinearWeights& w, int64_t words, int64_t row
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const float g = finite_half(w.row_scale[path * w.d_out + row + r]);
+      const float g = half_value(w.row_scale[path * w.d_out + row + r]);
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) {
         totals[r][t] += g * sums[r][t];

@@ -21,6 +21,7 @@ consteval KernelTable portable_table() {
           .matmul_row_grain = 32,
           .rms_norm = rms_norm,
           .rope = rope,
+          .to_cache = to_cache,
           .attention = attention,
           .attention_scratch = attention_scratch,
           .attention_token_grain = kQueryTokens,

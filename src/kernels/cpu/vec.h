@@ -22,6 +22,7 @@ typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t UintVec __attribute__((vector_size(4 * kLanes)));
 typedef int16_t ShortVec __attribute__((vector_size(2 * kLanes)));
+typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
 // The same at any address.
 typedef float LooseVec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int16_t LooseShortVec __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
@@ -114,15 +115,32 @@ RABIT_INLINE Vec load_half_part(const uint16_t* p, int64_t count) {
   return widen_any(bits);
 }
 
-RABIT_INLINE float finite_half(uint16_t bits) {
+/// F16 to float for all values.
+RABIT_INLINE float half_value(uint16_t bits) {
 #if RABIT_LANES > 4
   return _cvtsh_ss(bits);
 #else
-  const int32_t placed =
-      (static_cast<int32_t>(static_cast<int16_t>(bits)) << 13) & static_cast<int32_t>(0x8FFFFFFF);
-  float value;
-  __builtin_memcpy(&value, &placed, sizeof value);
-  return value * 0x1p112F;
+  return widen_any(ShortVec{static_cast<int16_t>(bits)})[0];
+#endif
+}
+
+/// Float to F16, to the nearest, ties to even; as base/half.h does it.
+RABIT_INLINE void store_half(uint16_t* p, Vec v) {
+#if RABIT_LANES == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(p),
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif RABIT_LANES == 8
+  _mm_storeu_si128(reinterpret_cast<__m128i_u*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const IntVec bits = reinterpret_cast<IntVec>(v), sign = (bits >> 16) & 0x8000;
+  const IntVec size = bits & 0x7FFFFFFF;
+  // Below the smallest normal half, the float adder rounds at 2^-24.
+  const IntVec small = reinterpret_cast<IntVec>(reinterpret_cast<Vec>(size) + 0.5F) - 0x3F000000;
+  const IntVec usual = (size + 0xFFF + ((size >> 13) & 1) - 0x38000000) >> 13;
+  const IntVec finite = size < 0x38800000 ? small : usual;
+  const IntVec special = size > 0x7F800000 ? IntVec{} + 0x7E00 : IntVec{} + 0x7C00;
+  const IntVec half = sign | (size >= 0x477FF000 ? special : finite);
+  *reinterpret_cast<LooseShortVec*>(p) = __builtin_convertvector(half, ShortVec);
 #endif
 }
 

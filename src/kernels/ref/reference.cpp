@@ -117,9 +117,48 @@ void rope(float* x, const float* cos_sin, int64_t tokens, int64_t heads, int64_t
   }
 }
 
+void to_cache(const float* from, int64_t count, CacheFormat format, void* to) {
+  constexpr int64_t kBlock = 32;
+  switch (format) {
+    case CacheFormat::kF32:
+      std::copy_n(from, count, static_cast<float*>(to));
+      return;
+    case CacheFormat::kF16:
+      std::transform(from, from + count, static_cast<uint16_t*>(to), float_to_half);
+      return;
+    case CacheFormat::kQ8_0:
+      break;
+  }
+  auto* block = static_cast<uint8_t*>(to);
+  for (int64_t at = 0; at < count; at += kBlock, block += cache_bytes(format, kBlock)) {
+    float largest = 0;
+    bool finite = true;
+    for (int64_t i = at; i < at + kBlock; ++i) {
+      largest = std::max(largest, std::abs(from[i]));
+      finite = finite && std::isfinite(from[i]);
+    }
+    const uint16_t scale =
+        float_to_half(finite ? largest / 127 : std::numeric_limits<float>::quiet_NaN());
+    std::memcpy(block, &scale, sizeof scale);
+    const float unit = half_to_float(scale), units = unit > 0 ? 1 / unit : 0;
+    for (int64_t i = 0; i < kBlock; ++i) {
+      const float value = std::clamp(std::nearbyint(from[at + i] * units), -127.0F, 127.0F);
+      block[2 + i] = static_cast<uint8_t>(static_cast<int8_t>(finite ? value : 0));
+    }
+  }
+}
+
 double cache_at(const void* cache, CacheFormat format, int64_t at) {
-  return format == CacheFormat::kF32 ? static_cast<const float*>(cache)[at]
-                                     : half_to_float(static_cast<const uint16_t*>(cache)[at]);
+  switch (format) {
+    case CacheFormat::kF32:
+      return static_cast<const float*>(cache)[at];
+    case CacheFormat::kF16:
+      return half_to_float(static_cast<const uint16_t*>(cache)[at]);
+    case CacheFormat::kQ8_0:
+      break;
+  }
+  const int8_t* block = static_cast<const int8_t*>(cache) + at / 32 * cache_bytes(format, 32);
+  return scale_of(block) * block[2 + at % 32];
 }
 
 void attention(const AttentionInput& in, int64_t head_begin, int64_t head_end, int64_t token_begin,
@@ -189,6 +228,7 @@ constexpr KernelTable kReference = {.name = "reference",
                                     .matmul_row_grain = 1,
                                     .rms_norm = rms_norm,
                                     .rope = rope,
+                                    .to_cache = to_cache,
                                     .attention = attention,
                                     .attention_scratch = attention_scratch,
                                     .attention_token_grain = 1,

@@ -1,0 +1,48 @@
+#include "cli/engine_flags.h"
+
+#include <fmt/format.h>
+
+#include "cli/common.h"
+
+namespace rabit::cli {
+
+void add_engine_flags(CLI::App* app, EngineFlags& flags) {
+  CLI::Option* exact =
+      app->add_flag("--dense-f32", flags.dense_f32,
+                    "Hold dense weights and the cache in F32, and sum floats throughout");
+  app->add_option("--cache-type", flags.cache_type, "KV cache: f16, or q8_0 in half the memory")
+      ->check(CLI::IsMember({"f16", "q8_0"}))
+      ->type_name("TYPE")
+      ->capture_default_str()
+      ->excludes(exact);
+  app->add_option("--kernels", flags.kernels,
+                  "Kernel table instead of the best that runs here, or that RABIT_ISA names")
+      ->type_name("NAME");
+  app->add_flag("-v,--verbose", flags.verbose, "Say on stderr which kernels run, and how");
+}
+
+Result<std::shared_ptr<Model>> load_model(const std::filesystem::path& path,
+                                          const EngineFlags& flags, int64_t threads) {
+  const double started = now_seconds();
+  RABIT_ASSIGN(auto model, Model::load(path, {.threads = static_cast<int>(threads),
+                                              .dense_as_f32 = flags.dense_f32,
+                                              .kernels = flags.kernels,
+                                              .cache_q8_0 = flags.cache_type == "q8_0"}));
+  if (flags.verbose) {
+    note(
+        fmt::format("{}: kernels {}, {} threads, dense weights {}, KV cache {}; loaded in {:.2f} s",
+                    path.string(), model->kernels(), model->threads(), dense_type(flags),
+                    cache_type(flags), now_seconds() - started));
+  }
+  return model;
+}
+
+std::string dense_type(const EngineFlags& flags) {
+  return flags.dense_f32 ? "F32" : "as in the file, or F16";
+}
+
+std::string cache_type(const EngineFlags& flags) {
+  return flags.dense_f32 ? "F32" : flags.cache_type == "q8_0" ? "Q8_0" : "F16";
+}
+
+}  // namespace rabit::cli
