@@ -384,7 +384,7 @@ class Kernels : public testing::TestWithParam<const KernelTable*> {
           const std::vector<int64_t> sums =
               columns.sums(layer.signs.data() + (path * d_out + r) * words);
           const float g = half_to_float(layer.row_scale[path * d_out + r]);
-          if (table().sign_order == WeightOrder::kTiles) {
+          if (table().sign_order == WeightOrder::kTilePairs) {
             want[r] = std::fma(static_cast<float>(sums[0]), columns.units[0] * g, want[r]);
             continue;
           }
@@ -891,34 +891,49 @@ TEST(KernelTables, NamesAreDistinctAndPortableIsLast) {
 // Every bit where the order says, nothing outside the tiles asked for; the reference reads them
 // all.
 TEST(TileSigns, PutEveryBitInItsPlace) {
-  for (const WeightOrder order : {WeightOrder::kTiles, WeightOrder::kByteTiles}) {
-    for (const auto& [d_out, d_in] : {std::pair<int64_t, int64_t>{1, 1}, {64, 32}, {150, 70}}) {
+  for (const WeightOrder order : {WeightOrder::kTilePairs, WeightOrder::kByteTiles}) {
+    for (const auto& [d_out, d_in] :
+         {std::pair<int64_t, int64_t>{1, 1}, {64, 32}, {128, 33}, {150, 70}, {300, 64}}) {
       const int64_t paths = 3, words = (d_in + 31) / 32, tiles = sign_tiles(d_out);
       const int64_t tile_words = paths * words * kTileRows;
       const Layer layer = Layer::make(WeightFormat::kResidualBinary, d_out, d_in, paths);
-      constexpr uint32_t kUntouched = 0xA5A5A5A5U;
-      std::vector<uint32_t> tiled(static_cast<size_t>(tiles * tile_words), kUntouched);
-      tile_signs(layer.w, order, tiles / 2, tiles, tiled.data());
-      for (int64_t i = 0; i < tiles / 2 * tile_words; ++i) {
-        ASSERT_EQ(tiled[i], kUntouched);
-      }
-      tile_signs(layer.w, order, 0, tiles / 2, tiled.data());
-      for (int64_t path = 0; path < paths; ++path) {
-        for (int64_t row = 0; row < tiles * kTileRows; ++row) {
-          for (int64_t word = 0; word < words; ++word) {
-            const int64_t first = (row / 64 * paths + path) * words + word;
-            uint32_t got = tiled[first * 64 + row % 64];
-            if (order == WeightOrder::kByteTiles) {
-              got = 0;
-              for (int64_t byte = 0; byte < 4; ++byte) {
-                const int64_t at = (first * 4 + byte) * 64 + row % 64;
-                got |= (tiled[at / 4] >> (at % 4 * 8) & 0xFFU) << (byte * 8);
-              }
-            }
-            ASSERT_EQ(got, row < d_out ? layer.signs[(path * d_out + row) * words + word] : 0U);
+      // Where the words of a row and column lie, by the definition of each order.
+      const auto places = [&](int64_t path, int64_t row, int64_t word) {
+        std::array<int64_t, 4> bytes = {};
+        for (int64_t byte = 0; byte < 4; ++byte) {
+          if (order == WeightOrder::kByteTiles) {
+            bytes[byte] = (((row / 64 * paths + path) * words + word) * 4 + byte) * 64 + row % 64;
+          } else {
+            const int64_t width = row / 128 * 2 + 1 < tiles ? 128 : 64;
+            bytes[byte] =
+                4 * (row / 128 * 128 * paths * words + (path * words + word) * width + row % 128) +
+                byte;
           }
         }
-      }
+        return bytes;
+      };
+      constexpr uint8_t kUntouched = 0xA5;
+      std::vector<uint32_t> tiled(static_cast<size_t>(tiles * tile_words), 0xA5A5A5A5U);
+      const auto* bytes = reinterpret_cast<const uint8_t*>(tiled.data());
+      const auto check = [&](int64_t first, bool done) {
+        for (int64_t path = 0; path < paths; ++path) {
+          for (int64_t row = first * 64; row < tiles * 64; ++row) {
+            for (int64_t word = 0; word < words; ++word) {
+              const std::array<int64_t, 4> at = places(path, row, word);
+              for (int64_t byte = 0; byte < 4; ++byte) {
+                const uint32_t bits =
+                    row < d_out ? layer.signs[(path * d_out + row) * words + word] : 0;
+                ASSERT_EQ(bytes[at[byte]],
+                          done ? static_cast<uint8_t>(bits >> (8 * byte)) : kUntouched);
+              }
+            }
+          }
+        }
+      };
+      tile_signs(layer.w, order, 0, tiles / 2, tiled.data());
+      check(tiles / 2, false);
+      tile_signs(layer.w, order, tiles / 2, tiles, tiled.data());
+      check(0, true);
       const Floats x = normals(d_in), want = reference_product(layer, x, 1);
       LinearWeights w = layer.w;
       w.signs = tiled.data();

@@ -14,16 +14,17 @@ namespace rabit {
 enum class WeightFormat { kF32, kF16, kQ8_0, kQ4_0, kResidualBinary };
 
 /// How packed signs lie, words = ceil(d_in/32) of 32 columns. kRows: as in a file, (k, d_out,
-/// words). kTiles: (ceil(d_out/kTileRows), k, words, kTileRows), words of rows beyond d_out zero,
-/// so that a register takes the words of neighbouring rows and a product goes straight through
-/// memory. kByteTiles: the same with the bytes of a word apart, lowest first:
-/// (ceil(d_out/kTileRows), k, words, 4, kTileRows) bytes, so that a register takes the same eight
-/// columns of neighbouring rows.
+/// words). The others cut the rows in tiles, the last filled up with rows of zeros, and let a
+/// product go straight through memory. kTilePairs: (ceil(d_out/(2 kTileRows)), k, words, 2
+/// kTileRows), so that a register takes the words of neighbouring rows; a last tile without a
+/// partner is (k, words, kTileRows). See PlaceInPairs. kByteTiles: (ceil(d_out/kTileRows), k,
+/// words, 4, kTileRows) bytes, those of a word lowest first, so that a register takes the same
+/// eight columns of neighbouring rows.
 ///
-/// Q8_0 has the first two. kTiles: (ceil(d_out/kTileRows), d_in/32) tiles of kBlockTileBytes, each
+/// Q8_0 has kRows and kTiles: (ceil(d_out/kTileRows), d_in/32) tiles of kBlockTileBytes, each
 /// the scales of its rows (kTileRows), then 4 columns of all rows, the next 4, and so on, (8,
 /// kTileRows, 4), with 128 added to each value; rows beyond d_out zero, scales too.
-enum class WeightOrder { kRows, kTiles, kByteTiles };
+enum class WeightOrder { kRows, kTiles, kTilePairs, kByteTiles };
 inline constexpr int64_t kTileRows = 64;
 constexpr int64_t sign_tiles(int64_t d_out) { return (d_out + kTileRows - 1) / kTileRows; }
 inline constexpr int64_t kBlockTileBytes = 34 * kTileRows;
@@ -41,6 +42,20 @@ struct LinearWeights {
   const uint16_t* col_scale = nullptr;     // F16 (k, d_in)
   WeightOrder order = WeightOrder::kRows;  // of kResidualBinary and kQ8_0
 };
+
+/// Where a tile's signs lie in kTilePairs order: the word of its first row, path 0 and columns 0 to
+/// 31, and how far it is from there to the next 32 columns and to the next path, in words.
+struct PlaceInPairs {
+  int64_t first, next_word, next_path;
+};
+constexpr PlaceInPairs place_in_pairs(const LinearWeights& w, int64_t tile) {
+  const int64_t words = (w.d_in + 31) / 32;
+  const bool paired = (tile | 1) < sign_tiles(w.d_out);
+  const int64_t rows = paired ? 2 * kTileRows : kTileRows;
+  return {.first = (tile & ~int64_t{1}) * kTileRows * w.paths * words + (tile & 1) * kTileRows,
+          .next_word = rows,
+          .next_path = words * rows};
+}
 
 /// Largest head_dim that attention takes.
 inline constexpr int64_t kMaxHeadDim = 256;
@@ -126,8 +141,8 @@ struct KernelTable {
   double (*cross_entropy)(const float* logits, int64_t vocab, int32_t target);
 };
 
-/// Tiles [begin, end) of signs in `order`, kTiles or kByteTiles, from weights in kRows order. `to`:
-/// the first of all tiles.
+/// Tiles [begin, end) of signs in `order`, kTilePairs or kByteTiles, from weights in kRows order.
+/// `to`: the first of all tiles.
 void tile_signs(const LinearWeights& rows, WeightOrder order, int64_t begin, int64_t end,
                 uint32_t* to);
 /// The same of Q8_0 in kTiles.

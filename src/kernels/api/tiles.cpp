@@ -7,16 +7,17 @@ void tile_signs(const LinearWeights& rows, WeightOrder order, int64_t begin, int
                 uint32_t* to) {
   const int64_t words = (rows.d_in + 31) / 32;
   for (int64_t tile = begin; tile < end; ++tile) {
+    const PlaceInPairs place = place_in_pairs(rows, tile);
     for (int64_t path = 0; path < rows.paths; ++path) {
-      uint32_t* out = to + (tile * rows.paths + path) * words * kTileRows;
-      auto* bytes = reinterpret_cast<uint8_t*>(out);
+      uint32_t* pairs = to + place.first + path * place.next_path;
+      auto* bytes = reinterpret_cast<uint8_t*>(to + (tile * rows.paths + path) * words * kTileRows);
       for (int64_t r = 0; r < kTileRows; ++r) {
         const int64_t row = tile * kTileRows + r;
         const uint32_t* from = rows.signs + (path * rows.d_out + row) * words;
         for (int64_t word = 0; word < words; ++word) {
           const uint32_t bits = row < rows.d_out ? from[word] : 0;
-          if (order == WeightOrder::kTiles) {
-            out[word * kTileRows + r] = bits;
+          if (order == WeightOrder::kTilePairs) {
+            pairs[word * place.next_word + r] = bits;
             continue;
           }
           for (int64_t byte = 0; byte < 4; ++byte) {

@@ -25,7 +25,7 @@ constexpr int64_t kHeader = 64, kTable64 = 64, kWordTables = 4 * kTable64;
 constexpr int32_t kBias = 32768;          // sums are kept as unsigned 16-bit numbers
 constexpr float kLargestSum = 32765.0F;   // of |q| over four columns, rounded up to 2 beyond
 constexpr int64_t kExactWords = 1 << 12;  // words whose sums 32 bits hold
-constexpr int64_t kAheadWords = 32;       // from what is read to what is asked for
+constexpr int64_t kAhead = 8192;          // bytes from the signs read to those asked for
 // Their tables are to stay in the second-level cache, while weights come from memory once for all.
 constexpr int64_t kGroupTokens = 32;
 constexpr int64_t kGroupTiles = 4;
@@ -202,20 +202,21 @@ void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input
 
 constexpr int kTileVectors = kTileRows / 16;  // of a tile's rows
 
-// Sums of a tile's rows, in parts: of tables' low bytes and of high ones.
-template <int kTokens>
+// Sums of a tile's rows or of a pair's, in parts: of tables' low bytes and of high ones.
+template <int kTokens, int kVectors>
 struct Sums {
-  __m512i low[kTokens][kTileVectors], high[kTokens][kTileVectors];
+  __m512i low[kTokens][kVectors], high[kTokens][kVectors];
 };
 
-// Sums over some words of a tile: signs and tables of the first; a token's tables are `token_bytes`
-// after those of the one before.
-template <int kTokens>
-RABIT_INLINE Sums<kTokens> lookup(const uint32_t* signs, const uint8_t* tables, int64_t token_bytes,
-                                  int64_t words) {
+// Sums over some words: signs and tables of the first, words `next_word` apart, tokens' tables
+// `token_bytes`.
+template <int kTokens, int kVectors>
+RABIT_INLINE Sums<kTokens, kVectors> lookup(const uint32_t* signs, int64_t next_word,
+                                            const uint8_t* tables, int64_t token_bytes,
+                                            int64_t words) {
   const __m512i nibbles = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1);
   const __m512i quarter = _mm512_set1_epi32(0x30201000);  // of the table, by byte of a word
-  Sums<kTokens> sums = {};
+  Sums<kTokens, kVectors> sums = {};
   for (int64_t word = 0; word < words; ++word) {
     __m512i even_low[kTokens], even_high[kTokens], odd_low[kTokens], odd_high[kTokens];
 #pragma GCC unroll 2
@@ -226,10 +227,10 @@ RABIT_INLINE Sums<kTokens> lookup(const uint32_t* signs, const uint8_t* tables, 
       odd_low[t] = _mm512_load_si512(of_word + 2 * kTable64);
       odd_high[t] = _mm512_load_si512(of_word + 3 * kTable64);
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) {
-      const uint32_t* from = signs + word * kTileRows + v * 16;
-      _mm_prefetch(reinterpret_cast<const char*>(from + kAheadWords * kTileRows), _MM_HINT_T0);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const uint32_t* from = signs + word * next_word + v * 16;
+      _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, _MM_HINT_T0);
       const __m512i bits = _mm512_load_si512(from);
       const __m512i even = _mm512_ternarylogic_epi32(bits, nibbles, quarter, 0xEA);
       const __m512i odd =
@@ -250,13 +251,14 @@ RABIT_INLINE Sums<kTokens> lookup(const uint32_t* signs, const uint8_t* tables, 
 }
 
 // Adds a path's sums over `words` words, times its scales, to the rows' totals.
-template <int kTokens>
+template <int kTokens, int kVectors>
 RABIT_INLINE void add_scaled(const LinearWeights& w, int64_t path, int64_t tile,
                              const uint8_t* of_path, int64_t token_bytes, int64_t words,
-                             const Sums<kTokens>& sums, __m512 (&totals)[kTokens][kTileVectors]) {
+                             const Sums<kTokens, kVectors>& sums,
+                             __m512 (&totals)[kTokens][kVectors]) {
   const __m512i bias = _mm512_set1_epi32(static_cast<int32_t>(words * 8 * kBias));
-#pragma GCC unroll 4
-  for (int v = 0; v < kTileVectors; ++v) {
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
     const int64_t row = tile * kTileRows + v * 16;
     const __m512 g = _mm512_cvtph_ps(
         _mm256_maskz_loadu_epi16(lanes_left(w.d_out - row), w.row_scale + path * w.d_out + row));
@@ -273,13 +275,13 @@ RABIT_INLINE void add_scaled(const LinearWeights& w, int64_t path, int64_t tile,
 }
 
 // Only rows in [row_begin, row_end) are written.
-template <int kTokens>
-RABIT_INLINE void store_rows(const __m512 (&totals)[kTokens][kTileVectors], int64_t tile,
-                             int64_t d_out, float* y, int64_t row_begin, int64_t row_end) {
+template <int kTokens, int kVectors>
+RABIT_INLINE void store_rows(const __m512 (&totals)[kTokens][kVectors], int64_t tile, int64_t d_out,
+                             float* y, int64_t row_begin, int64_t row_end) {
 #pragma GCC unroll 2
   for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
       const int64_t row = tile * kTileRows + v * 16;
       const __mmask16 mask =
           static_cast<__mmask16>(lanes_left(row_end - row) & ~lanes_left(row_begin - row));
@@ -288,22 +290,24 @@ RABIT_INLINE void store_rows(const __m512 (&totals)[kTokens][kTileVectors], int6
   }
 }
 
-// Rows of a tile, kTokens tokens.
-template <int kTokens>
+// Rows of a tile, or of a pair, from `tile` on, kTokens tokens; only rows in [row_begin, row_end)
+// are written.
+template <int kTokens, int kVectors>
 void tile_by_lookup(const LinearWeights& w, const uint8_t* input, int64_t tile, float* y,
                     int64_t row_begin, int64_t row_end) {
   const int64_t words = (w.d_in + 31) / 32;
   const int64_t token_bytes = w.paths * path_bytes(words);
-  const uint32_t* signs = w.signs + tile * w.paths * words * kTileRows;
-  __m512 totals[kTokens][kTileVectors] = {};
+  const PlaceInPairs place = place_in_pairs(w, tile);
+  __m512 totals[kTokens][kVectors] = {};
   for (int64_t path = 0; path < w.paths; ++path) {
     const uint8_t* of_path = input + path * path_bytes(words);
+    const uint32_t* signs = w.signs + place.first + path * place.next_path;
     for (int64_t begin = 0; begin < words; begin += kExactWords) {
       const int64_t part = smaller(kExactWords, words - begin);
       const uint8_t* tables = of_path + kHeader + begin * kWordTables;
-      const auto sums = lookup<kTokens>(signs, tables, token_bytes, part);
+      const auto sums = lookup<kTokens, kVectors>(signs + begin * place.next_word, place.next_word,
+                                                  tables, token_bytes, part);
       add_scaled(w, path, tile, of_path, token_bytes, part, sums, totals);
-      signs += part * kTileRows;
     }
   }
   store_rows(totals, tile, w.d_out, y, row_begin, row_end);
@@ -375,7 +379,7 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
     return;
   }
   if (input == nullptr) {
-    binary_many<WordSigns>(w, x, tokens, y, row_begin, row_end, scratch);
+    binary_many<PairSigns>(w, x, tokens, y, row_begin, row_end, scratch);
     return;
   }
   const int64_t token_bytes = w.paths * path_bytes((w.d_in + 31) / 32);
@@ -389,11 +393,19 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
     int64_t token = 0;
     for (; token + 2 <= tokens; token += 2) {
       for (int64_t tile = first; tile < last; ++tile) {
-        tile_by_lookup<2>(w, at(token), tile, y + token * w.d_out, row_begin, row_end);
+        tile_by_lookup<2, kTileVectors>(w, at(token), tile, y + token * w.d_out, row_begin,
+                                        row_end);
       }
     }
     for (int64_t tile = first; token < tokens && tile < last; ++tile) {
-      tile_by_lookup<1>(w, at(token), tile, y + token * w.d_out, row_begin, row_end);
+      if (tile % 2 == 0 && tile + 1 < last) {
+        tile_by_lookup<1, 2 * kTileVectors>(w, at(token), tile, y + token * w.d_out, row_begin,
+                                            row_end);
+        ++tile;
+      } else {
+        tile_by_lookup<1, kTileVectors>(w, at(token), tile, y + token * w.d_out, row_begin,
+                                        row_end);
+      }
     }
   }
 }
@@ -403,14 +415,14 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
 extern const KernelTable kTable;
 constinit const KernelTable kTable = [] {
   KernelTable table = portable_table();
-  table.sign_order = WeightOrder::kTiles;
+  table.sign_order = WeightOrder::kTilePairs;
   table.block_order = WeightOrder::kTiles;
   table.input_bytes = input_bytes;
   table.group_tokens = kGroupTokens;
   table.prepare = prepare;
   table.matmul = matmul_by_lookup;
   table.matmul_scratch = lookup_scratch;
-  table.matmul_row_grain = kTileRows;
+  table.matmul_row_grain = 2 * kTileRows;
   return table;
 }();
 

@@ -225,22 +225,25 @@ RABIT_INLINE Vec flip(Vec v, UintVec bits) {
   return reinterpret_cast<Vec>(reinterpret_cast<UintVec>(v) ^ bits);
 }
 
-/// The flips of kLanes columns from `column` on, a multiple of kLanes; signs in kRows or kTiles
-/// order.
-struct WordSigns {
+/// The flips of kLanes columns from `column` on, a multiple of kLanes; signs in kRows order.
+struct RowSigns {
   const uint32_t* signs;
-  int64_t path, tile, row, word;  // distances between neighbours
-  explicit WordSigns(const LinearWeights& w) : signs(w.signs) {
-    const int64_t words = (w.d_in + 31) / 32;
-    const bool rows = w.order == WeightOrder::kRows;
-    path = rows ? w.d_out * words : words * kTileRows;
-    tile = rows ? kTileRows * words : w.paths * words * kTileRows;
-    row = rows ? words : 1;
-    word = rows ? 1 : kTileRows;
+  int64_t path, words;
+  explicit RowSigns(const LinearWeights& w)
+      : signs(w.signs), path(w.d_out * ((w.d_in + 31) / 32)), words((w.d_in + 31) / 32) {}
+  RABIT_INLINE UintVec flips_at(int64_t p, int64_t row, int64_t column) const {
+    return flips(signs[p * path + row * words + column / 32], column % 32);
   }
-  RABIT_INLINE UintVec flips_at(int64_t p, int64_t r, int64_t column) const {
-    const int64_t at = p * path + r / kTileRows * tile + r % kTileRows * row + column / 32 * word;
-    return flips(signs[at], column % 32);
+};
+
+/// The same of signs in kTilePairs order.
+struct PairSigns {
+  const LinearWeights& w;
+  explicit PairSigns(const LinearWeights& weights) : w(weights) {}
+  RABIT_INLINE UintVec flips_at(int64_t p, int64_t row, int64_t column) const {
+    const PlaceInPairs place = place_in_pairs(w, row / kTileRows);
+    const int64_t at = place.first + p * place.next_path + column / 32 * place.next_word;
+    return flips(w.signs[at + row % kTileRows], column % 32);
   }
 };
 

@@ -295,7 +295,7 @@ void matmul(const LinearWeights& w, const float* x, const void* /*input*/, int64
   } else if (tokens <= kFewTokens) {
     binary_few(w, x, tokens, y, row_begin, row_end, scratch);
   } else {
-    binary_many<WordSigns>(w, x, tokens, y, row_begin, row_end, scratch);
+    binary_many<RowSigns>(w, x, tokens, y, row_begin, row_end, scratch);
   }
 }
 

@@ -26,13 +26,13 @@ double scale_of(const int8_t* block) {
 bool sign_bit(const LinearWeights& w, int64_t path, int64_t row, int64_t column) {
   const int64_t words = (w.d_in + 31) / 32, word = column / 32;
   const int64_t tile_word = (row / kTileRows * w.paths + path) * words + word;
-  switch (w.order) {
-    case WeightOrder::kRows:
-      return (w.signs[(path * w.d_out + row) * words + word] >> (column % 32)) & 1U;
-    case WeightOrder::kTiles:
-      return (w.signs[tile_word * kTileRows + row % kTileRows] >> (column % 32)) & 1U;
-    case WeightOrder::kByteTiles:
-      break;
+  if (w.order == WeightOrder::kRows) {
+    return (w.signs[(path * w.d_out + row) * words + word] >> (column % 32)) & 1U;
+  }
+  if (w.order == WeightOrder::kTilePairs) {
+    const PlaceInPairs place = place_in_pairs(w, row / kTileRows);
+    const int64_t at = place.first + path * place.next_path + word * place.next_word;
+    return (w.signs[at + row % kTileRows] >> (column % 32)) & 1U;
   }
   const auto* bytes = reinterpret_cast<const uint8_t*>(w.signs);
   const int64_t at = (tile_word * 4 + column % 32 / 8) * kTileRows + row % kTileRows;
