@@ -30,9 +30,10 @@ def main() -> int:
                    check=True)
     listed = subprocess.run([emulator, f"{build}/kernels_test", "--gtest_list_tests"], check=True,
                             capture_output=True, text=True).stdout
-    if "/neon" not in listed:
-        print("error: no test of the table neon")
-        return 1
+    for table in ("neon", "neon_dotprod"):
+        if f"/{table}  #" not in listed:
+            print("error: no test of the table", table)
+            return 1
     return subprocess.run([emulator, f"{build}/kernels_test", "--gtest_brief=1"]).returncode
 
 

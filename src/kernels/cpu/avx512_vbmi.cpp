@@ -11,9 +11,13 @@
 #define RABIT_ISA cpu_vbmi
 #define RABIT_LANES 16
 #define RABIT_NAME "avx512-vbmi"
+#define RABIT_VNNI
 
 #include <immintrin.h>
 
+#include "kernels/cpu/dots_x86.h"
+// What that defines is used here.
+#include "kernels/cpu/byte_products.h"
 #include "kernels/cpu/portable_table.h"
 
 namespace rabit::RABIT_ISA {
@@ -31,11 +35,6 @@ constexpr int64_t kGroupTokens = 32;
 constexpr int64_t kGroupTiles = 4;
 
 int64_t path_bytes(int64_t words) { return kHeader + words * kWordTables; }
-
-// Of a token for Q8_0: a header with the scale of q, then for every 32 columns their upper bytes,
-// their lower ones and -128 times their sum.
-constexpr int64_t kBlockInput = 128;
-int64_t blocks_bytes(int64_t d_in) { return kHeader + d_in / kBlock * kBlockInput; }
 
 int64_t input_bytes(const LinearWeights& w, int64_t tokens) {
   switch (w.format) {
@@ -135,42 +134,6 @@ class Tabulate {
  private:
   __m512i first_, second_, low_;
 };
-
-// q = 256 upper + lower, both signed bytes.
-void prepare_blocks(const LinearWeights& w, const float* x, int64_t tokens, uint8_t* input,
-                    int64_t begin, int64_t end) {
-  constexpr float kLargest = 32639.0F;  // 127 * 256 + 127
-  for (int64_t t = 0; t < tokens; ++t, x += w.d_in, input += blocks_bytes(w.d_in)) {
-    __m512 size = _mm512_setzero_ps();
-    __mmask16 unordered = 0;
-    for (int64_t c = 0; c < w.d_in; c += 16) {
-      const __m512 in = _mm512_loadu_ps(x + c);
-      unordered |= _mm512_cmp_ps_mask(in, in, _CMP_UNORD_Q);
-      size = _mm512_max_ps(size, _mm512_abs_ps(in));
-    }
-    const float largest = unordered != 0 ? __builtin_nanf("") : _mm512_reduce_max_ps(size);
-    const Unit unit = unit_of(largest, kLargest);
-    const __m512 units = _mm512_set1_ps(unit.units);
-    if (begin == 0 && end > 0) {
-      *reinterpret_cast<float*>(input) = unit.worth;
-    }
-    for (int64_t block = begin; block < end; ++block) {
-      uint8_t* out = input + kHeader + block * kBlockInput;
-      int32_t sum = 0;
-      for (int64_t half = 0; half < 2; ++half) {
-        const float* from = x + block * kBlock + half * 16;
-        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), units));
-        const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-        const __m512i lower = _mm512_sub_epi32(q, _mm512_slli_epi32(upper, 8));
-        _mm_store_si128(reinterpret_cast<__m128i*>(out + half * 16), _mm512_cvtepi32_epi8(upper));
-        _mm_store_si128(reinterpret_cast<__m128i*>(out + 32 + half * 16),
-                        _mm512_cvtepi32_epi8(lower));
-        sum += _mm512_reduce_add_epi32(q);
-      }
-      *reinterpret_cast<int32_t*>(out + 64) = -128 * sum;
-    }
-  }
-}
 
 void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input,
              int64_t word_begin, int64_t word_end) {
@@ -313,69 +276,16 @@ void tile_by_lookup(const LinearWeights& w, const uint8_t* input, int64_t tile, 
   store_rows(totals, tile, w.d_out, y, row_begin, row_end);
 }
 
-// Rows of a tile of Q8_0, one token; only rows in [row_begin, row_end) are written.
-void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile, float* y,
-                   int64_t row_begin, int64_t row_end) {
-  const int64_t blocks = w.d_in / kBlock;
-  const auto* weights = static_cast<const uint8_t*>(w.dense) + tile * blocks * kBlockTileBytes;
-  __m512 totals[1][kTileVectors] = {};
-  for (int64_t block = 0; block < blocks; ++block, weights += kBlockTileBytes) {
-    const uint8_t* in = input + kHeader + block * kBlockInput;
-    const auto quad = [&](int64_t at) {  // four columns' bytes in every lane
-      int32_t bytes;
-      __builtin_memcpy(&bytes, in + at, sizeof bytes);
-      return _mm512_set1_epi32(bytes);
-    };
-    __m512i upper[kTileVectors] = {}, lower[kTileVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) {
-      lower[v] = quad(64);
-    }
-#pragma GCC unroll 8
-    for (int64_t four = 0; four < kBlock / 4; ++four) {
-      const __m512i in_upper = quad(4 * four), in_lower = quad(32 + 4 * four);
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) {
-        const uint8_t* from = weights + 2 * kTileRows + four * 4 * kTileRows + v * 64;
-        _mm_prefetch(reinterpret_cast<const char*>(from + 2 * kBlockTileBytes), _MM_HINT_T0);
-        const __m512i bytes = _mm512_loadu_si512(from);
-        upper[v] = _mm512_dpbusd_epi32(upper[v], bytes, in_upper);
-        lower[v] = _mm512_dpbusd_epi32(lower[v], bytes, in_lower);
-      }
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) {
-      const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper[v], 8), lower[v]);
-      const __m512 scale =
-          _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 32 * v)));
-      totals[0][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, totals[0][v]);
-    }
-  }
-  const __m512 unit = _mm512_set1_ps(*reinterpret_cast<const float*>(input));
-#pragma GCC unroll 4
-  for (int v = 0; v < kTileVectors; ++v) {
-    totals[0][v] = _mm512_mul_ps(totals[0][v], unit);
-  }
-  store_rows(totals, tile, w.d_out, y, row_begin, row_end);
-}
-
 void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input, int64_t tokens,
                       float* y, int64_t row_begin, int64_t row_end, float* scratch) {
   if (row_begin >= row_end || tokens <= 0) {
     return;
   }
-  const bool blocks = w.format == WeightFormat::kQ8_0;
-  if (w.format != WeightFormat::kResidualBinary && (!blocks || input == nullptr)) {
-    dense(w, x, tokens, y, row_begin, row_end, scratch);
-    return;
+  if (w.format == WeightFormat::kQ8_0 && input != nullptr) {
+    return matmul_of_blocks(w, input, tokens, y, row_begin, row_end);
   }
-  if (blocks) {
-    for (int64_t tile = row_begin / kTileRows; tile * kTileRows < row_end; ++tile) {
-      for (int64_t t = 0; t < tokens; ++t) {
-        block_product(w, static_cast<const uint8_t*>(input) + t * blocks_bytes(w.d_in), tile,
-                      y + t * w.d_out, row_begin, row_end);
-      }
-    }
+  if (w.format != WeightFormat::kResidualBinary) {
+    dense(w, x, tokens, y, row_begin, row_end, scratch);
     return;
   }
   if (input == nullptr) {

@@ -1,7 +1,7 @@
 // Residual-binary products by lookup, for instruction sets that shuffle the bytes of
-// 128-bit lanes; all else is the portable code. Included once by each file that defines RABIT_ISA,
-// RABIT_LANES, RABIT_NAME and, in the namespace RABIT_ISA, what is listed below; nothing but
-// `kTable` leaves it.
+// 128-bit lanes, and those of Q8_0 by dot products (byte_products.h); all else is the portable
+// code. Included once by each file that defines RABIT_ISA, RABIT_LANES, RABIT_NAME and, in the
+// namespace RABIT_ISA, what is listed below and there; nothing but `kTable` leaves it.
 //
 // Four neighbouring columns of a row contribute one of 16 sums +-q0 +-q1 +-q2 +-q3 of columns times
 // scales, which a nibble of the packed signs numbers. prepare() tabulates the 16 sums of every four
@@ -26,6 +26,7 @@
 //   rows_in_order (from, to): B floats from that order to the rows'
 #pragma once
 
+#include "kernels/cpu/byte_products.h"
 #include "kernels/cpu/portable_table.h"
 
 namespace rabit::RABIT_ISA {
@@ -56,9 +57,14 @@ int64_t scale_bytes(int64_t words) {
 int64_t path_bytes(int64_t words) { return scale_bytes(words) + words * kWordTables; }
 
 int64_t input_bytes(const LinearWeights& w, int64_t tokens) {
-  return w.format == WeightFormat::kResidualBinary
-             ? tokens * w.paths * path_bytes((w.d_in + 31) / 32)
-             : 0;
+  switch (w.format) {
+    case WeightFormat::kResidualBinary:
+      return tokens * w.paths * path_bytes((w.d_in + 31) / 32);
+    case WeightFormat::kQ8_0:
+      return tokens * blocks_bytes(w.d_in);
+    default:
+      return 0;
+  }
 }
 
 // What one unit of q is worth in a group of columns times scales: 0 if all are (almost) 0, infinity
@@ -96,6 +102,9 @@ float unit_of(const float* scaled) {
 
 void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input,
              int64_t word_begin, int64_t word_end) {
+  if (w.format == WeightFormat::kQ8_0) {
+    return prepare_blocks(w, x, tokens, static_cast<uint8_t*>(input), word_begin, word_end);
+  }
   const int64_t words = (w.d_in + 31) / 32;
   for (int64_t i = 0; i < tokens * w.paths; ++i) {
     const float* in = x + i / w.paths * w.d_in;
@@ -198,8 +207,8 @@ RABIT_INLINE void add_group(const uint8_t* signs, int64_t stride, int64_t ahead,
 
 // Rows of up to kBlockTiles tiles from `tile` on, one token; only rows in [row_begin, row_end) are
 // written.
-void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile, int64_t tiles,
-                   float* y, int64_t row_begin, int64_t row_end) {
+void tiles_by_lookup(const LinearWeights& w, const uint8_t* input, int64_t tile, int64_t tiles,
+                     float* y, int64_t row_begin, int64_t row_end) {
   const int64_t words = (w.d_in + 31) / 32, stride = w.paths * words * kWordSigns;
   const int64_t ahead = kPrefetch / tiles;
   alignas(64) float totals[kBlockTiles * kTileRows] = {};
@@ -249,6 +258,9 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
   if (row_begin >= row_end || tokens <= 0) {
     return;
   }
+  if (w.format == WeightFormat::kQ8_0 && input != nullptr) {
+    return matmul_of_blocks(w, input, tokens, y, row_begin, row_end);
+  }
   if (w.format != WeightFormat::kResidualBinary) {
     dense(w, x, tokens, y, row_begin, row_end, scratch);
     return;
@@ -261,8 +273,8 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
   const int64_t end = (row_end + kTileRows - 1) / kTileRows;
   for (int64_t tile = row_begin / kTileRows; tile < end; tile += kBlockTiles) {
     for (int64_t t = 0; t < tokens; ++t) {
-      block_product(w, static_cast<const uint8_t*>(input) + t * token_bytes, tile,
-                    smaller(kBlockTiles, end - tile), y + t * w.d_out, row_begin, row_end);
+      tiles_by_lookup(w, static_cast<const uint8_t*>(input) + t * token_bytes, tile,
+                      smaller(kBlockTiles, end - tile), y + t * w.d_out, row_begin, row_end);
     }
   }
 }
@@ -273,6 +285,7 @@ extern const KernelTable kTable;
 constinit const KernelTable kTable = [] {
   KernelTable table = portable_table();
   table.sign_order = WeightOrder::kByteTiles;
+  table.block_order = WeightOrder::kTiles;
   table.input_bytes = input_bytes;
   table.group_tokens = kGroupTokens;
   table.prepare = prepare;

@@ -2,6 +2,11 @@
 // yes only if the operating system also saves the registers of the set.
 #include "kernels/api/kernels.h"
 
+#ifdef RABIT_AARCH64
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace rabit {
 
 namespace cpu_base {
@@ -17,7 +22,13 @@ extern const KernelTable kTable;
 namespace cpu_avx2 {
 extern const KernelTable kTable;
 }
+namespace cpu_avx2_vnni {
+extern const KernelTable kTable;
+}
 namespace cpu_avx512 {
+extern const KernelTable kTable;
+}
+namespace cpu_avx512_vnni {
 extern const KernelTable kTable;
 }
 namespace cpu_vbmi {
@@ -26,6 +37,9 @@ extern const KernelTable kTable;
 #endif
 #ifdef RABIT_AARCH64
 namespace cpu_neon {
+extern const KernelTable kTable;
+}
+namespace cpu_neon_dotprod {
 extern const KernelTable kTable;
 }
 #endif
@@ -40,11 +54,18 @@ std::vector<const KernelTable*> cpu_kernels() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  if (v4 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
+  const bool vnni = v4 && __builtin_cpu_supports("avx512vnni");
+  if (vnni && __builtin_cpu_supports("avx512vbmi")) {
     tables.push_back(&cpu_vbmi::kTable);
+  }
+  if (vnni) {
+    tables.push_back(&cpu_avx512_vnni::kTable);
   }
   if (v4) {
     tables.push_back(&cpu_avx512::kTable);
+  }
+  if (v3 && __builtin_cpu_supports("avxvnni")) {
+    tables.push_back(&cpu_avx2_vnni::kTable);
   }
   if (v3) {
     tables.push_back(&cpu_avx2::kTable);
@@ -57,6 +78,9 @@ std::vector<const KernelTable*> cpu_kernels() {
   }
 #endif
 #ifdef RABIT_AARCH64
+  if ((::getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) {
+    tables.push_back(&cpu_neon_dotprod::kTable);
+  }
   tables.push_back(&cpu_neon::kTable);
 #endif
   tables.push_back(&cpu_base::kTable);
