@@ -12,8 +12,11 @@
 #include <cmath>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <limits>
 #include <mutex>
+#include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -359,6 +362,73 @@ TEST(Threads, StartsAndStopsWithoutWork) {
   }
   EXPECT_EQ(ThreadPool(0).size(), 1);
   EXPECT_GE(usable_threads(), 1);
+  EXPECT_LE(usable_threads(), static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+// Trees of files as the kernel shows them under /proc and /sys.
+class UsableThreads : public Files {
+ protected:
+  void file(const std::string& name, const std::string& text) const {
+    const std::filesystem::path path = folder_ / "root" / name;
+    std::filesystem::create_directories(path.parent_path());
+    std::ofstream(path) << text;
+  }
+  void cores(int cpus, const std::function<std::string(int)>& siblings) const {
+    for (int cpu = 0; cpu < cpus; ++cpu) {
+      file("sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list",
+           siblings(cpu) + "\n");
+    }
+  }
+  int threads(const std::vector<int>& cpus) const { return usable_threads(cpus, folder_ / "root"); }
+};
+
+TEST_F(UsableThreads, OneForEachCore) {
+  EXPECT_EQ(threads({0, 1, 2, 5}), 4);  // nothing is known of them
+  EXPECT_EQ(threads({}), 1);
+  cores(8, [](int cpu) { return std::to_string(cpu % 4) + "," + std::to_string(cpu % 4 + 4); });
+  EXPECT_EQ(threads({0, 1, 2, 3, 4, 5, 6, 7}), 4);
+  EXPECT_EQ(threads({1, 5}), 1);
+  EXPECT_EQ(threads({2, 3, 4}), 3);
+  EXPECT_EQ(threads({7}), 1);
+  // Four cores with two threads each, four with one.
+  cores(12, [](int cpu) {
+    return cpu < 8 ? std::to_string(cpu / 2 * 2) + "-" + std::to_string(cpu / 2 * 2 + 1)
+                   : std::to_string(cpu);
+  });
+  EXPECT_EQ(threads({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}), 8);
+}
+
+TEST_F(UsableThreads, AsManyAsQuotasAllow) {
+  const std::vector<int> eight = {0, 1, 2, 3, 4, 5, 6, 7};
+  file("proc/self/cgroup", "0::/a.slice/b\n");
+  EXPECT_EQ(threads(eight), 8);
+  file("sys/fs/cgroup/a.slice/b/cpu.max", "max 100000\n");
+  EXPECT_EQ(threads(eight), 8);
+  file("sys/fs/cgroup/a.slice/cpu.max", "250000 100000\n");  // of the group around it
+  EXPECT_EQ(threads(eight), 3);
+  EXPECT_EQ(threads({0, 1}), 2);
+  file("sys/fs/cgroup/cpu.max", "10000 100000\n");  // what a container sees as the root
+  EXPECT_EQ(threads(eight), 1);
+  for (const char* text : {"", "0 0", "-1 100000", "5", "garbage", "900000 100000"}) {
+    file("sys/fs/cgroup/a.slice/cpu.max", text);
+    file("sys/fs/cgroup/cpu.max", text);
+    EXPECT_EQ(threads(eight), 8) << text;
+  }
+}
+
+TEST_F(UsableThreads, AsManyAsQuotasOfVersion1Allow) {
+  const std::vector<int> eight = {0, 1, 2, 3, 4, 5, 6, 7};
+  file("proc/self/cgroup", "12:cpuset:/\n4:cpu,cpuacct:/docker/x\n1:name=systemd:/x\n0::/\n");
+  const std::string group = "sys/fs/cgroup/cpu,cpuacct/docker/";
+  file(group + "x/cpu.cfs_period_us", "100000\n");
+  file(group + "x/cpu.cfs_quota_us", "-1\n");
+  EXPECT_EQ(threads(eight), 8);
+  file(group + "x/cpu.cfs_quota_us", "400000\n");
+  EXPECT_EQ(threads(eight), 4);
+  file("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", "150000\n");
+  EXPECT_EQ(threads(eight), 4);  // a quota without its period
+  file("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us", "100000\n");
+  EXPECT_EQ(threads(eight), 2);
 }
 
 TEST(Threads, ExceptionsReachTheCaller) {

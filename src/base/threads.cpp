@@ -8,7 +8,11 @@
 #include <condition_variable>
 #include <exception>
 #include <fstream>
+#include <limits>
 #include <mutex>
+#include <numeric>
+#include <set>
+#include <string>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -29,30 +33,85 @@ void relax() {
 #endif
 }
 
+/// CPUs worth of time that a quota file allows: "QUOTA PERIOD" in microseconds, "max PERIOD" or, of
+/// version 1, a negative quota for no limit. The period may be in a file of its own.
+double quota_of(const std::filesystem::path& quota_file, const std::filesystem::path& period_file) {
+  std::ifstream quotas(quota_file), periods(period_file);
+  double quota = 0, period = 0;
+  const bool read =
+      (quotas >> quota) && (period_file.empty() ? quotas >> period : periods >> period);
+  return read && quota > 0 && period > 0 ? quota / period : std::numeric_limits<double>::infinity();
+}
+
+/// The smallest quota of the process's control groups and of those that they lie in.
+double cpu_quota(const std::filesystem::path& root) {
+  const std::filesystem::path groups = root / "sys/fs/cgroup";
+  double least = std::numeric_limits<double>::infinity();
+  std::ifstream file(root / "proc/self/cgroup");
+  for (std::string line; std::getline(file, line);) {  // number:controllers:/path
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) {
+      continue;
+    }
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    const bool version_1 = ("," + controllers + ",").find(",cpu,") != std::string::npos;
+    if (!controllers.empty() && !version_1) {
+      continue;
+    }
+    // A container sees its own group as the root, whatever the path says: go up to there.
+    for (std::filesystem::path path =
+             std::filesystem::path(line.substr(second + 1)).relative_path();
+         ; path = path.parent_path()) {
+      const std::filesystem::path group = groups / controllers / path;
+      least = std::min(least,
+                       version_1 ? quota_of(group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us")
+                                 : quota_of(group / "cpu.max", {}));
+      if (path.empty()) {
+        break;
+      }
+    }
+  }
+  return least;
+}
+
 }  // namespace
 
 int usable_threads() {
-  int count = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+  std::vector<int> cpus;
   cpu_set_t set;
   if (::sched_getaffinity(0, sizeof set, &set) == 0) {
-    count = std::max(1, CPU_COUNT(&set));
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+      if (CPU_ISSET(cpu, &set)) {
+        cpus.push_back(cpu);
+      }
+    }
+  } else {  // more CPUs than a set holds
+    cpus.resize(std::max(1U, std::thread::hardware_concurrency()));
+    std::iota(cpus.begin(), cpus.end(), 0);
   }
-  // cgroup v2: "<quota> <period>" in microseconds, or "max <period>".
-  std::ifstream file("/sys/fs/cgroup/cpu.max");
-  double quota = 0, period = 0;
-  if (file >> quota >> period && quota > 0 && period > 0) {  // reading a number fails on "max"
-    count = static_cast<int>(std::clamp(std::ceil(quota / period), 1.0, double(count)));
+  return usable_threads(cpus, "/");
+}
+
+int usable_threads(const std::vector<int>& cpus, const std::filesystem::path& root) {
+  std::set<std::string> cores;
+  for (const int cpu : cpus) {
+    const std::string name = "cpu" + std::to_string(cpu);
+    std::ifstream file(root / "sys/devices/system/cpu" / name / "topology/thread_siblings_list");
+    std::string siblings;
+    cores.insert(file >> siblings ? siblings : name);
   }
-  return count;
+  const auto count = std::max(1.0, static_cast<double>(cores.size()));
+  return static_cast<int>(std::clamp(std::ceil(cpu_quota(root)), 1.0, count));
 }
 
 struct ThreadPool::State {
   std::vector<std::thread> workers;
   std::mutex mutex;
   std::condition_variable wake;
-  std::atomic<uint64_t> generation{0};
-  std::atomic<int> pending{0};
-  std::atomic<bool> stop{false};
+  // Waiting workers look at the one while others count down the other.
+  alignas(64) std::atomic<uint64_t> generation{0};
+  alignas(64) std::atomic<int> pending{0};
+  alignas(64) std::atomic<bool> stop{false};
   const std::function<void(int64_t, int64_t, int)>* body = nullptr;
   int64_t count = 0, chunk = 0;
   std::exception_ptr failure;  // of a worker, under the mutex

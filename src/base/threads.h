@@ -2,13 +2,19 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <memory>
+#include <vector>
 
 namespace rabit {
 
-/// Threads that the process may really use: its CPU affinity, capped by a cgroup CPU quota.
+/// Threads that the process can make good use of: one for each core among the CPUs of its affinity
+/// (two hardware threads of a core read memory no faster than one), at most what CPU quotas of its
+/// control groups, versions 1 and 2, allow.
 int usable_threads();
+/// The same for these CPUs, with /proc and /sys found in `root`.
+int usable_threads(const std::vector<int>& cpus, const std::filesystem::path& root);
 
 /// The calling thread and `threads - 1` workers (fewer, if the system refuses to start as many: see
 /// size()) run one loop at a time. Not re-entrant.

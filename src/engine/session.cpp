@@ -310,8 +310,11 @@ void LoadedSession::attend(int64_t layer, int64_t tokens) {
   const int64_t group = config_.heads / config_.kv_heads;
   float* const scratch = scratch_.as<float>();
   if (blocks == 1) {  // too few tokens to split: split the heads
-    model_->pool->parallel_for(config_.heads, 1, [&](int64_t begin, int64_t end, int thread) {
-      table.attention(input, begin, end, 0, tokens, scratch + thread * scratch_stride_, attended_);
+    // Heads that share keys stay together where there are enough of them.
+    const int64_t together = config_.kv_heads >= 2 * model_->threads() ? group : 1;
+    share_tasks(config_.heads / together, [&](int64_t task, int thread) {
+      table.attention(input, task * together, (task + 1) * together, 0, tokens,
+                      scratch + thread * scratch_stride_, attended_);
     });
     return;
   }
@@ -356,10 +359,11 @@ void LoadedSession::run_block(int64_t layer, int64_t tokens) {
     norm(block.ffn_norm, begin, end);
   });
   multiply(h_, tokens, {{block.at(Role::kFfnGate), gate_}, {block.at(Role::kFfnUp), up_}});
-  over_tokens(tokens, [&](int64_t begin, int64_t end) {
-    table.swiglu(gate_ + begin * config_.d_ff, up_ + begin * config_.d_ff,
-                 (end - begin) * config_.d_ff);
-  });
+  constexpr int64_t kWorthwhile = 1024;  // values for a thread
+  model_->pool->parallel_for(tokens * config_.d_ff, kWorthwhile,
+                             [&](int64_t begin, int64_t end, int) {
+                               table.swiglu(gate_ + begin, up_ + begin, end - begin);
+                             });
   multiply(gate_, tokens, {{block.at(Role::kFfnDown), h_}});
   over_tokens(tokens, add_to_stream);
 }
