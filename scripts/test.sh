@@ -13,7 +13,7 @@ fi
 cd "$root"
 exec </dev/null
 
-bash scripts/setup.sh
+bash scripts/setup.sh --arm
 jobs=$(nproc)
 cmake --preset release -DRABIT_TRAIN=ON -DRABIT_DATA_DIR="$data"
 cmake --build --preset release -j "$jobs"

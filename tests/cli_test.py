@@ -374,16 +374,20 @@ class WithModel(CliTest):
             ("run", "-m", MODEL, "-p", "a", "-n", 4000, "--ignore-eos"),
             ("eval", "-m", MODEL, "--ppl", text, "--ctx", 64),
             ("bench", "-m", MODEL, "-p", 0, "-n", 4000),
+            ("bench", "--shape", "smollm2-135m", "-p", 0, "-n", 8000),
         ):
+            temporary = self.folder / "temporary"
+            temporary.mkdir(exist_ok=True)
             process = subprocess.Popen(
                 [RABIT, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE
+                stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(temporary)}
             )
             time.sleep(3)
             process.send_signal(signal.SIGINT)
             _, error = process.communicate(timeout=60)
             self.assertEqual(process.returncode, INTERRUPTED, (arguments, error))
             self.assertRegex(error.decode().splitlines()[-1], "^rabit: .*interrupted", arguments)
+            self.assertEqual(list(temporary.iterdir()), [], arguments)
 
     def test_stderr_that_cannot_be_written(self):
         for to in ("2>/dev/full", "2>&-"):

@@ -108,6 +108,34 @@ TEST_F(Engine, PackedEqualsItsReconstruction) {
   }
 }
 
+// Packed layers beside dense ones that read the same, and a KV cache of Q8_0, with more tokens than
+// kernels take together.
+TEST_F(Engine, MixedLayersAndASmallCache) {
+  SmallModel small(9, false, 2, {.width = 64, .heads = 2, .kv_heads = 1, .context = 128});
+  const std::vector<int32_t> tokens = random_tokens(100, 8);
+  small.write(path("packed.gguf"));
+  const auto exact = session(path("packed.gguf"), 128);
+  const std::vector<Floats> want = all_logits(*exact, tokens);
+  small.left_dense = {"blk.0.attn_k", "blk.1.attn_q", "blk.1.attn_v", "blk.1.ffn_gate"};
+  small.write(path("mixed.gguf"));
+  for (const KernelTable* table : cpu_kernels()) {
+    SCOPED_TRACE(table->name);
+    for (const bool small_cache : {false, true}) {
+      const auto mixed =
+          session(path("mixed.gguf"), 128, {3, false, std::string(table->name), small_cache});
+      const std::vector<Floats> got = all_logits(*mixed, tokens);
+      for (size_t i = 0; i < want.size(); ++i) {
+        EXPECT_LE(relative_error(got[i], want[i]), small_cache ? 3e-2 : 1e-2) << i;
+      }
+      mixed->truncate(60);
+      for (size_t i = 60; i < 70; ++i) {
+        const auto next = mixed->forward(std::span(tokens).subspan(i, 1));
+        EXPECT_LE(relative_error(*next, want[i]), small_cache ? 3e-2 : 1e-2) << i;
+      }
+    }
+  }
+}
+
 // Packed layers and a head in Q8_0, by every table's kernels: few tokens, many, and one at a time.
 TEST_F(Engine, KernelsAgreeOnAPackedModel) {
   ModelConfig config;

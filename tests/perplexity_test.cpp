@@ -138,12 +138,12 @@ TEST(Divergence, EqualsTheClosedForm) {
   // p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2), each with a constant added to its logits.
   const std::vector<float> p = {std::log(0.5F) + 7, std::log(0.25F) + 7, std::log(0.25F) + 7};
   const std::vector<float> q = {std::log(0.25F) - 3, std::log(0.25F) - 3, std::log(0.5F) - 3};
-  EXPECT_NEAR(kl_divergence(p, q), 0.5 * std::log(2.0) - 0.25 * std::log(2.0), 1e-6);
-  EXPECT_EQ(kl_divergence(p, p), 0);
-  EXPECT_TRUE(std::isnan(kl_divergence(p, std::vector<float>{NAN, 0, 0})));
+  EXPECT_NEAR(divergence_of(p, q).kl, 0.5 * std::log(2.0) - 0.25 * std::log(2.0), 1e-6);
+  EXPECT_EQ(divergence_of(p, p).kl, 0);
+  EXPECT_TRUE(std::isnan(divergence_of(p, std::vector<float>{NAN, 0, 0}).kl));
   DivergenceResult result;
-  result.add(p, p);
-  result.add(p, q);
+  result.add(divergence_of(p, p));
+  result.add(divergence_of(p, q));
   EXPECT_EQ(result.positions, 2);
   EXPECT_EQ(result.same_top, 1);
   EXPECT_NEAR(result.mean_kl, 0.125 * std::log(2.0), 1e-6);

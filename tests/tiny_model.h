@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <map>
 #include <random>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -72,7 +73,7 @@ class SmallModel {
     for (const auto& [name, weight] : dense) {
       const bool packed = signs.contains(name);
       const std::vector<int64_t> ne = extents.at(name);
-      if (!packed || reconstructed) {
+      if (!packed || reconstructed || left_dense.contains(name)) {
         const std::string full = packed ? name + ".weight" : name;
         ASSERT_TRUE(
             writer.add_tensor(full, TensorType::kF32, ne, std::as_bytes(std::span(weight))));
@@ -99,6 +100,7 @@ class SmallModel {
 
   TinySizes sizes;
   std::map<std::string, Floats> dense;  // packed layers under their bare name
+  std::set<std::string> left_dense;     // packed layers that the file has reconstructed
   std::map<std::string, std::vector<int64_t>> extents;
   std::map<std::string, std::vector<uint32_t>> signs;
   std::map<std::string, std::vector<uint16_t>> rows, columns;

@@ -81,17 +81,22 @@ Status EngineLogitSource::score(std::span<const int32_t> tokens, std::span<doubl
           part.subspan(from, std::min(state.together, size - from)),
           [&](int64_t first, int64_t rows, const float* logits) {
             first += from;
-            const int64_t scored = std::min(rows, count - 1 - begin - first);
+            const int64_t scored = std::max<int64_t>(0, std::min(rows, count - 1 - begin - first));
+            std::vector<Divergence> divergences(state.teacher ? static_cast<size_t>(scored) : 0);
             state.pool.parallel_for(scored, 1, [&](int64_t low, int64_t high, int) {
               for (int64_t i = low; i < high; ++i) {
                 const int64_t at = begin + first + i;
                 nll[at] = state.table->cross_entropy(logits + i * vocab, vocab, tokens[at + 1]);
+                if (state.teacher) {
+                  const auto length = static_cast<size_t>(vocab);
+                  divergences[static_cast<size_t>(i)] =
+                      divergence_of({state.teacher_logits.data() + (first + i) * vocab, length},
+                                    {logits + i * vocab, length});
+                }
               }
             });
-            for (int64_t i = 0; state.teacher && i < scored; ++i) {
-              const auto length = static_cast<size_t>(vocab);
-              state.divergence.add({state.teacher_logits.data() + (first + i) * vocab, length},
-                                   {logits + i * vocab, length});
+            for (const Divergence& divergence : divergences) {
+              state.divergence.add(divergence);
             }
           }));
     }

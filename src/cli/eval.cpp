@@ -77,12 +77,12 @@ Status eval(const EvalOptions& options) {
     return write_stdout(
         from_teacher +
         fmt::format(
-            "perplexity {:.4f} ± {:.4f} ({} tokens scored in {} windows of {}, {:.0f} tokens/s)\n"
+            "perplexity {:.4f} ± {:.4f} ({} tokens scored in {} windows of {}, {:.0f} tokens/s{})\n"
             "{}\n"
             "{:.4f} bits per weight over the linear layers, {:.4f} over the file\n",
             result->perplexity, result->perplexity_stderr, result->tokens_scored, result->windows,
-            result->ctx, rate, perplexity_protocol(options.ctx), size.bits_per_weight(),
-            size.file_bits_per_weight()));
+            result->ctx, rate, teacher ? " with the teacher" : "", perplexity_protocol(options.ctx),
+            size.bits_per_weight(), size.file_bits_per_weight()));
   }
   RABIT_ASSIGN(const std::string model_sha256, sha256_file(options.model));
   nlohmann::ordered_json told = {{"perplexity", result->perplexity},

@@ -1,3 +1,4 @@
+// Reads a block of memory much larger than caches, in as many threads, and counts the bytes.
 #include "cli/read_bandwidth.h"
 
 #include <sys/mman.h>

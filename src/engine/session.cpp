@@ -22,10 +22,28 @@ constexpr int64_t kLogitsChunk = 256;  // tokens whose logits are in memory at o
 
 constexpr int64_t kMostProducts = 3;  // that share an input
 
-/// One product of a group that shares its input.
 struct Product {
-  const LinearWeights& weights;
-  float* y;
+  const LinearWeights* weights = nullptr;
+  float* y = nullptr;
+};
+
+/// Products that share their input.
+class Products {
+ public:
+  Products() = default;
+  Products(std::initializer_list<Product> all) {
+    for (const Product& product : all) {
+      push(product);
+    }
+  }
+  void push(const Product& product) { all_[size_++] = product; }
+  size_t size() const { return size_; }
+  const Product* begin() const { return all_.data(); }
+  const Product* end() const { return all_.data() + size_; }
+
+ private:
+  std::array<Product, kMostProducts> all_;
+  size_t size_ = 0;
 };
 
 class LoadedSession : public Session {
@@ -50,10 +68,9 @@ class LoadedSession : public Session {
   void run_block(int64_t layer, int64_t tokens);
   void store_cache(int64_t layer, int64_t begin, int64_t end);
   void attend(int64_t layer, int64_t tokens);
-  void multiply(const float* x, int64_t tokens, std::initializer_list<Product> products);
-  void multiply_group(const float* all, int64_t first, int64_t tokens,
-                      std::initializer_list<Product> products);
-  void prepare(const float* x, int64_t tokens, std::initializer_list<Product> products);
+  void multiply(const float* x, int64_t tokens, const Products& products);
+  void multiply_group(const float* all, int64_t first, int64_t tokens, const Products& products);
+  void prepare(const float* x, int64_t tokens, const Products& products);
   void head(int64_t first, int64_t tokens, float* logits);
   template <typename Task>
   void share_tasks(int64_t count, const Task& task);
@@ -196,24 +213,31 @@ void LoadedSession::share_tasks(int64_t count, const Task& task) {
   });
 }
 
-/// y = W x for products that share x (tokens, d_in), by as many tokens as kernels take together.
-void LoadedSession::multiply(const float* x, int64_t tokens,
-                             std::initializer_list<Product> products) {
+/// y = W x for products that share x (tokens, d_in), by as many tokens as kernels take together:
+/// those of a prepared input a few, the others all.
+void LoadedSession::multiply(const float* x, int64_t tokens, const Products& products) {
   const KernelTable& table = *model_->table;
-  const bool grouped = input_bytes_ > 0 &&
-                       std::any_of(products.begin(), products.end(), [&](const Product& product) {
-                         return table.input_bytes(product.weights, 1) > 0;
-                       });
-  const int64_t group = grouped ? table.group_tokens : tokens;
-  for (int64_t first = 0; first < tokens; first += group) {
-    multiply_group(x, first, std::min(group, tokens - first), products);
+  if (input_bytes_ == 0 || tokens <= table.group_tokens) {
+    return multiply_group(x, 0, tokens, products);
+  }
+  for (const bool prepared : {false, true}) {
+    Products some;
+    for (const Product& product : products) {
+      if ((table.input_bytes(*product.weights, 1) > 0) == prepared) {
+        some.push(product);
+      }
+    }
+    const int64_t group = prepared ? table.group_tokens : tokens;
+    for (int64_t first = 0; first < tokens && some.size() > 0; first += group) {
+      multiply_group(x, first, std::min(group, tokens - first), some);
+    }
   }
 }
 
 /// The same for tokens [first, first + tokens), cut into tasks by rows. How rows are cut has no
 /// influence on the values.
 void LoadedSession::multiply_group(const float* all, int64_t first, int64_t tokens,
-                                   std::initializer_list<Product> products) {
+                                   const Products& products) {
   constexpr int64_t kTasksPerThread = 8, kFewestRows = 96;
   const KernelTable& table = *model_->table;
   const int64_t parts = model_->threads() == 1 ? 1 : model_->threads() * kTasksPerThread;
@@ -221,17 +245,17 @@ void LoadedSession::multiply_group(const float* all, int64_t first, int64_t toke
     const int64_t rows = std::max(kFewestRows, (w.d_out + parts - 1) / parts);
     return (rows + table.matmul_row_grain - 1) / table.matmul_row_grain * table.matmul_row_grain;
   };
-  const float* x = all + first * products.begin()->weights.d_in;
+  const float* x = all + first * products.begin()->weights->d_in;
   prepare(x, tokens, products);
   int64_t tasks = 0;
   for (const Product& product : products) {
-    const int64_t rows = rows_per_task(product.weights);
-    tasks += (product.weights.d_out + rows - 1) / rows;
+    const int64_t rows = rows_per_task(*product.weights);
+    tasks += (product.weights->d_out + rows - 1) / rows;
   }
   share_tasks(tasks, [&](int64_t task, int thread) {
     const std::byte* input = input_bytes_ > 0 ? input_.as<std::byte>() : nullptr;
     for (const Product& product : products) {
-      const LinearWeights& w = product.weights;
+      const LinearWeights& w = *product.weights;
       const int64_t rows = rows_per_task(w);
       const int64_t here = (w.d_out + rows - 1) / rows;
       if (task < here) {
@@ -247,15 +271,15 @@ void LoadedSession::multiply_group(const float* all, int64_t first, int64_t toke
 }
 
 /// What the products read beside x, a part of the columns in each thread where that is worth it.
-void LoadedSession::prepare(const float* x, int64_t tokens,
-                            std::initializer_list<Product> products) {
+void LoadedSession::prepare(const float* x, int64_t tokens, const Products& products) {
   constexpr int64_t kWorthwhile = 256;  // words
   const KernelTable& table = *model_->table;
   if (input_bytes_ == 0) {
     return;
   }
   int64_t words = 0;
-  for (const auto& [w, y] : products) {
+  for (const Product& product : products) {
+    const LinearWeights& w = *product.weights;
     if (table.input_bytes(w, tokens) > 0) {
       words += (w.d_in + 31) / 32 * std::max<int64_t>(w.paths, 1) * tokens;
     }
@@ -263,7 +287,8 @@ void LoadedSession::prepare(const float* x, int64_t tokens,
   const int parts = words < kWorthwhile ? 1 : model_->threads();
   const auto part = [&](int64_t i) {
     std::byte* input = input_.as<std::byte>();
-    for (const auto& [w, y] : products) {
+    for (const Product& product : products) {
+      const LinearWeights& w = *product.weights;
       if (table.input_bytes(w, tokens) > 0) {
         const int64_t all = (w.d_in + 31) / 32;
         table.prepare(w, x, tokens, input, all * i / parts, all * (i + 1) / parts);
@@ -343,9 +368,10 @@ void LoadedSession::run_block(int64_t layer, int64_t tokens) {
   };
 
   over_tokens(tokens, [&](int64_t begin, int64_t end) { norm(block.attn_norm, begin, end); });
-  multiply(
-      h_, tokens,
-      {{block.at(Role::kAttnQ), q_}, {block.at(Role::kAttnK), k_}, {block.at(Role::kAttnV), v_}});
+  multiply(h_, tokens,
+           {{&block.at(Role::kAttnQ), q_},
+            {&block.at(Role::kAttnK), k_},
+            {&block.at(Role::kAttnV), v_}});
   over_tokens(tokens, [&](int64_t begin, int64_t end) {
     const float* turns = turns_ + begin * config_.head_dim;
     table.rope(q_ + begin * config_.d_q(), turns, end - begin, config_.heads, config_.head_dim);
@@ -353,18 +379,18 @@ void LoadedSession::run_block(int64_t layer, int64_t tokens) {
     store_cache(layer, begin, end);
   });
   attend(layer, tokens);
-  multiply(attended_, tokens, {{block.at(Role::kAttnOutput), h_}});
+  multiply(attended_, tokens, {{&block.at(Role::kAttnOutput), h_}});
   over_tokens(tokens, [&](int64_t begin, int64_t end) {
     add_to_stream(begin, end);
     norm(block.ffn_norm, begin, end);
   });
-  multiply(h_, tokens, {{block.at(Role::kFfnGate), gate_}, {block.at(Role::kFfnUp), up_}});
+  multiply(h_, tokens, {{&block.at(Role::kFfnGate), gate_}, {&block.at(Role::kFfnUp), up_}});
   constexpr int64_t kWorthwhile = 1024;  // values for a thread
   model_->pool->parallel_for(tokens * config_.d_ff, kWorthwhile,
                              [&](int64_t begin, int64_t end, int) {
                                table.swiglu(gate_ + begin, up_ + begin, end - begin);
                              });
-  multiply(gate_, tokens, {{block.at(Role::kFfnDown), h_}});
+  multiply(gate_, tokens, {{&block.at(Role::kFfnDown), h_}});
   over_tokens(tokens, add_to_stream);
 }
 
@@ -396,7 +422,7 @@ void LoadedSession::head(int64_t first, int64_t tokens, float* logits) {
     model_->table->rms_norm(x_ + (first + begin) * d, model_->output_norm.data(), end - begin, d,
                             config_.norm_epsilon, h_ + begin * d);
   });
-  multiply(h_, tokens, {{model_->head.weights, logits}});
+  multiply(h_, tokens, {{&model_->head.weights, logits}});
 }
 
 Status LoadedSession::forward_all(std::span<const int32_t> tokens, const LogitSink& sink) {

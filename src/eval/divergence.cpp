@@ -1,3 +1,5 @@
+// Divergence from logits: p (log p - log q) summed over the vocabulary, log p = logit - log sum
+// exp.
 #include "eval/divergence.h"
 
 #include <algorithm>
@@ -18,25 +20,25 @@ double log_sum(std::span<const float> logits) {
 
 }  // namespace
 
-double kl_divergence(std::span<const float> teacher, std::span<const float> student) {
+Divergence divergence_of(std::span<const float> teacher, std::span<const float> student) {
   const double of_teacher = log_sum(teacher), of_student = log_sum(student);
   double sum = 0;
   for (size_t i = 0; i < teacher.size(); ++i) {
     const double log_p = teacher[i] - of_teacher;
     sum += std::exp(log_p) * (log_p - (student[i] - of_student));
   }
-  return sum < 0 ? 0 : sum;  // by rounding
-}
-
-void DivergenceResult::add(std::span<const float> teacher, std::span<const float> student) {
-  const double kl = kl_divergence(teacher, student);
-  ++positions;
-  mean_kl += (kl - mean_kl) / static_cast<double>(positions);
-  largest_kl = kl > largest_kl || std::isnan(kl) ? kl : largest_kl;
   const auto top = [](std::span<const float> logits) {
     return std::max_element(logits.begin(), logits.end()) - logits.begin();
   };
-  same_top += top(teacher) == top(student) ? 1 : 0;
+  return {.kl = sum < 0 ? 0 : sum,  // by rounding
+          .same_top = top(teacher) == top(student)};
+}
+
+void DivergenceResult::add(const Divergence& position) {
+  ++positions;
+  mean_kl += (position.kl - mean_kl) / static_cast<double>(positions);
+  largest_kl = position.kl > largest_kl || std::isnan(position.kl) ? position.kl : largest_kl;
+  same_top += position.same_top ? 1 : 0;
 }
 
 }  // namespace rabit

@@ -6,9 +6,14 @@
 
 namespace rabit {
 
-/// D_KL(softmax(teacher) || softmax(student)) in nats, summed in double, at least 0. Not finite
-/// where a logit is not.
-double kl_divergence(std::span<const float> teacher, std::span<const float> student);
+/// At one position.
+struct Divergence {
+  double kl = 0;          // D_KL(softmax(teacher) || softmax(student)) in nats, at least 0
+  bool same_top = false;  // both find the same token most likely
+};
+
+/// From logits of one length, with sums in double. Not finite where a logit is not.
+Divergence divergence_of(std::span<const float> teacher, std::span<const float> student);
 
 /// Over positions.
 struct DivergenceResult {
@@ -17,7 +22,7 @@ struct DivergenceResult {
   double largest_kl = 0;
   int64_t same_top = 0;  // positions where both find the same token most likely
 
-  void add(std::span<const float> teacher, std::span<const float> student);
+  void add(const Divergence& position);
 };
 
 }  // namespace rabit

@@ -443,7 +443,8 @@ std::string arguments_of(const Q& options) {
     }
     out += fmt::format(" {}", setting.option.substr(setting.option.rfind(',') + 1));
     if (!std::holds_alternative<Setting::Flag>(setting.value)) {
-      out += " " + (given[key].is_string() ? given[key].get<std::string>() : given[key].dump());
+      out += ' ';
+      out += given[key].is_string() ? given[key].get<std::string>() : given[key].dump();
     }
   }
   return out;

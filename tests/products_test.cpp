@@ -1,105 +1,15 @@
-// Every kernel of every table that runs here against the scalar reference, over sizes around vector
-// and block edges, with guard values behind every output; the reference itself against closed
-// forms. Tolerances: a sum of n products in float32, in any order, is off by at most about sqrt(n)
-// * eps * ||w|| * ||x|| with rounding errors of random sign; kSafety covers their spread.
-#include "kernels/api/kernels.h"
-
-#include <gtest/gtest.h>
-
+// Products of every table that runs here against the scalar reference, over sizes around vector and
+// block edges, with guard values behind every output; sums of integers to the bit. The orders of
+// weights.
 #include <array>
-#include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <random>
-#include <string>
 #include <tuple>
 
-#include "base/half.h"
+#include "kernel_test.h"
 
 namespace rabit {
 namespace {
-
-constexpr double kEpsilon = 0x1p-24;
-constexpr double kSafety = 4;
-constexpr float kGuard = 12345.678F;
-constexpr int64_t kGuards = 16;
-
-using Floats = std::vector<float>;
-
-std::mt19937& generator() {
-  static std::mt19937 engine(7);
-  return engine;
-}
-
-Floats normals(int64_t count, float scale = 1.0F) {
-  std::normal_distribution<float> normal(0, scale);
-  Floats values(static_cast<size_t>(count));
-  for (float& value : values) {
-    value = normal(generator());
-  }
-  return values;
-}
-
-std::vector<uint16_t> to_halves(const Floats& values) {
-  std::vector<uint16_t> halves;
-  for (const float value : values) {
-    halves.push_back(float_to_half(value));
-  }
-  return halves;
-}
-
-/// `count` outputs with guards behind them.
-Floats guarded(int64_t count) { return Floats(static_cast<size_t>(count + kGuards), kGuard); }
-
-bool guards_hold(const Floats& values) {
-  for (size_t i = values.size() - kGuards; i < values.size(); ++i) {
-    if (values[i] != kGuard) {
-      return false;
-    }
-  }
-  return true;
-}
-
-/// Scratch of exactly the size that was asked for, aligned as promised, guarded.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) : floats_(floats) {
-    const auto bytes = static_cast<size_t>((floats + kGuards + 15) / 16 * 64);
-    data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
-    for (int64_t i = 0; i < floats; ++i) {
-      data_[i] = std::numeric_limits<float>::quiet_NaN();  // nothing may be read before written
-    }
-    std::fill(data_ + floats, data_ + floats + kGuards, kGuard);
-  }
-  ~Scratch() {
-    for (int64_t i = floats_; i < floats_ + kGuards; ++i) {
-      EXPECT_EQ(data_[i], kGuard) << "scratch overrun";
-    }
-    std::free(data_);
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* data() { return data_; }
-
- private:
-  int64_t floats_;
-  float* data_;
-};
-
-/// Largest |got - want| over tolerance; infinity for anything that is not finite.
-double worst(const float* got, const float* want, const double* tolerance, int64_t count) {
-  double largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const double off = std::abs(static_cast<double>(got[i]) - want[i]);
-    if (!std::isfinite(off)) {
-      return std::numeric_limits<double>::infinity();
-    }
-    largest = std::max(largest, off / tolerance[i]);
-  }
-  return largest;
-}
 
 /// A linear layer that owns its memory.
 struct Layer {
@@ -254,14 +164,16 @@ struct Quantized {
   Quantized(WeightOrder order, const Layer& layer, int64_t path, const float* x) {
     const int64_t d_in = layer.w.d_in;
     const bool bytes = order == WeightOrder::kByteTiles;
-    group = bytes ? 128 : (d_in + 3) / 4 * 4;
+    group = bytes ? 128 : 1 << 17;  // as many as the sums have room for
     step = bytes ? 16 : 1;
     for (int64_t begin = 0; begin < d_in; begin += group) {
-      Floats scaled(static_cast<size_t>(group)), fours;
-      for (int64_t c = 0; c < std::min(group, d_in - begin); ++c) {
-        scaled[c] = half_to_float(layer.col_scale[path * d_in + begin + c]) * x[begin + c];
+      // Words have a unit of all columns, bytes one of their group.
+      const int64_t first = bytes ? begin : 0, count = bytes ? group : (d_in + 3) / 4 * 4;
+      Floats scaled(static_cast<size_t>(count)), fours;
+      for (int64_t c = 0; c < std::min(count, d_in - first); ++c) {
+        scaled[c] = half_to_float(layer.col_scale[path * d_in + first + c]) * x[first + c];
       }
-      for (int64_t c = 0; c < group; c += 4) {
+      for (int64_t c = 0; c < count; c += 4) {
         fours.push_back((std::abs(scaled[c]) + std::abs(scaled[c + 1])) +
                         (std::abs(scaled[c + 2]) + std::abs(scaled[c + 3])));
       }
@@ -281,9 +193,9 @@ struct Quantized {
         units.back() = largest > 1e-30F ? std::max(largest / 32750.0F, parts[0] / 523000.0F) : 0.0F;
         in_units = 1 / units.back();
       }
-      for (int64_t c = 0; c < std::min(group, d_in - begin); ++c) {
-        q.push_back(scaled[c] == 0 ? 0
-                                   : static_cast<int64_t>(std::nearbyint(scaled[c] * in_units)));
+      for (int64_t c = begin; c < std::min(begin + group, d_in); ++c) {
+        const float value = scaled[c - first];
+        q.push_back(value == 0 ? 0 : static_cast<int64_t>(std::nearbyint(value * in_units)));
       }
     }
   }
@@ -314,10 +226,8 @@ struct Quantized {
   }
 };
 
-class Kernels : public testing::TestWithParam<const KernelTable*> {
+class Products : public KernelTest {
  protected:
-  const KernelTable& table() const { return *GetParam(); }
-
   /// What tables of integer sums may be off by: half a unit wherever they round, in random
   /// directions.
   std::vector<double> tolerance_of(const Layer& layer, const Floats& x, int64_t tokens) const {
@@ -368,6 +278,38 @@ class Kernels : public testing::TestWithParam<const KernelTable*> {
               1);
   }
 
+  /// The bits of a product with Q8_0 by sums of integers, against a scalar computation of the same.
+  void check_blocks(const Layer& layer, const Floats& x, int64_t tokens) {
+    const auto [d_out, d_in] = std::pair(layer.w.d_out, layer.w.d_in);
+    const Prepared prepared(table(), layer, x, tokens);
+    Floats got = guarded(tokens * d_out);
+    table().matmul(prepared.w, x.data(), prepared.input(), tokens, got.data(), 0, d_out, nullptr);
+    EXPECT_TRUE(guards_hold(got));
+    for (int64_t t = 0; t < tokens; ++t) {
+      float largest = 0;
+      for (int64_t c = 0; c < d_in; ++c) {
+        largest = std::max(largest, std::abs(x[t * d_in + c]));
+      }
+      const float unit = 32639.0F / largest;
+      for (int64_t r = 0; r < d_out; ++r) {
+        float want = 0;
+        for (int64_t block = 0; block < d_in / 32; ++block) {
+          const uint8_t* bytes = layer.blocks.data() + (r * d_in / 32 + block) * 34;
+          uint16_t scale;
+          std::memcpy(&scale, bytes, sizeof scale);
+          int64_t sum = 0;
+          for (int64_t i = 0; i < 32; ++i) {
+            const auto q =
+                static_cast<int64_t>(std::nearbyint(x[t * d_in + block * 32 + i] * unit));
+            sum += q * static_cast<int8_t>(bytes[2 + i]);
+          }
+          want = std::fma(static_cast<float>(sum), half_to_float(scale), want);
+        }
+        ASSERT_EQ(got[t * d_out + r], want * (largest / 32639.0F)) << d_in << " " << d_out;
+      }
+    }
+  }
+
   /// The bits of a product by lookup, against a scalar computation of the same integers.
   void check_lookup(const Layer& layer, const Floats& x, int64_t tokens) {
     const auto [d_out, d_in, paths] = std::tuple(layer.w.d_out, layer.w.d_in, layer.w.paths);
@@ -385,7 +327,9 @@ class Kernels : public testing::TestWithParam<const KernelTable*> {
               columns.sums(layer.signs.data() + (path * d_out + r) * words);
           const float g = half_to_float(layer.row_scale[path * d_out + r]);
           if (table().sign_order == WeightOrder::kTilePairs) {
-            want[r] = std::fma(static_cast<float>(sums[0]), columns.units[0] * g, want[r]);
+            for (size_t i = 0; i < sums.size(); ++i) {
+              want[r] = std::fma(static_cast<float>(sums[i]), columns.units[i] * g, want[r]);
+            }
             continue;
           }
           float sum = 0;
@@ -404,7 +348,7 @@ class Kernels : public testing::TestWithParam<const KernelTable*> {
   }
 };
 
-TEST_P(Kernels, MatmulOverColumns) {
+TEST_P(Products, MatmulOverColumns) {
   for (int64_t d_in = 1; d_in <= 130; d_in += d_in < 36 ? 1 : 7) {
     for (const int64_t tokens : {1, 3, 9}) {
       check_matmul(WeightFormat::kF32, 7, d_in, 0, tokens);
@@ -421,7 +365,7 @@ TEST_P(Kernels, MatmulOverColumns) {
   }
 }
 
-TEST_P(Kernels, MatmulOfBlocks) {
+TEST_P(Products, MatmulOfBlocks) {
   for (const WeightFormat format : {WeightFormat::kQ8_0, WeightFormat::kQ4_0}) {
     for (const int64_t d_in : {32, 64, 96, 384, 416, 576}) {
       for (const int64_t d_out : {1, 4, 7, 63, 64, 65, 130}) {
@@ -434,46 +378,47 @@ TEST_P(Kernels, MatmulOfBlocks) {
 }
 
 // The sums of integers are exact: the same bits as a scalar computation of them.
-TEST_P(Kernels, SumsOfBlocksAreExact) {
+TEST_P(Products, SumsOfBlocksAreExact) {
   for (const int64_t d_in : {32, 64, 576, 4096}) {
     for (const int64_t d_out : {1, 16, 63, 65, 128}) {
       const Layer layer = Layer::make(WeightFormat::kQ8_0, d_out, d_in, 0);
       if (table().input_bytes(layer.w, 2) == 0) {
         GTEST_SKIP() << "sums of floats here";
       }
-      const Floats x = normals(2 * d_in, 3.0F);
-      const Prepared prepared(table(), layer, x, 2);
-      Floats got = guarded(2 * d_out);
-      table().matmul(prepared.w, x.data(), prepared.input(), 2, got.data(), 0, d_out, nullptr);
-      EXPECT_TRUE(guards_hold(got));
-      for (int64_t t = 0; t < 2; ++t) {
-        float largest = 0;
-        for (int64_t c = 0; c < d_in; ++c) {
-          largest = std::max(largest, std::abs(x[t * d_in + c]));
-        }
-        const float unit = 32639.0F / largest;
-        for (int64_t r = 0; r < d_out; ++r) {
-          float want = 0;
-          for (int64_t block = 0; block < d_in / 32; ++block) {
-            const uint8_t* bytes = layer.blocks.data() + (r * d_in / 32 + block) * 34;
-            uint16_t scale;
-            std::memcpy(&scale, bytes, sizeof scale);
-            int64_t sum = 0;
-            for (int64_t i = 0; i < 32; ++i) {
-              const auto q =
-                  static_cast<int64_t>(std::nearbyint(x[t * d_in + block * 32 + i] * unit));
-              sum += q * static_cast<int8_t>(bytes[2 + i]);
-            }
-            want = std::fma(static_cast<float>(sum), half_to_float(scale), want);
-          }
-          ASSERT_EQ(got[t * d_out + r], want * (largest / 32639.0F)) << d_in << " " << d_out;
-        }
-      }
+      check_blocks(layer, normals(2 * d_in, 3.0F), 2);
     }
   }
 }
 
-TEST_P(Kernels, MatmulOverTokens) {
+// As large as they get, and with all numbers that a byte of a weight and of a column can be.
+TEST_P(Products, LargestSumsOfBlocksAreExact) {
+  const int64_t d_in = 512, d_out = 70;
+  Layer layer = Layer::make(WeightFormat::kQ8_0, d_out, d_in, 0);
+  if (table().input_bytes(layer.w, 1) == 0) {
+    GTEST_SKIP() << "sums of floats here";
+  }
+  for (int64_t row = 0; row < d_out; ++row) {
+    for (int64_t c = 0; c < d_in; ++c) {
+      const int64_t value = row == 0 ? -128 : row == 1 ? 127 : (c * (row - 1)) % 256 - 128;
+      layer.blocks[(row * d_in + c) / 32 * 34 + 2 + c % 32] = static_cast<uint8_t>(value);
+    }
+  }
+  for (const float size : {0.7F, -1.0F, 3e-20F, 1e30F}) {
+    Floats x(static_cast<size_t>(d_in), size);
+    check_blocks(layer, x, 1);
+    for (int64_t c = 0; c < d_in; ++c) {
+      x[c] = c % 2 == 0 ? size : -size;
+    }
+    check_blocks(layer, x, 1);
+    for (int64_t c = 0; c < d_in; ++c) {  // every lower byte beside different upper ones
+      x[c] = size * static_cast<float>((c * 127 + 5) % 65279 - 32639) / 32639.0F;
+    }
+    x[0] = size;
+    check_blocks(layer, x, 1);
+  }
+}
+
+TEST_P(Products, MatmulOverTokens) {
   for (int64_t tokens = 1; tokens <= 40; ++tokens) {
     check_matmul(WeightFormat::kF32, 37, 67, 0, tokens);
     check_matmul(WeightFormat::kF16, 37, 67, 0, tokens);
@@ -481,7 +426,7 @@ TEST_P(Kernels, MatmulOverTokens) {
   }
 }
 
-TEST_P(Kernels, MatmulOverPathsAndRows) {
+TEST_P(Products, MatmulOverPathsAndRows) {
   for (int64_t paths = 1; paths <= 4; ++paths) {
     for (const int64_t tokens : {1, 2, 5, 8, 9, 25}) {
       for (const int64_t d_out : {1, 2, 5, 31, 32, 33, 64, 97, 400}) {
@@ -491,11 +436,12 @@ TEST_P(Kernels, MatmulOverPathsAndRows) {
   }
 }
 
-TEST_P(Kernels, MatmulWritesItsRowsOnly) {
+TEST_P(Products, MatmulWritesItsRowsOnly) {
   const int64_t d_out = 150;
   for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kF16, WeightFormat::kQ8_0,
-                                    WeightFormat::kResidualBinary}) {
-    const int64_t d_in = format == WeightFormat::kQ8_0 ? 96 : 70;
+                                    WeightFormat::kQ4_0, WeightFormat::kResidualBinary}) {
+    const bool blocks = format == WeightFormat::kQ8_0 || format == WeightFormat::kQ4_0;
+    const int64_t d_in = blocks ? 96 : 70;
     const Layer layer = Layer::make(format, d_out, d_in, 2);
     for (const int64_t tokens : {1, 6, 20}) {
       const Floats x = normals(tokens * d_in);
@@ -522,7 +468,7 @@ TEST_P(Kernels, MatmulWritesItsRowsOnly) {
 }
 
 // The sums of integers are exact: the same bits as a scalar computation of them.
-TEST_P(Kernels, LookupSumsAreExact) {
+TEST_P(Products, LookupSumsAreExact) {
   for (const int64_t d_in :
        {1, 3, 4, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 576, 4096, 11008}) {
     for (const int64_t d_out : {1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 257, 321}) {
@@ -538,13 +484,18 @@ TEST_P(Kernels, LookupSumsAreExact) {
       check_lookup(layer, normals(tokens * d_in, 3.0F), tokens);
     }
   }
+  // More columns than sums of 32 bits have room for at once.
+  for (const int64_t d_in : {1 << 17, (1 << 17) + 1, (1 << 17) + 100, (1 << 18) + 33}) {
+    check_lookup(Layer::make(WeightFormat::kResidualBinary, 3, d_in, 1), normals(2 * d_in, 3.0F),
+                 2);
+  }
 }
 
 // The same where sums are as large as they get: all columns of one size, or four alone, with the
 // signs of a row all alike, or alike but for a few.
-TEST_P(Kernels, LargestLookupSumsAreExact) {
+TEST_P(Products, LargestLookupSumsAreExact) {
   const int64_t d_out = 70;
-  for (const int64_t d_in : {4, 32, 64, 100, 128, 192, 256, 11008}) {
+  for (const int64_t d_in : {4, 32, 64, 100, 128, 192, 256, 11008, 1 << 17}) {
     Layer layer = Layer::make(WeightFormat::kResidualBinary, d_out, d_in, 1);
     if (table().input_bytes(layer.w, 1) == 0) {
       GTEST_SKIP() << "no lookup here";
@@ -567,7 +518,7 @@ TEST_P(Kernels, LargestLookupSumsAreExact) {
 }
 
 // Without a prepared input the sums are of floats, for any number of tokens.
-TEST_P(Kernels, WithoutLookup) {
+TEST_P(Products, WithoutLookup) {
   for (const int64_t tokens : {1, 2, 9}) {
     const Layer layer = Layer::make(WeightFormat::kResidualBinary, 70, 130, 2);
     const Floats x = normals(tokens * 130), want = reference_product(layer, x, tokens);
@@ -583,7 +534,7 @@ TEST_P(Kernels, WithoutLookup) {
 
 // Rounding errors are evenly spread and have no preferred direction, which would make them grow
 // with the columns rather than with their root.
-TEST_P(Kernels, LookupErrorsAreThoseOfRounding) {
+TEST_P(Products, LookupErrorsAreThoseOfRounding) {
   const int64_t d_out = 256, d_in = 4096;
   const Layer layer = Layer::make(WeightFormat::kResidualBinary, d_out, d_in, 1);
   if (table().input_bytes(layer.w, 1) == 0) {
@@ -604,7 +555,7 @@ TEST_P(Kernels, LookupErrorsAreThoseOfRounding) {
   EXPECT_LT(squares, 1.4);
 }
 
-TEST_P(Kernels, IntegersOfNothingAndOfWhatIsNotFinite) {
+TEST_P(Products, IntegersOfNothingAndOfWhatIsNotFinite) {
   for (const auto& [format, d_in] :
        {std::pair<WeightFormat, int64_t>{WeightFormat::kResidualBinary, 70},
         {WeightFormat::kResidualBinary, 300},
@@ -641,252 +592,7 @@ TEST_P(Kernels, IntegersOfNothingAndOfWhatIsNotFinite) {
   }
 }
 
-TEST_P(Kernels, RmsNorm) {
-  for (const int64_t d : {1, 3, 15, 16, 17, 64, 127, 576}) {
-    const Floats x = normals(3 * d), weight = normals(d);
-    Floats want(static_cast<size_t>(3 * d)), got = guarded(3 * d);
-    reference_kernels().rms_norm(x.data(), weight.data(), 3, d, 1e-5F, want.data());
-    table().rms_norm(x.data(), weight.data(), 3, d, 1e-5F, got.data());
-    EXPECT_TRUE(guards_hold(got));
-    std::vector<double> tolerance;
-    for (const float value : want) {
-      tolerance.push_back(kSafety * kEpsilon * 2 * std::abs(value) + 1e-30);
-    }
-    EXPECT_LE(worst(got.data(), want.data(), tolerance.data(), 3 * d), 1) << d;
-  }
-}
-
-TEST_P(Kernels, Rope) {
-  for (const int64_t d : {2, 6, 16, 30, 64, 128}) {
-    const int64_t tokens = 3, heads = 2;
-    Floats want = normals(tokens * heads * d), turns;
-    for (int64_t i = 0; i < tokens * d / 2; ++i) {
-      turns.push_back(std::cos(static_cast<float>(i)));
-      turns.push_back(std::sin(static_cast<float>(i)));
-    }
-    Floats got = want;
-    got.insert(got.end(), kGuards, kGuard);
-    std::vector<double> tolerance;
-    for (int64_t i = 0; i < tokens * heads * d; ++i) {
-      tolerance.push_back(kSafety * kEpsilon * std::hypot(want[i & ~1], want[i | 1]) + 1e-30);
-    }
-    reference_kernels().rope(want.data(), turns.data(), tokens, heads, d);
-    table().rope(got.data(), turns.data(), tokens, heads, d);
-    EXPECT_TRUE(guards_hold(got));
-    EXPECT_LE(worst(got.data(), want.data(), tolerance.data(), tokens * heads * d), 1) << d;
-  }
-}
-
-void check_attention(const KernelTable& table, CacheFormat format, int64_t tokens, int64_t first,
-                     int64_t heads, int64_t kv_heads, int64_t d) {
-  SCOPED_TRACE("tokens " + std::to_string(tokens) + " first " + std::to_string(first) + " heads " +
-               std::to_string(heads) + "/" + std::to_string(kv_heads) + " d " + std::to_string(d));
-  const int64_t positions = first + tokens, capacity = positions + 3;
-  const Floats q = normals(tokens * heads * d, 2.0F);
-  Floats k = normals(kv_heads * capacity * d), v = normals(kv_heads * capacity * d);
-  for (int64_t head = 0; head < kv_heads; ++head) {  // what is not filled must not be used
-    for (int64_t i = positions * d; i < capacity * d; ++i) {
-      k[head * capacity * d + i] = v[head * capacity * d + i] =
-          std::numeric_limits<float>::quiet_NaN();
-    }
-  }
-  const auto cache = [&](const Floats& values) {
-    const auto count = static_cast<int64_t>(values.size());
-    std::vector<std::byte> bytes(static_cast<size_t>(cache_bytes(format, count)));
-    reference_kernels().to_cache(values.data(), count, format, bytes.data());
-    return bytes;
-  };
-  const std::vector<std::byte> keys = cache(k), values = cache(v);
-  const AttentionInput in = {.q = q.data(),
-                             .cache = format,
-                             .k = keys.data(),
-                             .v = values.data(),
-                             .tokens = tokens,
-                             .first_position = first,
-                             .heads = heads,
-                             .kv_heads = kv_heads,
-                             .head_dim = d,
-                             .capacity = capacity};
-  const int64_t count = tokens * heads * d;
-  Floats want(static_cast<size_t>(count)), got = guarded(count), part = guarded(count);
-  Scratch oracle(reference_kernels().attention_scratch(tokens, positions, heads, kv_heads, d));
-  reference_kernels().attention(in, 0, heads, 0, tokens, oracle.data(), want.data());
-  Scratch scratch(table.attention_scratch(tokens, positions, heads, kv_heads, d));
-  table.attention(in, 0, heads, 0, tokens, scratch.data(), got.data());
-  EXPECT_TRUE(guards_hold(got));
-  // A score of n terms is off by delta ~ sqrt(d) eps |q||k|/sqrt(d) ~ 8 eps sqrt(d) here; that
-  // moves weights by the factor exp(delta), outputs by delta times the largest value.
-  const double tolerance = kSafety * kEpsilon * (16 * std::sqrt(static_cast<double>(d)) + 32);
-  const std::vector<double> tolerances(static_cast<size_t>(count), tolerance);
-  EXPECT_LE(worst(got.data(), want.data(), tolerances.data(), count), 1);
-
-  const int64_t h0 = heads / 2, t0 = tokens / 2;
-  table.attention(in, h0, heads, t0, tokens, scratch.data(), part.data());
-  EXPECT_TRUE(guards_hold(part));
-  for (int64_t i = 0; i < count; ++i) {
-    const bool mine = i / d % heads >= h0 && i / d / heads >= t0;
-    if (mine) {
-      ASSERT_NEAR(part[i], want[i], tolerance);
-    } else {
-      ASSERT_EQ(part[i], kGuard);
-    }
-  }
-}
-
-TEST_P(Kernels, Attention) {
-  for (const CacheFormat format : {CacheFormat::kF16, CacheFormat::kF32}) {
-    for (const int64_t tokens : {1, 2, 11, 12, 13, 47, 48, 49, 100}) {
-      for (const int64_t first : {0, 5, 383, 384, 790}) {
-        check_attention(table(), format, tokens, first, 3, 1, 16);
-      }
-    }
-    for (const int64_t d : {2, 6, 32, 34, 64, 80, 128, 256}) {
-      check_attention(table(), format, 19, 30, 4, 2, d);
-      check_attention(table(), format, 1, 30, 6, 2, d);
-    }
-    check_attention(table(), format, 60, 400, 9, 3, 64);
-  }
-  for (const int64_t d : {32, 64, 96, 256}) {
-    check_attention(table(), CacheFormat::kQ8_0, 1, 390, 6, 2, d);
-    check_attention(table(), CacheFormat::kQ8_0, 2, 5, 3, 3, d);
-    check_attention(table(), CacheFormat::kQ8_0, 60, 400, 9, 3, d);
-  }
-}
-
-TEST_P(Kernels, CacheIsThatOfTheReference) {
-  const float largest = std::numeric_limits<float>::max();
-  const float infinity = std::numeric_limits<float>::infinity();
-  // Around every step of F16: subnormals, its smallest normal number, ties, its largest, beyond.
-  Floats floats;
-  for (const float value :
-       {0.0F,         1e-9F,    0x1p-25F, 0x1.8p-25F, 0x1p-24F,   0x1.8p-24F,  0x1.ffcp-15F,
-        0x1.ffep-15F, 0x1p-14F, 1.0F,     0x1.002p0F, 0x1.006p0F, 0x1.0021p0F, 127.0F,
-        65504.0F,     65519.0F, 65520.0F, 1e6F,       largest,    infinity}) {
-    floats.push_back(value);
-    floats.push_back(-value);
-  }
-  for (const float value : normals(1000)) {
-    floats.push_back(value);
-  }
-  for (const CacheFormat format : {CacheFormat::kF16, CacheFormat::kF32, CacheFormat::kQ8_0}) {
-    const int64_t step = format == CacheFormat::kQ8_0 ? 32 : 1;
-    for (int64_t count = step; count <= 200; count += step) {
-      for (const int64_t first : {int64_t{0}, int64_t{32}, int64_t{64}, int64_t{133}}) {
-        const auto bytes = static_cast<size_t>(cache_bytes(format, count));
-        std::vector<uint8_t> want(bytes + 8, 0xA5), got(bytes + 8, 0xA5);
-        const bool finite = std::all_of(floats.begin() + first, floats.begin() + first + count,
-                                        [](float value) { return std::isfinite(value); });
-        if (format == CacheFormat::kQ8_0 && !finite) {
-          continue;
-        }
-        reference_kernels().to_cache(floats.data() + first, count, format, want.data());
-        table().to_cache(floats.data() + first, count, format, got.data());
-        ASSERT_EQ(want, got) << static_cast<int>(format) << " " << count << " from " << first;
-      }
-    }
-  }
-  // Blocks of zeros, of almost nothing, of what no scale of F16 holds, of what is not finite.
-  for (const float value : {0.0F, 1e-7F, 3e-6F, 1e7F, largest}) {
-    Floats block(32, value);
-    block[7] = -value / 2;
-    std::array<uint8_t, 34> want = {}, got = {};
-    reference_kernels().to_cache(block.data(), 32, CacheFormat::kQ8_0, want.data());
-    table().to_cache(block.data(), 32, CacheFormat::kQ8_0, got.data());
-    EXPECT_EQ(want, got) << value;
-  }
-  for (const float value : {infinity, -infinity, std::numeric_limits<float>::quiet_NaN()}) {
-    for (const int place : {0, 13, 31}) {
-      Floats block(32, 1.0F);
-      block[place] = value;
-      std::array<uint8_t, 34> got = {};
-      table().to_cache(block.data(), 32, CacheFormat::kQ8_0, got.data());
-      EXPECT_TRUE(std::isnan(half_to_float(static_cast<uint16_t>(got[0] | got[1] << 8)))) << value;
-    }
-    Floats q(32, 1.0F), k(32, 1.0F), out(32, 0.0F);
-    k[3] = value;
-    std::array<uint8_t, 34> keys = {};
-    table().to_cache(k.data(), 32, CacheFormat::kQ8_0, keys.data());
-    const AttentionInput in = {
-        q.data(), CacheFormat::kQ8_0, keys.data(), keys.data(), 1, 0, 1, 1, 32, 1};
-    Scratch scratch(table().attention_scratch(1, 1, 1, 1, 32));
-    table().attention(in, 0, 1, 0, 1, scratch.data(), out.data());
-    EXPECT_TRUE(std::isnan(out[0])) << value;
-  }
-}
-
-TEST_P(Kernels, AttentionOfExtremeScores) {
-  // One key far ahead of the rest, in the first, a middle and the last block.
-  const int64_t d = 16, positions = 900;
-  for (const int64_t chosen : {0, 500, 899}) {
-    Floats q(d, 30.0F), k(positions * d, -30.0F), v(positions * d, 1.0F), out = guarded(d);
-    for (int64_t i = 0; i < d; ++i) {
-      k[chosen * d + i] = 30.0F;
-      v[chosen * d + i] = -7.0F;
-    }
-    const AttentionInput in = {
-        q.data(), CacheFormat::kF32, k.data(), v.data(), 1, positions - 1, 1, 1, d, positions};
-    Scratch scratch(table().attention_scratch(1, positions, 1, 1, d));
-    table().attention(in, 0, 1, 0, 1, scratch.data(), out.data());
-    for (int64_t i = 0; i < d; ++i) {
-      EXPECT_EQ(out[i], -7.0F);
-    }
-  }
-}
-
-TEST_P(Kernels, Swiglu) {
-  for (const int64_t count : {1, 15, 16, 17, 1000}) {
-    Floats gate = normals(count, 8.0F);
-    const Floats up = normals(count);
-    gate[0] = -200.0F;
-    Floats want = gate, got = gate;
-    got.insert(got.end(), kGuards, kGuard);
-    reference_kernels().swiglu(want.data(), up.data(), count);
-    table().swiglu(got.data(), up.data(), count);
-    EXPECT_TRUE(guards_hold(got));
-    std::vector<double> tolerance;
-    for (const float value : want) {
-      // e^x within 2e-7, and an argument below -88 counts as infinitely small.
-      tolerance.push_back((2e-7 + kSafety * kEpsilon) * std::abs(value) + 1e-35);
-    }
-    EXPECT_LE(worst(got.data(), want.data(), tolerance.data(), count), 1) << count;
-  }
-}
-
-TEST_P(Kernels, CrossEntropy) {
-  for (const int64_t vocab : {1, 2, 15, 16, 17, 1000, 49152}) {
-    for (const float spread : {0.1F, 4.0F, 60.0F}) {
-      const Floats logits = normals(vocab, spread);
-      const auto target = static_cast<int32_t>(vocab / 2);
-      const double want = reference_kernels().cross_entropy(logits.data(), vocab, target);
-      const double got = table().cross_entropy(logits.data(), vocab, target);
-      EXPECT_NEAR(got, want, 1e-6 * std::max(1.0, want)) << vocab << " " << spread;
-    }
-  }
-  Floats logits = normals(100);
-  logits[98] = std::numeric_limits<float>::quiet_NaN();
-  EXPECT_FALSE(std::isfinite(table().cross_entropy(logits.data(), 100, 3)));
-  logits[98] = 0;
-  logits[3] = std::numeric_limits<float>::quiet_NaN();
-  EXPECT_FALSE(std::isfinite(table().cross_entropy(logits.data(), 100, 7)));
-}
-
-std::string table_name(const testing::TestParamInfo<const KernelTable*>& info) {
-  std::string name(info.param->name);
-  std::replace(name.begin(), name.end(), '-', '_');
-  return name;
-}
-
-INSTANTIATE_TEST_SUITE_P(Cpu, Kernels, testing::ValuesIn(cpu_kernels()), table_name);
-
-TEST(KernelTables, NamesAreDistinctAndPortableIsLast) {
-  const std::vector<const KernelTable*> tables = cpu_kernels();
-  ASSERT_FALSE(tables.empty());
-  EXPECT_EQ(tables.back()->name, "portable");
-  for (size_t i = 1; i < tables.size(); ++i) {
-    EXPECT_NE(tables[i]->name, tables[i - 1]->name);
-    EXPECT_NE(tables[i]->matmul, tables[i - 1]->matmul);
-  }
-}
+INSTANTIATE_TEST_SUITE_P(Cpu, Products, testing::ValuesIn(cpu_kernels()), table_name);
 
 // Every bit where the order says, nothing outside the tiles asked for; the reference reads them
 // all.
@@ -1011,40 +717,6 @@ TEST(Reference, ProductsOfSmallIntegers) {
   // Alternating sum 0 - 1 + 2 - ... - 39 = -20; times h = 2.
   reference_kernels().matmul(binary, x.data(), nullptr, 1, y.data(), 0, d_out, nullptr);
   EXPECT_EQ(y, (Floats{-40 + 780, -80 + 390, -120 - 1560}));
-}
-
-TEST(Reference, OtherOperations) {
-  const KernelTable& table = reference_kernels();
-  const Floats x = {3, -4}, weight = {1, 2};
-  Floats y(2);
-  table.rms_norm(x.data(), weight.data(), 1, 2, 0.0F, y.data());
-  EXPECT_FLOAT_EQ(y[0], static_cast<float>(3 / std::sqrt(12.5)));
-  EXPECT_FLOAT_EQ(y[1], static_cast<float>(-8 / std::sqrt(12.5)));
-
-  Floats turned = {1, 0, 0, 2};
-  const Floats turns = {0, 1, -1, 0};  // by 90 and by 180 degrees
-  table.rope(turned.data(), turns.data(), 1, 1, 4);
-  EXPECT_EQ(turned, (Floats{0, 1, 0, -2}));
-
-  Floats gate = {0, std::log(3.0F)};
-  const Floats up = {5, 2};
-  table.swiglu(gate.data(), up.data(), 2);
-  EXPECT_FLOAT_EQ(gate[0], 0);
-  EXPECT_FLOAT_EQ(gate[1], 1.5F * std::log(3.0F));
-
-  const Floats logits = {0, std::log(2.0F), std::log(5.0F)};
-  EXPECT_NEAR(table.cross_entropy(logits.data(), 3, 1), std::log(4.0), 1e-7);
-
-  // Scores 0 and ln 3 (d = 1 would be odd; the second component is 0): weights 1/4 and 3/4.
-  const Floats q = {std::sqrt(2.0F), 0, std::sqrt(2.0F), 0}, k = {0, 0, std::log(3.0F), 0},
-               v = {4, 8, 0, 4};
-  const AttentionInput in = {q.data(), CacheFormat::kF32, k.data(), v.data(), 2, 0, 1, 1, 2, 2};
-  Floats scratch(2), out(4);
-  table.attention(in, 0, 1, 0, 2, scratch.data(), out.data());
-  EXPECT_FLOAT_EQ(out[0], 4);
-  EXPECT_FLOAT_EQ(out[1], 8);
-  EXPECT_NEAR(out[2], 1, 1e-6);
-  EXPECT_NEAR(out[3], 5, 1e-6);
 }
 
 }  // namespace
