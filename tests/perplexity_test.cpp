@@ -138,15 +138,16 @@ TEST(Divergence, EqualsTheClosedForm) {
   // p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2), each with a constant added to its logits.
   const std::vector<float> p = {std::log(0.5F) + 7, std::log(0.25F) + 7, std::log(0.25F) + 7};
   const std::vector<float> q = {std::log(0.25F) - 3, std::log(0.25F) - 3, std::log(0.5F) - 3};
-  EXPECT_NEAR(divergence_of(p, q).kl, 0.5 * std::log(2.0) - 0.25 * std::log(2.0), 1e-6);
-  EXPECT_EQ(divergence_of(p, p).kl, 0);
-  EXPECT_TRUE(std::isnan(divergence_of(p, std::vector<float>{NAN, 0, 0}).kl));
+  EXPECT_NEAR(divergence_of(p, q, 1).kl, 0.5 * std::log(2.0) - 0.25 * std::log(2.0), 1e-6);
+  EXPECT_EQ(divergence_of(p, p, 1).kl, 0);
+  EXPECT_TRUE(std::isnan(divergence_of(p, std::vector<float>{NAN, 0, 0}, 1).kl));
   DivergenceResult result;
-  result.add(divergence_of(p, p));
-  result.add(divergence_of(p, q));
+  result.add(divergence_of(p, p, 0));
+  result.add(divergence_of(p, q, 2));
   EXPECT_EQ(result.positions, 2);
   EXPECT_EQ(result.same_top, 1);
   EXPECT_NEAR(result.mean_kl, 0.125 * std::log(2.0), 1e-6);
+  EXPECT_NEAR(result.teacher_nll, 1.5 * std::log(2.0), 1e-6);
   EXPECT_NEAR(result.largest_kl, 0.25 * std::log(2.0), 1e-6);
 }
 

@@ -91,7 +91,7 @@ Status EngineLogitSource::score(std::span<const int32_t> tokens, std::span<doubl
                   const auto length = static_cast<size_t>(vocab);
                   divergences[static_cast<size_t>(i)] =
                       divergence_of({state.teacher_logits.data() + (first + i) * vocab, length},
-                                    {logits + i * vocab, length});
+                                    {logits + i * vocab, length}, tokens[at + 1]);
                 }
               }
             });

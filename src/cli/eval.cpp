@@ -69,11 +69,13 @@ Status eval(const EvalOptions& options) {
   };
   if (!options.json) {
     const std::string from_teacher =
-        teacher ? fmt::format(
-                      "KL from the teacher (F32): mean {:.3g} nats a token, at most {:.3g}; "
-                      "the same token first in {:.2f} %\n",
-                      divergence.mean_kl, divergence.largest_kl, 100 * share(divergence.same_top))
-                : "";
+        teacher
+            ? fmt::format(
+                  "KL from the teacher (F32, perplexity {:.4f}): mean {:.3g} nats a token, at most "
+                  "{:.3g}; the same token first in {:.2f} %\n",
+                  std::exp(divergence.teacher_nll), divergence.mean_kl, divergence.largest_kl,
+                  100 * share(divergence.same_top))
+            : "";
     return write_stdout(
         from_teacher +
         fmt::format(
@@ -115,6 +117,7 @@ Status eval(const EvalOptions& options) {
     RABIT_ASSIGN(const std::string teacher_sha256, sha256_file(options.teacher));
     told["teacher"] = {{"model", options.teacher},
                        {"model_sha256", teacher_sha256},
+                       {"perplexity", std::exp(divergence.teacher_nll)},
                        {"mean_kl", divergence.mean_kl},
                        {"largest_kl", divergence.largest_kl},
                        {"same_top", share(divergence.same_top)},

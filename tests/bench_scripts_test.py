@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""bench/compare_llamacpp.sh and .py with programs of known speed in llama.cpp's place.
+"""bench/compare_llamacpp.sh and .py with programs of known speed in llama.cpp's place; bench/bench_charts.py.
 
 Environment: RABIT_BINARY the program, RABIT_SOURCE_DIR the checkout.
 """
@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 import unittest
+import xml.etree.ElementTree
 from pathlib import Path
 
 from tiny_model import RABIT, tiny_model
@@ -26,6 +27,34 @@ QUANTIZE = """#!/usr/bin/env python3
 import shutil, sys
 shutil.copy(sys.argv[2], sys.argv[3])
 """
+
+
+class ChartsTest(unittest.TestCase):
+    def charts(self, *arguments, code=0):
+        done = subprocess.run([str(ROOT / "bench/bench_charts.py"), *map(str, arguments)], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+        self.assertEqual(done.returncode, code, done.stderr)
+        return done.stderr
+
+    def test_chart(self):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            tiny_model(folder / "tiny.gguf")
+            done = subprocess.run([RABIT, "bench", "-m", folder / "tiny.gguf", "-p", "4", "-n", "2", "-r", "1", "-t", "1,2",
+                                   "-d", "0,6", "-o", "json"], stdout=subprocess.PIPE, timeout=120, check=True)
+            (folder / "a.json").write_bytes(done.stdout)
+            for x, what in (("depth", "positions before"), ("threads", "threads")):
+                self.charts("--x", x, "--title", "Speed & size", "-o", folder / "a.svg", f"F16={folder}/a.json")
+                chart = xml.etree.ElementTree.parse(folder / "a.svg").getroot()
+                texts = ["".join(part.itertext()) for part in chart.iter() if part.tag.endswith("text")]
+                for text in ("Speed & size", what, "F16, pp4", "F16, tg2"):
+                    self.assertIn(text, texts)
+                self.assertEqual(len([part for part in chart.iter() if part.tag.endswith("circle")]), 8)
+            (folder / "b.json").write_text("{}")
+            for file, output in (("b.json", "b.svg"), ("none.json", "b.svg"), ("a.json", "none/b.svg")):
+                error = self.charts("-o", folder / output, f"F16={folder}/{file}", code=1)
+                self.assertRegex(error, r"\Abench_charts: [^\n]+\n\Z")
+                self.assertFalse((folder / "b.svg").exists())
 
 
 class CompareTest(unittest.TestCase):
