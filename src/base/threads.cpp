@@ -22,7 +22,7 @@ namespace rabit {
 namespace {
 
 // Workers look for the next loop this many times before they sleep: products of one token follow
-// each other within microseconds.
+// each other within microseconds. Where there are more workers than CPUs they sleep at once.
 constexpr int kSpins = 4000;
 
 void relax() {
@@ -115,13 +115,15 @@ struct ThreadPool::State {
   const std::function<void(int64_t, int64_t, int)>* body = nullptr;
   int64_t count = 0, chunk = 0;
   std::exception_ptr failure;  // of a worker, under the mutex
+  int spins = kSpins;
 };
 
 ThreadPool::ThreadPool(int threads) : state_(new State) {
   const auto work = [state = state_.get()](int thread) {
     uint64_t seen = 0;
     for (;;) {
-      for (int spin = 0; spin < kSpins && state->generation.load(std::memory_order_acquire) == seen;
+      for (int spin = 0;
+           spin < state->spins && state->generation.load(std::memory_order_acquire) == seen;
            ++spin) {
         relax();
       }
@@ -146,6 +148,9 @@ ThreadPool::ThreadPool(int threads) : state_(new State) {
       state->pending.fetch_sub(1, std::memory_order_release);
     }
   };
+  if (threads > static_cast<int>(std::max(1U, std::thread::hardware_concurrency()))) {
+    state_->spins = 0;
+  }
   try {
     for (int thread = 1; thread < threads; ++thread) {
       state_->workers.emplace_back(work, thread);
@@ -196,7 +201,7 @@ void ThreadPool::parallel_for(int64_t count, int64_t grain,
     failure = std::current_exception();
   }
   for (int spin = 0; state_->pending.load(std::memory_order_acquire) != 0; ++spin) {
-    if (spin < kSpins) {
+    if (spin < state_->spins) {
       relax();
     } else {
       std::this_thread::yield();
