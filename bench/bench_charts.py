@@ -4,12 +4,13 @@
     rabit bench --shape llama2-7b --layers 4 -p 0 -d 0,1024,4096 -o json > f16.json
     bench/bench_charts.py --x depth -o depth.svg "KV cache in F16"=f16.json
 
-Each file is drawn in a colour of its own, a line for each kind of row (pp, tg); points are means of the repetitions. Of Python's
-standard library alone.
+A line for each file, kind of row (pp, tg) and number of threads (or of positions before); points are means of the repetitions. Of
+Python's standard library alone.
 """
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -18,36 +19,59 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from svg_charts import svg_lines  # noqa: E402
 
 LABELS = {"depth": "positions before", "threads": "threads"}
+OTHERS = {"depth": ("threads", "{} threads"), "threads": ("depth", "after {}")}  # a line for each of these
+
+
+def fail(message):
+    raise SystemExit(f"bench_charts: {' '.join(str(message).split())}")
 
 
 def series_of(label, file, x):
     """Lines of one file: {name: [(x, tokens/s)]}."""
     try:
-        rows = json.loads(Path(file).read_text())["rows"]
-        lines = {}
-        for row in rows:
-            kind = re.match("[a-z]+[0-9]+", row["test"]).group()
-            lines.setdefault(kind, []).append((row[x], row["tokens_per_second"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SystemExit(f"bench_charts: {file} is no output of rabit bench -o json: {error}")
-    return {f"{label}, {kind}" if label else kind: points for kind, points in lines.items()}
+        told = Path(file).read_bytes()
+    except OSError as error:
+        fail(f"cannot read {file}: {error.strerror}")
+    other, wording = OTHERS[x]
+    try:
+        rows = [(re.match("[a-z]+[0-9]+", row["test"]).group(), int(row[other]), int(row[x]), float(row["tokens_per_second"]))
+                for row in json.loads(told)["rows"]]
+        if not rows or not all(0 < rate < math.inf for *_, rate in rows):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        fail(f"{file} is no output of rabit bench -o json")
+    lines = {}
+    for kind, value, at, rate in rows:
+        parts = [label, kind] + ([wording.format(value)] if len({row[1] for row in rows}) > 1 else [])
+        lines.setdefault(", ".join(filter(None, parts)), []).append((at, rate))
+    return lines
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--x", choices=sorted(LABELS), default="depth", help="what the chart runs over")
     parser.add_argument("--title", default="Tokens a second", help="what stands above it")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the SVG to write")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE.svg", help="the chart to write")
     parser.add_argument("files", nargs="+", metavar="LABEL=FILE", help="outputs of rabit bench -o json")
     options = parser.parse_args()
+    output = Path(options.output)
+    if output.suffix != ".svg":
+        fail(f"{output}: a chart's name ends in .svg")
     lines = {}
     for given in options.files:
-        label, _, file = given.rpartition("=")
-        lines.update(series_of(label, file, options.x))
+        label, equals, file = given.partition("=")
+        for name, points in series_of(label, file, options.x).items() if equals else series_of("", given, options.x).items():
+            if name in lines:
+                fail(f"two lines are named {name!r}: give the files labels of their own")
+            lines[name] = points
+    part = output.with_name(output.name + ".part")
     try:
-        Path(options.output).write_text(svg_lines(options.title, LABELS[options.x], lines))
+        part.write_bytes(svg_lines(options.title, LABELS[options.x], lines).encode())
+        part.replace(output)
     except OSError as error:
-        raise SystemExit(f"bench_charts: {error}")
+        fail(f"cannot write {output}: {error.strerror}")
+    except UnicodeEncodeError:
+        fail("a title or a label is not UTF-8")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ rounds, with the least and the most. Of Python's standard library alone.
 import argparse
 import json
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -59,9 +61,12 @@ def make_models(options, folder, blocks):
 
 def seconds_of_llama(options, file, threads):
     """Seconds a token, by test."""
-    rows = json.loads(run(Path(options.llama) / "llama-bench", "-m", file, "-p", options.prompt, "-n", options.generate,
-                          "-r", options.repetitions, "-t", threads, "-o", "json"))
-    return {"pp" if row["n_prompt"] else "tg": 1 / statistics.median(row["samples_ts"]) for row in rows}
+    told = run(Path(options.llama) / "llama-bench", "-m", file, "-p", options.prompt, "-n", options.generate,
+               "-r", options.repetitions, "-t", threads, "-o", "json")
+    try:
+        return {"pp" if row["n_prompt"] else "tg": 1 / statistics.median(row["samples_ts"]) for row in json.loads(told)}
+    except (ValueError, KeyError, TypeError, ZeroDivisionError):
+        raise SystemExit(f"compare_llamacpp: {options.llama}/llama-bench wrote no JSON of measurements") from None
 
 
 def seconds_of_rabit(options, bits, blocks, threads):
@@ -117,9 +122,11 @@ def page(options, times, reading, layer_bytes, kernels):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="compare_llamacpp.sh builds llama.cpp in "
+                                     "RABIT_LLAMA_BUILD (out/llamacpp) with CC and CXX where --llama is left out, then runs this.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--llama", required=True, help="folder of llama-bench and llama-quantize")
+    parser.add_argument("--check", action="store_true", help="check the options but for --llama, and do no more")
+    parser.add_argument("--llama", default="out/llamacpp/build/bin", help="folder of llama-bench and llama-quantize")
     parser.add_argument("--vocabulary", required=True, help="GGUF file that gives llama.cpp's models a vocabulary")
     parser.add_argument("--rabit", default=str(ROOT / "build/release/bin/rabit"), help="the program")
     parser.add_argument("--shape", default="llama2-7b", choices=sorted(SHAPES), help="shape of a block")
@@ -141,7 +148,11 @@ def parse(argv):
     for name in ("prompt", "generate", "repetitions", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: must be 1 or more")
-    for program in (options.rabit, Path(options.llama) / "llama-bench", Path(options.llama) / "llama-quantize"):
+    for name, pattern in (("threads", "[1-9][0-9]*"), ("bits", "[1-4]"), ("types", "[A-Za-z0-9_]+")):
+        if not re.fullmatch(f"{pattern}(,{pattern})*", getattr(options, name)):
+            parser.error(f"--{name} {getattr(options, name)!r}: a list such as {parser.get_default(name)}")
+    llama = [] if options.check else [Path(options.llama) / "llama-bench", Path(options.llama) / "llama-quantize"]
+    for program in (options.rabit, *llama):
         if not os.access(program, os.X_OK):
             parser.error(f"{program}: no program")
     if not os.path.isfile(options.vocabulary):
@@ -151,6 +162,11 @@ def parse(argv):
 
 def main(argv):
     options, blocks = parse(argv)
+    if options.check:
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("compare_llamacpp: stopped"))
+    signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+    signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))
     with tempfile.TemporaryDirectory() as folder:
         files = make_models(options, Path(folder), blocks)
         print(page(options, *measure(options, files, blocks)))

@@ -11,6 +11,7 @@ build=${RABIT_LLAMA_BUILD:-$here/../out/llamacpp}
 case " $* " in
 *" --llama "* | *" --llama="* | *" -h "* | *" --help "*) exec python3 "$here/compare_llamacpp.py" "$@" ;;
 esac
+python3 "$here/compare_llamacpp.py" --check "$@"
 if [ ! -x "$build/build/bin/llama-bench" ] || [ ! -x "$build/build/bin/llama-quantize" ]; then
   mkdir -p "$build/source"
   rm -f "$build"/llama_cpp_python-*.tar.gz

@@ -4,6 +4,8 @@
 Environment: RABIT_BINARY the program, RABIT_SOURCE_DIR the checkout.
 """
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -47,14 +49,25 @@ class ChartsTest(unittest.TestCase):
                 self.charts("--x", x, "--title", "Speed & size", "-o", folder / "a.svg", f"F16={folder}/a.json")
                 chart = xml.etree.ElementTree.parse(folder / "a.svg").getroot()
                 texts = ["".join(part.itertext()) for part in chart.iter() if part.tag.endswith("text")]
-                for text in ("Speed & size", what, "F16, pp4", "F16, tg2"):
+                others = ("1 threads", "2 threads") if x == "depth" else ("after 0", "after 6")
+                for text in ("Speed & size", what, *(f"F16, {test}, {of}" for test in ("pp4", "tg2") for of in others)):
                     self.assertIn(text, texts)
                 self.assertEqual(len([part for part in chart.iter() if part.tag.endswith("circle")]), 8)
-            (folder / "b.json").write_text("{}")
-            for file, output in (("b.json", "b.svg"), ("none.json", "b.svg"), ("a.json", "none/b.svg")):
-                error = self.charts("-o", folder / output, f"F16={folder}/{file}", code=1)
-                self.assertRegex(error, r"\Abench_charts: [^\n]+\n\Z")
-                self.assertFalse((folder / "b.svg").exists())
+            self.charts("-o", folder / "a.svg", folder / "a.json")  # no label
+            before = (folder / "a.svg").read_bytes()
+            row = {"test": "tg2", "threads": 1, "depth": 0}
+            bad = ["{}", '{"rows": []}', '{"rows": 3}', "[" * 100000, "\0", '{"rows": [["tg2"]]}',
+                   *(json.dumps({"rows": [{**row, "tokens_per_second": rate}]}) for rate in (None, 0, -5, math.nan, "x", 10 ** 400))]
+            for number, text in enumerate(bad):
+                (folder / f"bad{number}.json").write_text(text)
+            wrong = [("a.svg", f"F16={folder}/bad{number}.json") for number in range(len(bad))]
+            wrong += [("a.svg", f"F16={folder}/none.json"), ("a.svg", "F16="), ("none/b.svg", f"F16={folder}/a.json"),
+                      ("a.json", f"F16={folder}/a.json"), ("a.svg", os.fsdecode(b"\xff=") + f"{folder}/a.json")]
+            for output, *files in wrong + [("a.svg", f"F16={folder}/a.json", f"F16={folder}/a.json")]:
+                error = self.charts("-o", folder / output, *files, code=1)
+                self.assertRegex(error, r"\Abench_charts: [^\n]+\n\Z", files)
+                self.assertEqual((folder / "a.svg").read_bytes(), before)
+                self.assertEqual([path.name for path in folder.iterdir() if path.suffix == ".part"], [])
 
 
 class CompareTest(unittest.TestCase):

@@ -158,10 +158,10 @@ Status measure_depth(const BenchOptions& options, const Model& model, const Row&
   return {};
 }
 
-Result<std::vector<Row>> measure(const BenchOptions& options, const std::filesystem::path& path,
-                                 const std::vector<int64_t>& threads,
-                                 const std::vector<int64_t>& depths) {
-  std::vector<Row> rows;
+/// `rows` takes each as it is done.
+Status measure(const BenchOptions& options, const std::filesystem::path& path,
+               const std::vector<int64_t>& threads, const std::vector<int64_t>& depths,
+               std::vector<Row>& rows) {
   const int64_t deepest = *std::max_element(depths.begin(), depths.end());
   for (const int64_t count : threads) {
     forget_peak_memory();
@@ -179,7 +179,7 @@ Result<std::vector<Row>> measure(const BenchOptions& options, const std::filesys
       RABIT_CHECK(measure_depth(options, *model, loaded, *session, bandwidth, depth, rows));
     }
   }
-  return rows;
+  return {};
 }
 
 std::string to_markdown(const ModelConfig& config, const SizeReport& size,
@@ -223,13 +223,11 @@ std::string to_markdown(const ModelConfig& config, const SizeReport& size,
   return line + "\n" + rule + "\n" + body;
 }
 
-Result<Json> to_json(const BenchOptions& options, const std::filesystem::path& path,
-                     const ModelConfig& config, const SizeReport& size,
-                     const std::vector<Row>& rows) {
-  RABIT_ASSIGN(const std::string sha256, sha256_file(path));
+Json to_json(const BenchOptions& options, const GgufFile& file, const ModelConfig& config,
+             const SizeReport& size, const std::vector<Row>& rows) {
   Json out = {{"model", options.shape.empty() ? options.model : "random " + options.shape},
               {"model_label", model_label(config, size)},
-              {"model_sha256", sha256},
+              {"model_sha256", file.sha256()},
               {"model_size", size.tensor_bytes},
               {"file_bytes", size.file_bytes},
               {"params", size.parameters},
@@ -313,12 +311,14 @@ Status bench(const BenchOptions& options) {
   RABIT_ASSIGN(const SizeReport size, size_report(*file, config));
   warn_of_context(config.context_length, *std::max_element(depths.begin(), depths.end()) +
                                              std::max(options.prompt, options.generate));
-  RABIT_ASSIGN(const std::vector<Row> rows, measure(options, path, threads, depths));
-  if (options.output == "md") {
-    return write_stdout(to_markdown(config, size, rows));
+  std::vector<Row> rows;
+  const Status measured = measure(options, path, threads, depths, rows);
+  if (!rows.empty()) {  // also of a measurement that was interrupted
+    RABIT_CHECK(write_stdout(options.output == "md"
+                                 ? to_markdown(config, size, rows)
+                                 : json_text(to_json(options, *file, config, size, rows))));
   }
-  RABIT_ASSIGN(const Json json, to_json(options, path, config, size, rows));
-  return write_stdout(json_text(json));
+  return measured;
 }
 
 }  // namespace
@@ -343,7 +343,7 @@ Command add_bench(CLI::App& app) {
   add_integer(sub, "-n,--n-gen", options->generate, 0, 1 << 20, "Tokens to generate; 0: no tg row");
   add_integer(sub, "-r,--repetitions", options->repetitions, 1, 10000, "Repetitions of each row");
   sub->add_option("-t,--threads", options->threads,
-                  "Thread counts, comma-separated; 0: as many as the process may use")
+                  "Thread counts, comma-separated; 0: one for each core")
       ->type_name("N,...")
       ->capture_default_str();
   sub->add_option("-d,--depth", options->depths,

@@ -172,7 +172,7 @@ CLI::Option* add_number(CLI::App* app, const std::string& names, double& value, 
 
 CLI::Option* add_threads(CLI::App* app, int64_t& value) {
   return add_integer(app, "-t,--threads", value, 0, 1024,
-                     "Threads; 0 takes as many as the process may use");
+                     "Threads; 0: one for each core that the process may use");
 }
 
 std::vector<int32_t> tokens_of_text(const Tokenizer& tokenizer, std::string_view text) {

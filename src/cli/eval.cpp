@@ -23,11 +23,28 @@ struct EvalOptions {
   EngineFlags engine;
 };
 
+/// A teacher's predictions are for the same tokens.
+Status check_vocabularies(const GgufFile& model, const GgufFile& teacher) {
+  constexpr const char* kTokens = "tokenizer.ggml.tokens";
+  RABIT_ASSIGN(const auto ours, model.get_strings(kTokens));
+  RABIT_ASSIGN(const auto theirs, teacher.get_strings(kTokens));
+  if (ours != theirs) {
+    return Error{fmt::format("the teacher {} has another vocabulary than the model {}",
+                             teacher.path().string(), model.path().string())};
+  }
+  return {};
+}
+
 Status eval(const EvalOptions& options) {
   RABIT_ASSIGN(const auto file, GgufFile::open(options.model));
   RABIT_ASSIGN(const ModelConfig config, read_model_config(*file));
   RABIT_ASSIGN(const SizeReport size, size_report(*file, config));
   RABIT_ASSIGN(const auto tokenizer, load_tokenizer(*file));
+  std::shared_ptr<GgufFile> teacher_file;
+  if (!options.teacher.empty()) {
+    RABIT_ASSIGN(teacher_file, GgufFile::open(options.teacher));
+    RABIT_CHECK(check_vocabularies(*file, *teacher_file));
+  }
   RABIT_ASSIGN(const std::string text, read_text_file(options.text));
   const std::vector<int32_t> tokens = tokens_of_text(*tokenizer, text);
   const auto count = static_cast<int64_t>(tokens.size());
@@ -86,7 +103,6 @@ Status eval(const EvalOptions& options) {
             result->ctx, rate, teacher ? " with the teacher" : "", perplexity_protocol(options.ctx),
             size.bits_per_weight(), size.file_bits_per_weight()));
   }
-  RABIT_ASSIGN(const std::string model_sha256, sha256_file(options.model));
   nlohmann::ordered_json told = {{"perplexity", result->perplexity},
                                  {"perplexity_stderr", result->perplexity_stderr},
                                  {"mean_nll", result->mean_nll},
@@ -97,7 +113,7 @@ Status eval(const EvalOptions& options) {
                                  {"protocol", perplexity_protocol(options.ctx)},
                                  {"model", options.model},
                                  {"model_label", model_label(config, size)},
-                                 {"model_sha256", model_sha256},
+                                 {"model_sha256", file->sha256()},
                                  {"text", options.text},
                                  {"text_sha256", sha256_hex(text)},
                                  {"bits_per_weight", size.bits_per_weight()},
@@ -114,9 +130,8 @@ Status eval(const EvalOptions& options) {
     told["together"] = options.together;
   }
   if (teacher) {
-    RABIT_ASSIGN(const std::string teacher_sha256, sha256_file(options.teacher));
     told["teacher"] = {{"model", options.teacher},
-                       {"model_sha256", teacher_sha256},
+                       {"model_sha256", teacher_file->sha256()},
                        {"perplexity", std::exp(divergence.teacher_nll)},
                        {"mean_kl", divergence.mean_kl},
                        {"largest_kl", divergence.largest_kl},
@@ -139,6 +154,7 @@ Command add_eval(CLI::App& app) {
   add_integer(sub, "--windows", options->windows, 0, 1 << 30, "Score the first N only; 0: all");
   sub->add_option("--teacher", options->teacher,
                   "GGUF model to compare with, in F32: the divergence of the predictions")
+      ->check([](const std::string& name) { return name.empty() ? "names no file" : ""; })
       ->type_name("FILE");
   add_integer(sub, "--together", options->together, 0, 1 << 20,
               "Tokens that go through the model at once; 1: as in generation; 0: many");

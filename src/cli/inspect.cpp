@@ -27,7 +27,7 @@ struct Facts {
 
 Result<Facts> gather(const GgufFile& file) {
   Facts facts;
-  RABIT_ASSIGN(facts.sha256, sha256_file(file.path()));
+  facts.sha256 = file.sha256();
   auto config = read_model_config(file);
   if (!config) {
     facts.problem = config.error().message;

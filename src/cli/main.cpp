@@ -53,13 +53,17 @@ extern "C" void on_signal(int signal) {
   }
 }
 
-/// SIGINT and SIGTERM: the first asks to stop, a second says so and ends the process.
+/// SIGINT, SIGTERM and SIGHUP: the first asks to stop, a second says so and ends the process.
 void catch_interrupts() {
   struct sigaction action {};
   action.sa_handler = on_signal;
   sigemptyset(&action.sa_mask);
   sigaction(SIGINT, &action, nullptr);
   sigaction(SIGTERM, &action, nullptr);
+  struct sigaction hangup {};
+  if (sigaction(SIGHUP, nullptr, &hangup) == 0 && hangup.sa_handler != SIG_IGN) {  // nohup's
+    sigaction(SIGHUP, &action, nullptr);
+  }
   std::signal(SIGXFSZ, SIG_IGN);  // a file that grew too large is an error of its write
 }
 
@@ -87,6 +91,7 @@ int run_program(int argc, char** argv) {
   app.name("rabit");
   app.set_version_flag("--version", "rabit " RABIT_VERSION, "Print the version and exit");
   app.get_formatter()->column_width(34);
+  app.require_subcommand(0, 1);
   app.footer(
       "Examples:\n"
       "  rabit inspect model.gguf\n"

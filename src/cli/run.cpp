@@ -56,7 +56,7 @@ class Utf8Stream {
 
 struct Outcome {
   std::string text, stop_reason;
-  int64_t generated = 0;
+  int64_t generated = 0, steps = 0;  // tokens; passes for them, none for the first
   double prompt_seconds = 0, generation_seconds = 0;
   bool interrupted = false;
 };
@@ -124,6 +124,7 @@ Result<Outcome> generate(Session& session, const Tokenizer& tokenizer, Sampler& 
       break;
     }
     RABIT_ASSIGN(logits, next);
+    ++outcome.steps;
   }
   RABIT_CHECK(show(stream.finish()));
   outcome.generation_seconds = now_seconds() - started;
@@ -134,10 +135,11 @@ double per_second(int64_t count, double seconds) {
   return seconds > 0 ? static_cast<double>(count) / seconds : 0;
 }
 
-Status report(const RunOptions& options, const Model& model, const Outcome& outcome,
-              const std::string& prompt, int64_t prompt_tokens, int64_t ctx, uint64_t seed) {
+Status report(const RunOptions& options, const GgufFile& file, const Model& model,
+              const Outcome& outcome, const std::string& prompt, int64_t prompt_tokens, int64_t ctx,
+              uint64_t seed) {
   const double prompt_rate = per_second(prompt_tokens, outcome.prompt_seconds);
-  const double rate = per_second(outcome.generated, outcome.generation_seconds);
+  const double rate = per_second(outcome.steps, outcome.generation_seconds);
   if (!options.json) {
     note(
         fmt::format("prompt {} tokens, {:.2f} tokens/s; generation {} tokens, {:.2f} tokens/s; "
@@ -146,7 +148,6 @@ Status report(const RunOptions& options, const Model& model, const Outcome& outc
                     model.threads(), model.kernels()));
     return {};
   }
-  RABIT_ASSIGN(const std::string sha256, sha256_file(options.model));
   return write_stdout(json_text({{"prompt", prompt},
                                  {"text", outcome.text},
                                  {"prompt_tokens", prompt_tokens},
@@ -163,7 +164,7 @@ Status report(const RunOptions& options, const Model& model, const Outcome& outc
                                  {"threads", model.threads()},
                                  {"kernels", model.kernels()},
                                  {"model", options.model},
-                                 {"model_sha256", sha256}}));
+                                 {"model_sha256", file.sha256()}}));
 }
 
 Status run(const RunOptions& options) {
@@ -198,7 +199,7 @@ Status run(const RunOptions& options) {
   if (!options.json) {
     RABIT_CHECK(write_stdout("\n"));
   }
-  RABIT_CHECK(report(options, *model, outcome, prompt, prompt_tokens, ctx, seed));
+  RABIT_CHECK(report(options, *file, *model, outcome, prompt, prompt_tokens, ctx, seed));
   if (outcome.interrupted) {
     return Error{"interrupted", true};
   }

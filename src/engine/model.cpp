@@ -13,6 +13,7 @@
 #include <span>
 
 #include "base/half.h"
+#include "base/interrupt.h"
 #include "io/dequant.h"
 
 namespace rabit {
@@ -323,6 +324,7 @@ Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
 
   model->blocks.resize(static_cast<size_t>(config.layers));
   for (int64_t layer = 0; layer < config.layers; ++layer) {
+    RABIT_CHECK(check_interrupt());
     DecoderBlock& block = model->blocks[static_cast<size_t>(layer)];
     const std::string prefix = "blk." + std::to_string(layer) + ".";
     RABIT_ASSIGN(block.attn_norm, load_norm(file, prefix + "attn_norm.weight", config.d_model));

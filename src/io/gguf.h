@@ -121,6 +121,10 @@ class GgufFile {
 
   const std::filesystem::path& path() const { return file_->path(); }
   uint64_t file_bytes() const { return file_->bytes().size(); }
+  /// SHA-256 in hex of the bytes that were opened, whatever the path names by now.
+  std::string sha256() const {
+    return sha256_hex({reinterpret_cast<const char*>(file_->bytes().data()), file_bytes()});
+  }
 
   /// Metadata in file order.
   const std::vector<std::pair<std::string, MetaValue>>& metadata() const { return metadata_; }
