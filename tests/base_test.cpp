@@ -429,6 +429,10 @@ TEST_F(UsableThreads, AsManyAsQuotasOfVersion1Allow) {
   EXPECT_EQ(threads(eight), 4);  // a quota without its period
   file("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us", "100000\n");
   EXPECT_EQ(threads(eight), 2);
+  file("proc/self/cgroup", "4:cpuacct,cpu:/docker/x\n");
+  file("sys/fs/cgroup/cpu/docker/cpu.cfs_quota_us", "300000\n");  // the link that systems make
+  file("sys/fs/cgroup/cpu/docker/cpu.cfs_period_us", "100000\n");
+  EXPECT_EQ(threads(eight), 3);
 }
 
 TEST(Threads, ExceptionsReachTheCaller) {

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
+import time
 import unittest
 import xml.etree.ElementTree
 from pathlib import Path
@@ -24,6 +25,16 @@ blocks = int(re.search(r"-(\\d+)\\.gguf", sys.argv[sys.argv.index("-m") + 1]).gr
 rate = 1 / (2e-3 * blocks + 7e-3)
 print(json.dumps([{"n_prompt": 8, "n_gen": 0, "samples_ts": [10 * rate] * 3},
                   {"n_prompt": 0, "n_gen": 2, "samples_ts": [rate] * 3}]))
+"""
+# 1 ms a token and path and block, 3 ms for the rest, a prompt 4 times as fast; 5 MB a path and block, 20 GB/s to be had.
+RABIT_BENCH = """#!/usr/bin/env python3
+import json, sys
+given = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+blocks, bits = int(given["--layers"]), int(given["--bits"])
+rate = 1 / (1e-3 * bits * blocks + 3e-3)
+row = {"read_bytes_per_second": [20e9] * 3}
+print(json.dumps({"weight_bytes_per_token": 5_000_000 * bits * blocks + 1000, "kernels": "fast", "rows": [
+    {**row, "n_prompt": 8, "n_gen": 0, "samples": [4 * rate] * 3}, {**row, "n_prompt": 0, "n_gen": 2, "samples": [rate] * 3}]}))
 """
 QUANTIZE = """#!/usr/bin/env python3
 import shutil, sys
@@ -75,7 +86,7 @@ class CompareTest(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
-        for name, text in (("llama-bench", BENCH), ("llama-quantize", QUANTIZE)):
+        for name, text in (("llama-bench", BENCH), ("llama-quantize", QUANTIZE), ("fake-rabit", RABIT_BENCH)):
             (self.folder / name).write_text(text)
             (self.folder / name).chmod(0o755)
         self.vocabulary = self.folder / "tiny.gguf"
@@ -101,15 +112,47 @@ class CompareTest(unittest.TestCase):
             elif name.startswith("rabit"):
                 self.assertRegex(part, r"^-?\d+ %$")
         self.assertIn("2 threads, reading ", told)
-        self.assertEqual(sorted(path.name for path in self.folder.iterdir()), ["llama-bench", "llama-quantize", "tiny.gguf"])
+        self.assertEqual(sorted(path.name for path in self.folder.iterdir()), ["fake-rabit", "llama-bench", "llama-quantize", "tiny.gguf"])
+
+    def test_figures(self):
+        told = self.compare("--rabit", self.folder / "fake-rabit", "--threads", "1", "--bits", "2,3").stdout
+        self.assertIn("rabit's kernels: fast; medians of 2 rounds", told)
+        self.assertIn("1 thread, reading 20.0 (20.0 to 20.0) GB/s:", told)
+        self.assertIn("| rabit, 2 bits | 2.00 (2.00 to 2.00) | 25 % | 4.0 (4.0 to 4.0) |", told)
+        self.assertIn("| rabit, 3 bits | 3.00 (3.00 to 3.00) | 25 % | 6.0 (6.0 to 6.0) |", told)
 
     def test_refusals(self):
         for arguments, says in ((("--blocks", "3,1"), "--blocks 3,1: two numbers"), (("--rounds", "0"), "must be 1 or more"),
                                 (("--rabit", "none"), "none: no program"),
+                                (("--threads", "0"), "--threads '0': a list such as"), (("--bits", "7"), "--bits '7': a list"),
+                                (("--types", ""), "--types '': a list"),
                                 (("--vocabulary", "none.gguf"), "none.gguf: no such file")):
             self.assertIn(says, self.compare(*arguments, code=2).stderr)
         (self.folder / "llama-quantize").write_text("#!/bin/sh\necho no such type >&2\nexit 3\n")
         self.assertIn("no such type", self.compare(code=1).stderr)
+        (self.folder / "llama-quantize").write_text(QUANTIZE)
+        (self.folder / "llama-bench").write_text("#!/bin/sh\necho no JSON\n")
+        self.assertRegex(self.compare(code=1).stderr.splitlines()[-1], "llama-bench wrote no JSON")
+
+    def test_stopped(self):
+        (self.folder / "llama-quantize").write_text("#!/bin/sh\ntouch \"$(dirname \"$0\")/started\"\nexec sleep 60\n")
+        process = subprocess.Popen([str(ROOT / "bench/compare_llamacpp.sh"), "--llama", self.folder, "--vocabulary",
+                                    self.vocabulary, "--rabit", RABIT, "--shape", "smollm2-135m", "--blocks", "1,2", "--types",
+                                    "Q2_K"], stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(self.folder)})
+        while process.poll() is None and not (self.folder / "started").exists():
+            time.sleep(0.1)
+        process.terminate()
+        _, error = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 1, error)
+        self.assertEqual(error.splitlines()[-1], "compare_llamacpp: stopped")
+        self.assertEqual([path.name for path in self.folder.iterdir() if path.is_dir()], [])
+
+    def test_options_are_checked_before_anything_is_built(self):
+        for arguments in (("--bogus",), (), ("--vocabulary", "none.gguf")):
+            done = subprocess.run([str(ROOT / "bench/compare_llamacpp.sh"), *arguments], stderr=subprocess.PIPE, timeout=60,
+                                  env={**os.environ, "RABIT_LLAMA_BUILD": str(self.folder / "build")}, check=False)
+            self.assertEqual(done.returncode, 2, arguments)
+            self.assertFalse((self.folder / "build").exists())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,18 @@
 #include "model/random_model.h"
 #include "tiny_model.h"
 
+// Counts what is allocated, for the promise that a token allocates nothing.
+static std::atomic<int64_t> g_allocations{0};
+[[gnu::noinline]] void* operator new(size_t size) {
+  ++g_allocations;
+  if (void* p = std::malloc(size > 0 ? size : 1); p != nullptr) {
+    return p;
+  }
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, size_t) noexcept { std::free(p); }
+
 namespace rabit {
 namespace {
 
@@ -105,6 +117,31 @@ TEST_F(Engine, PackedEqualsItsReconstruction) {
     const auto got_next = packed->forward(std::vector<int32_t>{1});
     const auto want_next = dense->forward(std::vector<int32_t>{1});
     EXPECT_LE(relative_error(*got_next, *want_next), 2e-5);
+  }
+}
+
+TEST_F(Engine, ATokenAllocatesNothing) {
+  ModelConfig config;
+  config.architecture = "llama";
+  config.layers = 2;
+  config.d_model = 1024;
+  config.heads = 8;
+  config.kv_heads = 4;
+  config.head_dim = 128;
+  config.d_ff = 2816;
+  config.vocab_size = 200;
+  config.context_length = 128;
+  ASSERT_TRUE(write_random_model(path("model.gguf"), config, 2));
+  const std::vector<int32_t> tokens = rabit::random_tokens(100, 3, config.vocab_size);
+  for (const int threads : {1, 2, 5}) {
+    for (const bool small_cache : {false, true}) {
+      const auto some = session(path("model.gguf"), 128, {threads, false, "", small_cache});
+      const int64_t before = g_allocations;
+      ASSERT_GT(before, 0);
+      ASSERT_TRUE(some->forward(std::span(tokens).first(90)));
+      ASSERT_TRUE(some->forward(std::span(tokens).subspan(90, 1)));
+      EXPECT_EQ(g_allocations, before) << threads;
+    }
   }
 }
 

@@ -15,7 +15,7 @@
 namespace rabit {
 
 struct EngineOptions {
-  int threads = 0;  ///< 0: as many as the process may use; at most 1024
+  int threads = 0;  ///< 0: one for each core that the process may use; at most 1024
   /// Dense weights and the KV cache in F32 instead of F16: logits at float accuracy (relative error
   /// below 1e-4) for twice the memory, or more where the file's are smaller than F16, and sums of
   /// floats in packed layers, which take far longer. F16 moves logits by 1e-3 of their norm on

@@ -29,7 +29,7 @@ void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
-  asm volatile("yield");
+  asm volatile("isb");  // the hint `yield` does nothing on most of them
 #endif
 }
 
@@ -62,10 +62,13 @@ double cpu_quota(const std::filesystem::path& root) {
     for (std::filesystem::path path =
              std::filesystem::path(line.substr(second + 1)).relative_path();
          ; path = path.parent_path()) {
-      const std::filesystem::path group = groups / controllers / path;
-      least = std::min(least,
-                       version_1 ? quota_of(group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us")
-                                 : quota_of(group / "cpu.max", {}));
+      // The folder of a version-1 hierarchy may list its controllers in another order.
+      for (const std::string& name : {controllers, std::string(version_1 ? "cpu" : "")}) {
+        const std::filesystem::path group = groups / name / path;
+        least = std::min(
+            least, version_1 ? quota_of(group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us")
+                             : quota_of(group / "cpu.max", {}));
+      }
       if (path.empty()) {
         break;
       }
@@ -74,9 +77,8 @@ double cpu_quota(const std::filesystem::path& root) {
   return least;
 }
 
-}  // namespace
-
-int usable_threads() {
+/// CPUs of the process's affinity.
+std::vector<int> allowed_cpus() {
   std::vector<int> cpus;
   cpu_set_t set;
   if (::sched_getaffinity(0, sizeof set, &set) == 0) {
@@ -89,8 +91,12 @@ int usable_threads() {
     cpus.resize(std::max(1U, std::thread::hardware_concurrency()));
     std::iota(cpus.begin(), cpus.end(), 0);
   }
-  return usable_threads(cpus, "/");
+  return cpus;
 }
+
+}  // namespace
+
+int usable_threads() { return usable_threads(allowed_cpus(), "/"); }
 
 int usable_threads(const std::vector<int>& cpus, const std::filesystem::path& root) {
   std::set<std::string> cores;
@@ -112,7 +118,7 @@ struct ThreadPool::State {
   alignas(64) std::atomic<uint64_t> generation{0};
   alignas(64) std::atomic<int> pending{0};
   alignas(64) std::atomic<bool> stop{false};
-  const std::function<void(int64_t, int64_t, int)>* body = nullptr;
+  const LoopBody* body = nullptr;
   int64_t count = 0, chunk = 0;
   std::exception_ptr failure;  // of a worker, under the mutex
   int spins = kSpins;
@@ -148,7 +154,8 @@ ThreadPool::ThreadPool(int threads) : state_(new State) {
       state->pending.fetch_sub(1, std::memory_order_release);
     }
   };
-  if (threads > static_cast<int>(std::max(1U, std::thread::hardware_concurrency()))) {
+  if (threads > 1 &&
+      threads > std::min(static_cast<double>(allowed_cpus().size()), std::ceil(cpu_quota("/")))) {
     state_->spins = 0;
   }
   try {
@@ -174,8 +181,7 @@ ThreadPool::~ThreadPool() {
 
 int ThreadPool::size() const { return static_cast<int>(state_->workers.size()) + 1; }
 
-void ThreadPool::parallel_for(int64_t count, int64_t grain,
-                              const std::function<void(int64_t, int64_t, int)>& body) {
+void ThreadPool::parallel_for(int64_t count, int64_t grain, LoopBody body) {
   if (count <= 0) {
     return;
   }

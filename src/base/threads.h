@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <functional>
 #include <memory>
 #include <vector>
 
@@ -15,6 +14,23 @@ namespace rabit {
 int usable_threads();
 /// The same for these CPUs, with /proc and /sys found in `root`.
 int usable_threads(const std::vector<int>& cpus, const std::filesystem::path& root);
+
+/// A loop's body, (begin, end, thread), where it stands: nothing is copied or allocated.
+class LoopBody {
+ public:
+  template <typename Body>
+  LoopBody(const Body& body)
+      : body_(&body), call_([](const void* it, int64_t begin, int64_t end, int thread) {
+          (*static_cast<const Body*>(it))(begin, end, thread);
+        }) {}
+  void operator()(int64_t begin, int64_t end, int thread) const {
+    call_(body_, begin, end, thread);
+  }
+
+ private:
+  const void* body_;
+  void (*call_)(const void*, int64_t, int64_t, int);
+};
 
 /// The calling thread and `threads - 1` workers (fewer, if the system refuses to start as many: see
 /// size()) run one loop at a time. Not re-entrant.
@@ -31,8 +47,7 @@ class ThreadPool {
   /// `grain` and calls body(begin, end, thread) for each, thread in [0, size()). Returns when all
   /// have. The split depends on (count, grain, size()) alone. Of exceptions that bodies throw (out
   /// of memory), one is thrown on.
-  void parallel_for(int64_t count, int64_t grain,
-                    const std::function<void(int64_t, int64_t, int)>& body);
+  void parallel_for(int64_t count, int64_t grain, LoopBody body);
 
  private:
   struct State;

@@ -77,7 +77,8 @@ double ReadBandwidth::measure() {
     sink += sum;
   });
   const double seconds = now_seconds() - started;
-  return sink.load() > 0 && seconds > 0 ? static_cast<double>(kBytes) / seconds : 0;
+  constexpr uint64_t kAllOnes = kBytes / 8 * 0x0101010101010101U;  // every byte was read once
+  return sink.load() == kAllOnes && seconds > 0 ? static_cast<double>(kBytes) / seconds : 0;
 }
 
 }  // namespace rabit::cli

@@ -153,9 +153,10 @@ Status LoadedSession::allocate() {
     }
   };
   grow(model_->head.weights);
-  for (const Linear& linear : model_->blocks.front().linears) {
-    grow(linear.weights);
-    grow({.format = WeightFormat::kResidualBinary, .d_in = linear.weights.d_in, .paths = 4});
+  for (const DecoderBlock& block : model_->blocks) {
+    for (const Linear& linear : block.linears) {
+      grow(linear.weights);
+    }
   }
   input_bytes_ = (input_bytes_ + 63) / 64 * 64;
   RABIT_ASSIGN(input_, Buffer::make(static_cast<uint64_t>(kMostProducts * input_bytes_), 1,
@@ -238,12 +239,13 @@ void LoadedSession::multiply(const float* x, int64_t tokens, const Products& pro
 /// influence on the values.
 void LoadedSession::multiply_group(const float* all, int64_t first, int64_t tokens,
                                    const Products& products) {
-  constexpr int64_t kTasksPerThread = 8, kFewestRows = 96;
+  constexpr int64_t kTasksPerThread = 8, kFewestRows = 64;
   const KernelTable& table = *model_->table;
   const int64_t parts = model_->threads() == 1 ? 1 : model_->threads() * kTasksPerThread;
   const auto rows_per_task = [&](const LinearWeights& w) {
     const int64_t rows = std::max(kFewestRows, (w.d_out + parts - 1) / parts);
-    return (rows + table.matmul_row_grain - 1) / table.matmul_row_grain * table.matmul_row_grain;
+    const int64_t grain = rows < table.matmul_row_grain ? kFewestRows : table.matmul_row_grain;
+    return (rows + grain - 1) / grain * grain;
   };
   const float* x = all + first * products.begin()->weights->d_in;
   prepare(x, tokens, products);

@@ -26,7 +26,9 @@ enum class WeightFormat { kF32, kF16, kQ8_0, kQ4_0, kResidualBinary };
 /// kTileRows, 4), with 128 added to each value; rows beyond d_out zero, scales too.
 enum class WeightOrder { kRows, kTiles, kTilePairs, kByteTiles };
 inline constexpr int64_t kTileRows = 64;
-constexpr int64_t sign_tiles(int64_t d_out) { return (d_out + kTileRows - 1) / kTileRows; }
+[[gnu::always_inline]] constexpr int64_t sign_tiles(int64_t d_out) {
+  return (d_out + kTileRows - 1) / kTileRows;
+}
 inline constexpr int64_t kBlockTileBytes = 34 * kTileRows;
 
 /// A linear layer's weights as they lie in memory, (d_out, d_in) row-major. F16 weights and all
@@ -48,7 +50,7 @@ struct LinearWeights {
 struct PlaceInPairs {
   int64_t first, next_word, next_path;
 };
-constexpr PlaceInPairs place_in_pairs(const LinearWeights& w, int64_t tile) {
+[[gnu::always_inline]] constexpr PlaceInPairs place_in_pairs(const LinearWeights& w, int64_t tile) {
   const int64_t words = (w.d_in + 31) / 32;
   const bool paired = (tile | 1) < sign_tiles(w.d_out);
   const int64_t rows = paired ? 2 * kTileRows : kTileRows;
@@ -63,7 +65,7 @@ inline constexpr int64_t kMaxHeadDim = 256;
 /// Type of the KV cache. F32 keeps the logits at float accuracy (with F32 weights, within 1e-4 of
 /// their norm). Q8_0: blocks of 32 as GGUF has them, head_dim a multiple of 32.
 enum class CacheFormat { kF16, kF32, kQ8_0 };
-constexpr int64_t cache_bytes(CacheFormat format, int64_t values) {
+[[gnu::always_inline]] constexpr int64_t cache_bytes(CacheFormat format, int64_t values) {
   return format == CacheFormat::kF32   ? 4 * values
          : format == CacheFormat::kF16 ? 2 * values
                                        : values / 32 * 34;
@@ -87,15 +89,16 @@ struct AttentionInput {
 struct KernelTable {
   std::string_view name;
 
-  /// The order of packed signs, and of Q8_0, that matmul takes; the reference takes all.
+  /// The order of packed signs, and of Q8_0, that matmul takes, tiles 64-byte aligned. The
+  /// reference takes signs in every order.
   WeightOrder sign_order;
   WeightOrder block_order;
   /// Bytes that prepare() makes of the input of a product with weights of this format, d_in and
-  /// paths, for at most group_tokens tokens; 0: matmul reads x alone, of any number of tokens.
+  /// paths; 0: matmul reads x alone, of any number of tokens.
   int64_t (*input_bytes)(const LinearWeights& w, int64_t tokens);
-  /// Tokens to go together where there is such an input.
+  /// Tokens that are best to go together where there is such an input; any number may.
   int64_t group_tokens;
-  /// Makes what matmul reads beside x for at most group_tokens tokens, its part for words
+  /// Makes what matmul reads beside x, its part for words
   /// [word_begin, word_end) of the columns; threads may share the words (32 columns each). x:
   /// (tokens, d_in); input: 64-byte aligned. Null where input_bytes() is 0 for all sizes.
   void (*prepare)(const LinearWeights& w, const float* x, int64_t tokens, void* input,
@@ -103,8 +106,9 @@ struct KernelTable {
   /// y[t, r] = sum_c W[r, c] x[t, c] for rows [row_begin, row_end) of all tokens.
   /// x: (tokens, d_in); y: (tokens, d_out), only columns [row_begin, row_end) written.
   /// `input`: as prepare() made it for all words, where input_bytes() is not 0; null: sums of
-  /// floats, as accurate as those of other tables and slower.
-  /// `scratch`: this thread's own, matmul_scratch() floats, 64-byte aligned.
+  /// floats, as accurate as those of other tables and slower, but for Q8_0 in tiles, which needs
+  /// it. `scratch`: this thread's own, matmul_scratch() floats, 64-byte aligned; not used with
+  /// `input`.
   void (*matmul)(const LinearWeights& w, const float* x, const void* input, int64_t tokens,
                  float* y, int64_t row_begin, int64_t row_end, float* scratch);
   /// Floats of scratch that matmul needs for any call with at most d_in columns, `tokens` tokens

@@ -121,8 +121,9 @@ RABIT_INLINE float softmax_step(float* scores, int64_t count, int64_t end, float
   return shrink;
 }
 
-// Of a query or two, as when one token is generated, keys and values are used as they are read.
-constexpr int64_t kFewRows = 4;
+// Of a query or two, as when one token is generated, keys and values are used as they are read. It
+// is all tokens of the call that count, so that how heads are shared out changes nothing.
+constexpr int64_t kFewQueries = 2;
 constexpr int64_t kCacheAhead = 2048;  // bytes from what is read to what is asked for
 
 /// scores[row][p] = q[row] keys[first + p].
@@ -186,7 +187,7 @@ void attend(const AttentionInput& in, const Rows& keys, const Rows& values, int6
   float* largest = sums + rows * d;
   float* total = largest + rows;
   const float scale = 1.0F / __builtin_sqrtf(static_cast<float>(head_dim));
-  const bool few = rows <= kFewRows;
+  const bool few = in.tokens <= kFewQueries;
 
   for (int64_t t = 0; t < token_count; ++t) {
     copy_tile(in.q + ((token_begin + t) * in.heads + head_begin) * head_dim, head_dim, group,

@@ -30,7 +30,8 @@ constexpr int32_t kBias = 32768;          // sums are kept as unsigned 16-bit nu
 constexpr float kLargestSum = 32765.0F;   // of |q| over four columns, rounded up to 2 beyond
 constexpr int64_t kExactWords = 1 << 12;  // words whose sums 32 bits hold
 constexpr int64_t kAhead = 8192;          // bytes from the signs read to those asked for
-// Their tables are to stay in the second-level cache, while weights come from memory once for all.
+// Their tables stay in the second-level or third-level cache, while weights come from memory once
+// for all of them.
 constexpr int64_t kGroupTokens = 32;
 constexpr int64_t kGroupTiles = 4;
 

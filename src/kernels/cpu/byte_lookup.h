@@ -46,7 +46,8 @@ constexpr int kBias = 2048;  // sums of four are kept as unsigned numbers
 // Tiles whose products go through a group together, so that its tables serve them all from the
 // first-level cache.
 constexpr int64_t kBlockTiles = 4;
-// Tokens whose tables stay in the second-level cache, while weights come from memory once for all.
+// Tokens whose tables stay in the second-level or third-level cache, while weights come from memory
+// once for all of them.
 constexpr int64_t kGroupTokens = 32;
 constexpr int64_t kPrefetch = 8192;  // bytes ahead, over all tiles of a block
 

@@ -194,27 +194,6 @@ struct BlockRows {
   }
 };
 
-/// Q8_0 in tiles.
-struct TiledQ8Rows {
-  const uint8_t* data;
-  int64_t columns;
-  RABIT_INLINE Vec read(int64_t row, int64_t column, int64_t /*left*/) const {
-    const uint8_t* tile =
-        data + (row / kTileRows * (columns / kBlock) + column / kBlock) * kBlockTileBytes;
-    const uint8_t* from =
-        tile + 2 * kTileRows + column % kBlock * kTileRows + 4 * (row % kTileRows);
-    uint8_t bytes[kLanes];
-    for (int64_t i = 0; i < kLanes; i += 4) {
-      __builtin_memcpy(bytes + i, from + i * kTileRows, 4);
-    }
-    for (uint8_t& byte : bytes) {
-      byte ^= 0x80U;
-    }
-    return block_scale(tile + 2 * (row % kTileRows)) *
-           __builtin_convertvector(load_bytes(bytes), Vec);
-  }
-};
-
 /// Sign bits to flip: lane l gets bit 31 set where bit `shift` + l of the word is 0.
 RABIT_INLINE UintVec flips(uint32_t word, int64_t shift) {
   const UintVec places = static_cast<uint32_t>(31 - shift) - reinterpret_cast<UintVec>(kLaneIndex);

@@ -273,10 +273,6 @@ void dense(const LinearWeights& w, const float* x, int64_t tokens, float* y, int
     case WeightFormat::kF32:
       return product(FloatRows{static_cast<const float*>(w.dense), w.d_in});
     case WeightFormat::kQ8_0:
-      if (w.order == WeightOrder::kTiles) {
-        return gemm(TiledQ8Rows{static_cast<const uint8_t*>(w.dense), w.d_in}, w.d_out, w.d_in, x,
-                    tokens, y, row_begin, row_end, scratch);
-      }
       return product(BlockRows<Q8Block>{static_cast<const uint8_t*>(w.dense), w.d_in});
     case WeightFormat::kQ4_0:
       return product(BlockRows<Q4Block>{static_cast<const uint8_t*>(w.dense), w.d_in});

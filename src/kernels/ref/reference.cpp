@@ -47,13 +47,6 @@ double weight_at(const LinearWeights& w, int64_t row, int64_t column) {
     case WeightFormat::kF16:
       return half_to_float(static_cast<const uint16_t*>(w.dense)[at]);
     case WeightFormat::kQ8_0:
-      if (w.order == WeightOrder::kTiles) {
-        const auto* tile = static_cast<const uint8_t*>(w.dense) +
-                           (row / kTileRows * (w.d_in / 32) + column / 32) * kBlockTileBytes;
-        const int64_t r = row % kTileRows, c = column % 32;
-        return (tile[2 * kTileRows + c / 4 * 4 * kTileRows + 4 * r + c % 4] - 128) *
-               scale_of(reinterpret_cast<const int8_t*>(tile) + 2 * r);
-      }
       return block_at(w, at, 34)[2 + at % 32] * scale_of(block_at(w, at, 34));
     case WeightFormat::kQ4_0: {
       const int8_t* block = block_at(w, at, 18);
