@@ -256,6 +256,9 @@ class WithModel(CliTest):
         os.environ["RABIT_ISA"] = "portable"
         self.assertEqual(json.loads(self.succeeds(*arguments))["kernels"], "portable")
         self.assertEqual(json.loads(self.succeeds(*arguments, "--kernels", "reference"))["kernels"], "reference")
+        bench = ("bench", "-m", MODEL, "-p", 2, "-n", 0, "-r", 1)
+        self.assertEqual(json.loads(self.succeeds(*bench, "-o", "json"))["kernels"], "portable")
+        self.assertIn("| portable |", self.succeeds(*bench))
         said = run("run", "-m", MODEL, "-p", "a", "-n", 1, "-t", 2, "--verbose", "--cache-type", "q8_0").stderr.decode()
         self.assertRegex(said, "kernels portable, 2 threads, .*KV cache Q8_0; loaded in [0-9.]+ s")
         self.assertNotIn(b"loaded in", run("run", "-m", MODEL, "-p", "a", "-n", 1).stderr)

@@ -145,6 +145,32 @@ TEST_F(Engine, ATokenAllocatesNothing) {
   }
 }
 
+// What products need in memory is that of the largest layer, wherever it is.
+TEST_F(Engine, LayersOfDifferentPaths) {
+  SmallModel small(11, true, 1), larger(11, true, 4);
+  for (const char* name :
+       {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}) {
+    const std::string layer = std::string("blk.1.") + name;
+    small.dense[layer] = larger.dense[layer];
+    small.signs[layer] = larger.signs[layer];
+    small.rows[layer] = larger.rows[layer];
+    small.columns[layer] = larger.columns[layer];
+  }
+  small.write(path("packed.gguf"));
+  small.write(path("dense.gguf"), true);
+  const std::vector<int32_t> tokens = random_tokens(40, 6);
+  const std::vector<Floats> want = all_logits(*session(path("dense.gguf"), 64), tokens);
+  for (const KernelTable* table : cpu_kernels()) {
+    for (const bool as_f32 : {false, true}) {
+      const auto mixed = session(path("packed.gguf"), 64, {2, as_f32, std::string(table->name)});
+      const std::vector<Floats> got = all_logits(*mixed, tokens);
+      for (size_t i = 0; i < want.size(); ++i) {
+        EXPECT_LE(relative_error(got[i], want[i]), as_f32 ? 2e-5 : 1e-2) << table->name << " " << i;
+      }
+    }
+  }
+}
+
 // Packed layers beside dense ones that read the same, and a KV cache of Q8_0, with more tokens than
 // kernels take together.
 TEST_F(Engine, MixedLayersAndASmallCache) {

@@ -57,6 +57,18 @@ bool finite_halves(std::span<const uint16_t> halves) {
                       [](uint16_t half) { return (half & 0x7C00U) == 0x7C00U; });
 }
 
+/// Whether ok(begin, end) holds for all parts of [0, count), each in a thread.
+template <typename Ok>
+bool all_parts(ThreadPool& pool, int64_t count, const Ok& ok) {
+  std::atomic<bool> all{true};
+  pool.parallel_for(count, 1, [&](int64_t begin, int64_t end, int) {
+    if (!ok(begin, end)) {
+      all = false;
+    }
+  });
+  return all;
+}
+
 /// The tensor's bytes where they lie if a T may stand there, else a copy in `owned`.
 template <typename T>
 Result<const T*> in_place(const TensorInfo& tensor, std::vector<Buffer>& owned) {
@@ -188,14 +200,21 @@ std::optional<WeightFormat> block_format(TensorType type) {
 }
 
 Result<Linear> load_blocks(const GgufFile& file, const TensorInfo& tensor, LinearShape shape,
-                           WeightFormat format) {
-  const auto bytes = static_cast<size_t>(block_bytes(format));
-  for (size_t at = 0; at < tensor.data.size(); at += bytes) {
-    uint16_t scale;
-    std::memcpy(&scale, tensor.data.data() + at, sizeof scale);
-    if (!finite_halves({&scale, 1})) {
-      return tensor_error(file, tensor, "a scale is not finite");
+                           WeightFormat format, ThreadPool& pool) {
+  const auto bytes = static_cast<int64_t>(block_bytes(format));
+  const auto blocks = static_cast<int64_t>(tensor.data.size()) / bytes;
+  const bool finite = all_parts(pool, blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      uint16_t scale;
+      std::memcpy(&scale, tensor.data.data() + block * bytes, sizeof scale);
+      if (!finite_halves({&scale, 1})) {
+        return false;
+      }
     }
+    return true;
+  });
+  if (!finite) {
+    return tensor_error(file, tensor, "a scale is not finite");
   }
   Linear linear;
   linear.weights = {
@@ -207,7 +226,7 @@ Result<Linear> load_dense(const GgufFile& file, const std::string& name, LinearS
                           bool as_f32, const KernelTable& table, ThreadPool& pool) {
   RABIT_ASSIGN(const TensorInfo* tensor, find(file, name, {shape.d_in, shape.d_out}));
   if (const auto format = block_format(tensor->type); format && !as_f32) {
-    RABIT_ASSIGN(Linear linear, load_blocks(file, *tensor, shape, *format));
+    RABIT_ASSIGN(Linear linear, load_blocks(file, *tensor, shape, *format, pool));
     RABIT_CHECK(arrange(linear, table, file, *tensor, pool));
     return linear;
   }
@@ -220,14 +239,14 @@ Result<Linear> load_dense(const GgufFile& file, const std::string& name, LinearS
                     .d_out = shape.d_out,
                     .d_in = shape.d_in,
                     .dense = tensor->data.data()};
-  const auto count = static_cast<size_t>(tensor->elements());
-  bool finite = true;
-  if (as_f32) {
+  const bool finite = all_parts(pool, tensor->elements(), [&](int64_t begin, int64_t end) {
+    if (!as_f32) {
+      const auto* halves = reinterpret_cast<const uint16_t*>(tensor->data.data());
+      return finite_halves({halves + begin, static_cast<size_t>(end - begin)});
+    }
     const auto* data = reinterpret_cast<const float*>(tensor->data.data());
-    finite = std::all_of(data, data + count, [](float value) { return std::isfinite(value); });
-  } else {
-    finite = finite_halves({reinterpret_cast<const uint16_t*>(tensor->data.data()), count});
-  }
+    return std::all_of(data + begin, data + end, [](float value) { return std::isfinite(value); });
+  });
   if (!finite) {
     return tensor_error(file, *tensor, "a weight is not finite");
   }
