@@ -141,6 +141,7 @@ class Prepared {
     }
     if (const int64_t bytes = table.input_bytes(w, tokens); bytes > 0) {
       EXPECT_EQ(bytes % 64, 0);
+      EXPECT_EQ(bytes, tokens * table.input_bytes(w, 1));
       input_ = std::make_unique<Scratch>(bytes / 4);
       table.prepare(w, x.data(), tokens, input_->data(), words / 3, words);
       table.prepare(w, x.data(), tokens, input_->data(), 0, words / 3);

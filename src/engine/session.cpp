@@ -272,7 +272,8 @@ void LoadedSession::multiply_group(const float* all, int64_t first, int64_t toke
   });
 }
 
-/// What the products read beside x, a part of the columns in each thread where that is worth it.
+/// What the products read beside x, in each thread some tokens, or of few tokens a part of the
+/// columns, where that is worth it.
 void LoadedSession::prepare(const float* x, int64_t tokens, const Products& products) {
   constexpr int64_t kWorthwhile = 256;  // words
   const KernelTable& table = *model_->table;
@@ -293,7 +294,15 @@ void LoadedSession::prepare(const float* x, int64_t tokens, const Products& prod
       const LinearWeights& w = *product.weights;
       if (table.input_bytes(w, tokens) > 0) {
         const int64_t all = (w.d_in + 31) / 32;
-        table.prepare(w, x, tokens, input, all * i / parts, all * (i + 1) / parts);
+        if (tokens < parts) {
+          if (const int64_t begin = all * i / parts, end = all * (i + 1) / parts; begin < end) {
+            table.prepare(w, x, tokens, input, begin, end);
+          }
+        } else {
+          const int64_t begin = tokens * i / parts, end = tokens * (i + 1) / parts;
+          table.prepare(w, x + begin * w.d_in, end - begin, input + begin * table.input_bytes(w, 1),
+                        0, all);
+        }
       }
       input += input_bytes_;
     }

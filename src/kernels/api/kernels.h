@@ -94,7 +94,7 @@ struct KernelTable {
   WeightOrder sign_order;
   WeightOrder block_order;
   /// Bytes that prepare() makes of the input of a product with weights of this format, d_in and
-  /// paths; 0: matmul reads x alone, of any number of tokens.
+  /// paths, those of a token one after the other; 0: matmul reads x alone, of any number of tokens.
   int64_t (*input_bytes)(const LinearWeights& w, int64_t tokens);
   /// Tokens that are best to go together where there is such an input; any number may.
   int64_t group_tokens;
