@@ -132,7 +132,14 @@ Status measure_depth(const BenchOptions& options, const Model& model, const Row&
                      std::vector<Row>& rows) {
   session.truncate(0);
   if (depth > 0) {
-    RABIT_CHECK(session.forward(filler_tokens(depth, model.vocab_size())));
+    constexpr int64_t kStep = 512;  // that the runtime takes at once
+    const std::vector<int32_t> before = filler_tokens(depth, model.vocab_size());
+    Progress progress(fmt::format("bench, positions before on {} threads", loaded.threads));
+    for (int64_t at = 0; at < depth; at += kStep) {
+      const auto part = static_cast<size_t>(std::min(kStep, depth - at));
+      RABIT_CHECK(session.forward(std::span(before).subspan(static_cast<size_t>(at), part)));
+      progress.update(at + static_cast<int64_t>(part), depth, "");
+    }
   }
   for (const bool prompt : {true, false}) {
     const int64_t length = prompt ? options.prompt : options.generate;
