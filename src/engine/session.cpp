@@ -239,12 +239,19 @@ void LoadedSession::multiply(const float* x, int64_t tokens, const Products& pro
 /// influence on the values.
 void LoadedSession::multiply_group(const float* all, int64_t first, int64_t tokens,
                                    const Products& products) {
-  constexpr int64_t kTasksPerThread = 8, kFewestRows = 64;
+  constexpr int64_t kTasksPerThread = 8, kFewestTasks = 2, kFewestRows = 64;
   const KernelTable& table = *model_->table;
   const int64_t parts = model_->threads() == 1 ? 1 : model_->threads() * kTasksPerThread;
+  int64_t all_rows = 0;
+  for (const Product& product : products) {
+    all_rows += product.weights->d_out;
+  }
+  // Rows in the numbers that kernels like best, unless threads would go without.
+  const int64_t likes = table.matmul_row_grain;
+  const int64_t grain =
+      all_rows / likes >= kFewestTasks * model_->threads() ? likes : std::min(likes, kFewestRows);
   const auto rows_per_task = [&](const LinearWeights& w) {
     const int64_t rows = std::max(kFewestRows, (w.d_out + parts - 1) / parts);
-    const int64_t grain = rows < table.matmul_row_grain ? kFewestRows : table.matmul_row_grain;
     return (rows + grain - 1) / grain * grain;
   };
   const float* x = all + first * products.begin()->weights->d_in;
