@@ -120,17 +120,22 @@ TEST_F(Engine, PackedEqualsItsReconstruction) {
   }
 }
 
-TEST_F(Engine, ATokenAllocatesNothing) {
+ModelConfig two_layers(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t d_ff) {
   ModelConfig config;
   config.architecture = "llama";
   config.layers = 2;
-  config.d_model = 1024;
-  config.heads = 8;
-  config.kv_heads = 4;
-  config.head_dim = 128;
-  config.d_ff = 2816;
+  config.d_model = heads * head_dim;
+  config.heads = heads;
+  config.kv_heads = kv_heads;
+  config.head_dim = head_dim;
+  config.d_ff = d_ff;
   config.vocab_size = 200;
   config.context_length = 128;
+  return config;
+}
+
+TEST_F(Engine, ATokenAllocatesNothing) {
+  const ModelConfig config = two_layers(8, 4, 128, 2816);
   ASSERT_TRUE(write_random_model(path("model.gguf"), config, 2));
   const std::vector<int32_t> tokens = rabit::random_tokens(100, 3, config.vocab_size);
   for (const int threads : {1, 2, 5}) {
@@ -201,16 +206,7 @@ TEST_F(Engine, MixedLayersAndASmallCache) {
 
 // Packed layers and a head in Q8_0, by every table's kernels: few tokens, many, and one at a time.
 TEST_F(Engine, KernelsAgreeOnAPackedModel) {
-  ModelConfig config;
-  config.architecture = "llama";
-  config.layers = 2;
-  config.d_model = 96;
-  config.heads = 6;
-  config.kv_heads = 2;
-  config.head_dim = 16;
-  config.d_ff = 160;
-  config.vocab_size = 200;
-  config.context_length = 128;
+  const ModelConfig config = two_layers(6, 2, 16, 160);
   const std::vector<int32_t> tokens = rabit::random_tokens(70, 3, config.vocab_size);
   for (const int64_t paths : {1, 2, 4}) {
     const auto file = path("packed.gguf");

@@ -63,7 +63,7 @@ double cpu_quota(const std::filesystem::path& root) {
              std::filesystem::path(line.substr(second + 1)).relative_path();
          ; path = path.parent_path()) {
       // The folder of a version-1 hierarchy may list its controllers in another order.
-      for (const std::string& name : {controllers, std::string(version_1 ? "cpu" : "")}) {
+      for (const std::string& name : std::set<std::string>{controllers, version_1 ? "cpu" : ""}) {
         const std::filesystem::path group = groups / name / path;
         least = std::min(
             least, version_1 ? quota_of(group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us")

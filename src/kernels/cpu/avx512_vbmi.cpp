@@ -16,9 +16,7 @@
 #include <immintrin.h>
 
 #include "kernels/cpu/dots_x86.h"
-// What that defines is used here.
-#include "kernels/cpu/byte_products.h"
-#include "kernels/cpu/portable_table.h"
+#include "kernels/cpu/gemm.h"
 
 namespace rabit::RABIT_ISA {
 namespace {
@@ -30,23 +28,11 @@ constexpr int32_t kBias = 32768;          // sums are kept as unsigned 16-bit nu
 constexpr float kLargestSum = 32765.0F;   // of |q| over four columns, rounded up to 2 beyond
 constexpr int64_t kExactWords = 1 << 12;  // words whose sums 32 bits hold
 constexpr int64_t kAhead = 8192;          // bytes from the signs read to those asked for
-// Their tables stay in the second-level or third-level cache, while weights come from memory once
-// for all of them.
-constexpr int64_t kGroupTokens = 32;
 constexpr int64_t kGroupTiles = 4;
+constexpr WeightOrder kSignOrder = WeightOrder::kTilePairs;
+using Signs = PairSigns;
 
 int64_t path_bytes(int64_t words) { return kHeader + words * kWordTables; }
-
-int64_t input_bytes(const LinearWeights& w, int64_t tokens) {
-  switch (w.format) {
-    case WeightFormat::kResidualBinary:
-      return tokens * w.paths * path_bytes((w.d_in + 31) / 32);
-    case WeightFormat::kQ8_0:
-      return tokens * blocks_bytes(w.d_in);
-    default:
-      return 0;
-  }
-}
 
 RABIT_INLINE __mmask16 lanes_left(int64_t left) {
   return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1U << (left > 0 ? left : 0)) - 1);
@@ -59,17 +45,17 @@ RABIT_INLINE __m512 scaled(const uint16_t* h, const float* x, int64_t c, int64_t
                        _mm512_maskz_loadu_ps(mask, x + c));
 }
 
-// Units of q in 1, and what a unit is worth, where the largest of what q stands for is to be
-// `most`. Without such a unit q are 0 or, of infinity and NaN, anything: the worth is neither then,
+// Units of q in 1, and what a unit is worth, where the largest sum of four is to be kLargestSum.
+// Without such a unit q are 0 or, of infinity and NaN, anything: the worth is neither then,
 // and so is what is multiplied by it.
 struct Unit {
   float units, worth;
 };
 
-RABIT_INLINE Unit unit_of(float largest, float most) {
+RABIT_INLINE Unit unit_of(float largest) {
   const bool usable = largest > 1e-30F && largest < __builtin_inff();
-  return {usable ? most / largest : 0.0F,
-          largest > 1e-30F || largest != largest ? largest / most : 0.0F};
+  return {usable ? kLargestSum / largest : 0.0F,
+          largest > 1e-30F || largest != largest ? largest / kLargestSum : 0.0F};
 }
 
 // Largest sum of |h x| over four neighbouring columns; NaN if one is.
@@ -88,7 +74,7 @@ float largest_sum(const uint16_t* h, const float* x, int64_t d_in) {
 
 // Tables of a word's 32 columns from their q. Of a pair of columns, R has q0 + q1 and q1 - q0 and
 // -R the other two sums with signs; two pairs add up to the 16 sums of four columns, for two
-// nibbles at a time. `plus` adds the bias to what is taken of the first pair.
+// nibbles at a time. The bias comes with the first pair's.
 class Tabulate {
  public:
   Tabulate() {
@@ -136,18 +122,15 @@ class Tabulate {
   __m512i first_, second_, low_;
 };
 
-void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input,
-             int64_t word_begin, int64_t word_end) {
-  if (w.format == WeightFormat::kQ8_0) {
-    return prepare_blocks(w, x, tokens, static_cast<uint8_t*>(input), word_begin, word_end);
-  }
+void prepare_signs(const LinearWeights& w, const float* x, int64_t tokens, uint8_t* input,
+                   int64_t word_begin, int64_t word_end) {
   const int64_t words = (w.d_in + 31) / 32;
   const Tabulate tabulate;
   for (int64_t i = 0; i < tokens * w.paths; ++i) {
     const float* in = x + i / w.paths * w.d_in;
     const uint16_t* h = w.col_scale + i % w.paths * w.d_in;
-    auto* out = static_cast<uint8_t*>(input) + i * path_bytes(words);
-    const Unit unit = unit_of(largest_sum(h, in, w.d_in), kLargestSum);
+    auto* out = input + i * path_bytes(words);
+    const Unit unit = unit_of(largest_sum(h, in, w.d_in));
     const __m512 units = _mm512_set1_ps(unit.units);
     if (word_begin == 0 && word_end > 0) {
       *reinterpret_cast<float*>(out) = unit.worth;
@@ -277,27 +260,11 @@ void tile_by_lookup(const LinearWeights& w, const uint8_t* input, int64_t tile, 
   store_rows(totals, tile, w.d_out, y, row_begin, row_end);
 }
 
-void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input, int64_t tokens,
-                      float* y, int64_t row_begin, int64_t row_end, float* scratch) {
-  if (row_begin >= row_end || tokens <= 0) {
-    return;
-  }
-  if (w.format == WeightFormat::kQ8_0 && input != nullptr) {
-    return matmul_of_blocks(w, input, tokens, y, row_begin, row_end);
-  }
-  if (w.format != WeightFormat::kResidualBinary) {
-    dense(w, x, tokens, y, row_begin, row_end, scratch);
-    return;
-  }
-  if (input == nullptr) {
-    binary_many<PairSigns>(w, x, tokens, y, row_begin, row_end, scratch);
-    return;
-  }
+void matmul_of_signs(const LinearWeights& w, const uint8_t* input, int64_t tokens, float* y,
+                     int64_t row_begin, int64_t row_end) {
   const int64_t token_bytes = w.paths * path_bytes((w.d_in + 31) / 32);
   const int64_t end = (row_end + kTileRows - 1) / kTileRows;
-  const auto at = [&](int64_t token) {
-    return static_cast<const uint8_t*>(input) + token * token_bytes;
-  };
+  const auto at = [&](int64_t token) { return input + token * token_bytes; };
   // Some tiles stay in the second-level cache while all tokens go through them, two at a time.
   for (int64_t first = row_begin / kTileRows; first < end; first += kGroupTiles) {
     const int64_t last = smaller(end, first + kGroupTiles);
@@ -322,19 +289,6 @@ void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input,
 }
 
 }  // namespace
-
-extern const KernelTable kTable;
-constinit const KernelTable kTable = [] {
-  KernelTable table = portable_table();
-  table.sign_order = WeightOrder::kTilePairs;
-  table.block_order = WeightOrder::kTiles;
-  table.input_bytes = input_bytes;
-  table.group_tokens = kGroupTokens;
-  table.prepare = prepare;
-  table.matmul = matmul_by_lookup;
-  table.matmul_scratch = lookup_scratch;
-  table.matmul_row_grain = 2 * kTileRows;
-  return table;
-}();
-
 }  // namespace rabit::RABIT_ISA
+
+#include "kernels/cpu/lookup_table.h"

@@ -1,7 +1,7 @@
 // Residual-binary products by lookup, for instruction sets that shuffle the bytes of
-// 128-bit lanes, and those of Q8_0 by dot products (byte_products.h); all else is the portable
-// code. Included once by each file that defines RABIT_ISA, RABIT_LANES, RABIT_NAME and, in the
-// namespace RABIT_ISA, what is listed below and there; nothing but `kTable` leaves it.
+// 128-bit lanes, with all else as lookup_table.h has it. Included once by each file that defines
+// RABIT_ISA, RABIT_LANES, RABIT_NAME and, in the namespace RABIT_ISA, what is listed below and in
+// byte_products.h; nothing but `kTable` leaves it.
 //
 // Four neighbouring columns of a row contribute one of 16 sums +-q0 +-q1 +-q2 +-q3 of columns times
 // scales, which a nibble of the packed signs numbers. prepare() tabulates the 16 sums of every four
@@ -26,8 +26,7 @@
 //   rows_in_order (from, to): B floats from that order to the rows'
 #pragma once
 
-#include "kernels/cpu/byte_products.h"
-#include "kernels/cpu/portable_table.h"
+#include "kernels/cpu/gemm.h"
 
 namespace rabit::RABIT_ISA {
 namespace {
@@ -46,9 +45,8 @@ constexpr int kBias = 2048;  // sums of four are kept as unsigned numbers
 // Tiles whose products go through a group together, so that its tables serve them all from the
 // first-level cache.
 constexpr int64_t kBlockTiles = 4;
-// Tokens whose tables stay in the second-level or third-level cache, while weights come from memory
-// once for all of them.
-constexpr int64_t kGroupTokens = 32;
+constexpr WeightOrder kSignOrder = WeightOrder::kByteTiles;
+using Signs = ByteSigns;
 constexpr int64_t kPrefetch = 8192;  // bytes ahead, over all tiles of a block
 
 int64_t scale_bytes(int64_t words) {
@@ -56,17 +54,6 @@ int64_t scale_bytes(int64_t words) {
 }
 
 int64_t path_bytes(int64_t words) { return scale_bytes(words) + words * kWordTables; }
-
-int64_t input_bytes(const LinearWeights& w, int64_t tokens) {
-  switch (w.format) {
-    case WeightFormat::kResidualBinary:
-      return tokens * w.paths * path_bytes((w.d_in + 31) / 32);
-    case WeightFormat::kQ8_0:
-      return tokens * blocks_bytes(w.d_in);
-    default:
-      return 0;
-  }
-}
 
 // What one unit of q is worth in a group of columns times scales: 0 if all are (almost) 0, infinity
 // or NaN if one is. Sums are taken in the same order on every machine.
@@ -101,16 +88,13 @@ float unit_of(const float* scaled) {
   return four > 1e-30F ? (by_four > by_group ? by_four : by_group) : 0.0F;
 }
 
-void prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input,
-             int64_t word_begin, int64_t word_end) {
-  if (w.format == WeightFormat::kQ8_0) {
-    return prepare_blocks(w, x, tokens, static_cast<uint8_t*>(input), word_begin, word_end);
-  }
+void prepare_signs(const LinearWeights& w, const float* x, int64_t tokens, uint8_t* input,
+                   int64_t word_begin, int64_t word_end) {
   const int64_t words = (w.d_in + 31) / 32;
   for (int64_t i = 0; i < tokens * w.paths; ++i) {
     const float* in = x + i / w.paths * w.d_in;
     const uint16_t* h = w.col_scale + i % w.paths * w.d_in;
-    auto* out = static_cast<uint8_t*>(input) + i * path_bytes(words);
+    auto* out = input + i * path_bytes(words);
     uint8_t* tables = out + scale_bytes(words);
     for (int64_t group = word_begin / kGroupWords; group * kGroupWords < word_end; ++group) {
       const int64_t first = group * kGroupWords, column = first * 32;
@@ -254,46 +238,19 @@ void tiles_by_lookup(const LinearWeights& w, const uint8_t* input, int64_t tile,
   }
 }
 
-void matmul_by_lookup(const LinearWeights& w, const float* x, const void* input, int64_t tokens,
-                      float* y, int64_t row_begin, int64_t row_end, float* scratch) {
-  if (row_begin >= row_end || tokens <= 0) {
-    return;
-  }
-  if (w.format == WeightFormat::kQ8_0 && input != nullptr) {
-    return matmul_of_blocks(w, input, tokens, y, row_begin, row_end);
-  }
-  if (w.format != WeightFormat::kResidualBinary) {
-    dense(w, x, tokens, y, row_begin, row_end, scratch);
-    return;
-  }
-  if (input == nullptr) {
-    binary_many<ByteSigns>(w, x, tokens, y, row_begin, row_end, scratch);
-    return;
-  }
+void matmul_of_signs(const LinearWeights& w, const uint8_t* input, int64_t tokens, float* y,
+                     int64_t row_begin, int64_t row_end) {
   const int64_t token_bytes = w.paths * path_bytes((w.d_in + 31) / 32);
   const int64_t end = (row_end + kTileRows - 1) / kTileRows;
   for (int64_t tile = row_begin / kTileRows; tile < end; tile += kBlockTiles) {
     for (int64_t t = 0; t < tokens; ++t) {
-      tiles_by_lookup(w, static_cast<const uint8_t*>(input) + t * token_bytes, tile,
-                      smaller(kBlockTiles, end - tile), y + t * w.d_out, row_begin, row_end);
+      tiles_by_lookup(w, input + t * token_bytes, tile, smaller(kBlockTiles, end - tile),
+                      y + t * w.d_out, row_begin, row_end);
     }
   }
 }
 
 }  // namespace
-
-extern const KernelTable kTable;
-constinit const KernelTable kTable = [] {
-  KernelTable table = portable_table();
-  table.sign_order = WeightOrder::kByteTiles;
-  table.block_order = WeightOrder::kTiles;
-  table.input_bytes = input_bytes;
-  table.group_tokens = kGroupTokens;
-  table.prepare = prepare;
-  table.matmul = matmul_by_lookup;
-  table.matmul_scratch = lookup_scratch;
-  table.matmul_row_grain = 2 * kTileRows;
-  return table;
-}();
-
 }  // namespace rabit::RABIT_ISA
+
+#include "kernels/cpu/lookup_table.h"

@@ -114,12 +114,11 @@ void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile, f
   }
 }
 
-void matmul_of_blocks(const LinearWeights& w, const void* input, int64_t tokens, float* y,
+void matmul_of_blocks(const LinearWeights& w, const uint8_t* input, int64_t tokens, float* y,
                       int64_t row_begin, int64_t row_end) {
   for (int64_t tile = row_begin / kTileRows; tile * kTileRows < row_end; ++tile) {
     for (int64_t t = 0; t < tokens; ++t) {
-      block_product(w, static_cast<const uint8_t*>(input) + t * blocks_bytes(w.d_in), tile,
-                    y + t * w.d_out, row_begin, row_end);
+      block_product(w, input + t * blocks_bytes(w.d_in), tile, y + t * w.d_out, row_begin, row_end);
     }
   }
 }
