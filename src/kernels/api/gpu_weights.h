@@ -1,0 +1,46 @@
+// A decoder in the memory of a GPU: what its kernels read. Plain structs of pointers that kernels
+// take by value or from device memory; no header of CUDA.
+#pragma once
+
+#include <cstdint>
+
+namespace rabit::gpu {
+
+/// How a linear layer's weights lie on the device.
+enum class Format : int32_t {
+  kF16,             // (d_out, d_in) row-major, rows 16-byte aligned, d_in a multiple of 32
+  kResidualBinary,  // sign tiles, see below
+};
+
+/// Signs in tiles of 16 rows and 256 columns of one path, 512 bytes, (row tiles, column tiles, k,
+/// 32 lanes, 4 words). Word i of lane l holds row l/4 + 8 (i%2) of the tile and its columns
+/// 32 (l%4 + 4 (i/2)) to +31, bit j column +j, 1 = +1: the fragment that each lane hands to a
+/// 16x8x256 product of bits of the tensor cores, so that a warp takes a tile by one load of 16 bytes
+/// a lane. Rows and columns beyond the matrix are zero bits.
+inline constexpr int32_t kTileRows = 16;
+inline constexpr int32_t kTileColumns = 256;
+inline constexpr int32_t kTileWords = 128;
+
+struct Linear {
+  Format format = Format::kF16;
+  int32_t d_out = 0;
+  int32_t d_in = 0;
+  int32_t paths = 0;                    // kResidualBinary only (1 to 4), as the scales
+  const void* weights = nullptr;        // 16-byte aligned
+  const uint16_t* row_scale = nullptr;  // F16 (k, d_out)
+  const uint16_t* col_scale = nullptr;  // F16 (k, d_in)
+};
+
+struct Block {
+  const float* attn_norm = nullptr;  // (d_model)
+  const float* ffn_norm = nullptr;   // (d_model)
+  Linear q, k, v, output, gate, up, down;
+};
+
+/// Sizes as in ModelConfig. The head dimension is even and at most 256.
+struct Sizes {
+  int32_t layers = 0, d_model = 0, d_ff = 0, heads = 0, kv_heads = 0, head_dim = 0, vocab = 0;
+  float norm_epsilon = 0;
+};
+
+}  // namespace rabit::gpu
