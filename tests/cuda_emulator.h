@@ -14,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -23,6 +24,8 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 #define __restrict__ __restrict
+#define __grid_constant__
+#define RABIT_DYNAMIC_SHARED(name) alignas(128) static unsigned char name[256 << 10]
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -34,6 +37,10 @@ struct float4 {
 struct uint2 {
   unsigned x, y;
 };
+struct uint4 {
+  unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct CUstream_st;
@@ -193,6 +200,11 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   auto& block = *rabit::emulator::Block::current();
   return block.exchange(value, block.lane() ^ static_cast<unsigned>(mask));
 }
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  return rabit::emulator::Block::current()->exchange(value, static_cast<unsigned>(source));
+}
+inline int atomicAdd(int* at, int value) { return std::exchange(*at, *at + value); }
 inline unsigned __ballot_sync(unsigned mask, bool set) {
   const unsigned lane = rabit::emulator::Block::current()->lane();
   unsigned bits = set ? 1U << lane : 0U;

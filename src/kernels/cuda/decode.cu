@@ -1,0 +1,359 @@
+// The whole pass of a few tokens in one launch, see kernels/api/gpu_decode.h.
+//
+// A product of packed signs takes its input as 16 planes of bits for each path: the tensor cores
+// multiply bits of weights, as they lie in memory, by bits of the input, and what they count, times
+// the powers of two of the planes, is the sum over the columns whose sign is +1. With Q the sum of
+// all columns, sum_c s_c q_c = 2 sum_{s_c = +1} q_c - Q: integers, exact; then the row's scale, and
+// the step of the input's rounding, max |h x| / 32767 over the columns of a job.
+//
+// Every warp copies its own pieces of weights to its own ring in shared memory, always `stages` - 1
+// ahead, over the ends of rows, matrices and phases: memory is read while blocks wait for each
+// other.
+#include "kernels/api/gpu_decode.h"
+#include "kernels/cuda/decode.h"
+#include "kernels/cuda/decode_attention.h"
+#include "kernels/cuda/decode_input.h"
+
+namespace rabit::gpu {
+namespace {
+
+/// The pieces of weights that a warp reads in this launch, in order.
+class Weights {
+ public:
+  __device__ __forceinline__ Weights(const Job* jobs, int begin, int end, uint4* ring, int stages)
+      : jobs_(jobs),
+        job_(begin),
+        end_(end),
+        ring_(ring + warp() * stages * 32 + lane()),
+        stages_(stages) {
+    if (job_ < end_) {
+      row_ = jobs_[job_].row_begin + first_row(job_);
+    }
+    seek();
+    for (int i = 1; i < stages_; ++i) {
+      issue();
+    }
+  }
+
+  /// The rows of a job that the first warp takes before others change from job to job.
+  static __device__ __forceinline__ int first_row(int job) { return (warp() + 7 * job) % kWarps; }
+
+  /// This lane's 16 bytes of the next piece.
+  __device__ __forceinline__ uint4 take() {
+    issue();
+    switch (stages_) {
+      case 16:
+        await_copies<15>();
+        break;
+      case 8:
+        await_copies<7>();
+        break;
+      case 4:
+        await_copies<3>();
+        break;
+      default:
+        await_copies<1>();
+        break;
+    }
+    const uint4 piece = ring_[read_ * 32];
+    read_ = read_ + 1 == stages_ ? 0 : read_ + 1;
+    return piece;
+  }
+
+ private:
+  __device__ __forceinline__ void issue() {
+    if (job_ < end_) {
+      copy_16(ring_ + write_ * 32, at_);
+      at_ += inner_stride_;
+      if (--inner_left_ == 0) {
+        inner_left_ = inner_;
+        outer_ += outer_stride_;
+        at_ = outer_;
+        if (--outer_left_ == 0) {
+          row_ += kWarps;
+          seek();
+        }
+      }
+    }
+    end_copies();
+    write_ = write_ + 1 == stages_ ? 0 : write_ + 1;
+  }
+
+  /// To this row tile, or that of the next job that has one for this warp.
+  __device__ __forceinline__ void seek() {
+    while (job_ < end_ && row_ >= jobs_[job_].row_end) {
+      if (++job_ < end_) {
+        row_ = jobs_[job_].row_begin + first_row(job_);
+      }
+    }
+    if (job_ == end_) {
+      return;
+    }
+    const Job& job = jobs_[job_];
+    const auto* base = static_cast<const char*>(job.weights);
+    if (job.format == static_cast<int>(Format::kResidualBinary)) {
+      const int64_t tiles = (job.d_in + kTileColumns - 1) / kTileColumns;
+      outer_ = base + (row_ * tiles + job.column_begin) * job.paths * 512 + lane() * 16;
+      inner_ = job.column_end - job.column_begin;
+      inner_stride_ = job.paths * 512;
+      outer_left_ = job.paths;
+      outer_stride_ = 512;
+    } else {
+      // 8 rows of 32 columns, then the 8 below; rows beyond the last are the last.
+      const int low = row_ * kTileRows + lane() / 4, last = job.d_out - 1;
+      const int64_t first = low < last ? low : last, second = low + 8 < last ? low + 8 : last;
+      const int columns =
+          job.column_end * kTileColumns < job.d_in ? job.column_end * kTileColumns : job.d_in;
+      outer_ = base + (first * job.d_in + job.column_begin * kTileColumns) * 2 + lane() % 4 * 16;
+      inner_ = 2;
+      inner_stride_ = (second - first) * job.d_in * 2;
+      outer_left_ = (columns - job.column_begin * kTileColumns) / 32;
+      outer_stride_ = 64;
+    }
+    at_ = outer_;
+    inner_left_ = inner_;
+  }
+
+  const Job* jobs_;
+  int job_, end_, row_ = 0, inner_ = 0, inner_left_ = 0, outer_left_ = 0;
+  const char* at_ = nullptr;
+  const char* outer_ = nullptr;
+  int64_t inner_stride_ = 0, outer_stride_ = 0;
+  uint4* ring_;
+  int stages_, read_ = 0, write_ = 0;
+};
+
+/// Where rows of a job's product go: out[token * stride + row], times `factor`.
+template <int kTokens>
+struct Output {
+  float* out;
+  int64_t stride;
+  float factor[kTokens];
+};
+
+template <int kTokens>
+__device__ __forceinline__ void packed_rows(const Job& job, int index, const Shared& shared,
+                                            Weights& weights, const Output<kTokens>& output) {
+  const int tiles = job.column_end - job.column_begin, paths = job.paths;
+  const int group = lane() / 4, quad = lane() % 4;
+  // Of token 0, column tile 0 and path 0, where this lane's bits are.
+  const uint4* const bits = shared.bits<kTokens>(job) + group * 4 + (quad ^ ((group >> 1) & 3));
+  for (int tile = job.row_begin + Weights::first_row(index); tile < job.row_end; tile += kWarps) {
+    const int row = tile * kTileRows + group + 8 * (quad & 1);
+    const int scaled = row < job.d_out ? row : job.d_out - 1;
+    float sums[kTokens] = {};
+    for (int path = 0; path < paths; ++path) {
+      const float row_scale = from_half(job.row_scale[path * int64_t{job.d_out} + scaled]);
+      int low[kTokens][4] = {}, high[kTokens][4] = {};
+      for (int column = 0; column < tiles; ++column) {
+        const uint4 signs = weights.take();
+#pragma unroll
+        for (int token = 0; token < kTokens; ++token) {
+          const uint4 input = bits[((token * tiles + column) * paths + path) * 32];
+          multiply_bits(low[token], signs, input.x, input.y, lane());
+          multiply_bits(high[token], signs, input.z, input.w, lane());
+        }
+      }
+#pragma unroll
+      for (int token = 0; token < kTokens; ++token) {
+        // Planes 2 quad and 2 quad + 1, and those 8 above; plane 15 counts -2^15.
+        const auto place = [&](int l0, int l1, int h0, int h1) {
+          return ((l0 + 2 * l1) + 256 * (h0 + (quad == 3 ? -2 : 2) * h1)) * (1 << 2 * quad);
+        };
+        const int upper = place(low[token][0], low[token][1], high[token][0], high[token][1]);
+        const int lower = place(low[token][2], low[token][3], high[token][2], high[token][3]);
+        int sum = (quad & 1) != 0 ? lower : upper;
+        sum += __shfl_xor_sync(kAllLanes, (quad & 1) != 0 ? upper : lower, 1);
+        sum += __shfl_xor_sync(kAllLanes, sum, 2);
+        const int signed_sum = 2 * sum - shared.totals[token * kMostPaths + path];
+        sums[token] +=
+            row_scale * shared.scales[token * kMostPaths + path] * static_cast<float>(signed_sum);
+      }
+    }
+    if (quad < 2 && row < job.d_out) {
+#pragma unroll
+      for (int token = 0; token < kTokens; ++token) {
+        output.out[token * output.stride + row] = output.factor[token] * sums[token];
+      }
+    }
+  }
+}
+
+template <int kTokens>
+__device__ __forceinline__ void dense_rows(const Job& job, int index, const Shared& shared,
+                                           Weights& weights, const Output<kTokens>& output) {
+  constexpr bool kSplit = kTokens <= 4;  // each token two columns: its halves, and what they left
+  constexpr int kUsed = kSplit ? 2 * kTokens : kTokens;
+  const int columns = (job.column_end - job.column_begin) * kTileColumns;
+  const int end =
+      job.column_end * kTileColumns < job.d_in ? job.column_end * kTileColumns : job.d_in;
+  const int steps = (end - job.column_begin * kTileColumns) / 32;
+  const int group = lane() / 4, quad = lane() % 4;
+  const uint16_t* const input =
+      shared.halves<kTokens>(job) + (group < kUsed ? group : 0) * (columns + 32) + quad * 8;
+  for (int tile = job.row_begin + Weights::first_row(index); tile < job.row_end; tile += kWarps) {
+    float even[4] = {}, odd[4] = {};
+    for (int step = 0; step < steps; ++step) {
+      const uint4 upper = weights.take(), lower = weights.take();
+      const uint4 x = *reinterpret_cast<const uint4*>(input + step * 32);
+      multiply_halves(even, upper.x, lower.x, upper.y, lower.y, x.x, x.y, lane());
+      multiply_halves(odd, upper.z, lower.z, upper.w, lower.w, x.z, x.w, lane());
+    }
+    const int row = tile * kTileRows + group;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float a = even[2 * half] + odd[2 * half], b = even[2 * half + 1] + odd[2 * half + 1];
+      if (row + 8 * half < job.d_out) {
+        float* const to = output.out + row + 8 * half;
+#pragma unroll
+        for (int token = 0; token < kTokens; ++token) {
+          const float scale = output.factor[token] * shared.scales[token * kMostPaths];
+          if (kSplit && quad == token) {
+            to[token * output.stride] = scale * (a + b);
+          } else if (!kSplit && quad == token / 2) {
+            to[token * output.stride] = scale * (token % 2 == 0 ? a : b);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <int kTokens, typename Input>
+__device__ __forceinline__ void multiply(const DecodeArgs& args, Product product, int begin,
+                                         int end, const Shared& shared, Weights& weights,
+                                         const Input& input) {
+  for (int index = begin; index < end; ++index) {
+    const Job& job = shared.jobs[index];
+    if (index > begin) {
+      __syncthreads();  // the last job's input has been read
+    }
+    prepare<kTokens>(job, shared, input);
+    Output<kTokens> output;
+    output.stride = product == kHead ? args.sizes.vocab : args.widths[product];
+    output.out = product == kHead ? args.logits
+                                  : args.outputs[product] + job.split * kTokens * output.stride;
+    output.out += job.out;
+#pragma unroll
+    for (int token = 0; token < kTokens; ++token) {
+      output.factor[token] =
+          product == kHead ? reciprocal_root(block_squares(shared, token), args.sizes) : 1.0F;
+    }
+    if (job.format == static_cast<int>(Format::kResidualBinary)) {
+      packed_rows<kTokens>(job, index, shared, weights, output);
+    } else {
+      dense_rows<kTokens>(job, index, shared, weights, output);
+    }
+  }
+}
+
+/// All blocks have come here, and what they wrote can be read.
+__device__ __forceinline__ void wait_for_grid(uint32_t* counter, uint32_t goal) {
+  __syncthreads();
+#if defined(__CUDA_ARCH__)
+  if (threadIdx.x == 0) {
+#if __CUDA_ARCH__ >= 700
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    uint32_t now;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+    } while (static_cast<int32_t>(now - goal) < 0);
+#endif
+  }
+  __syncthreads();
+#else
+  (void)counter, (void)goal;
+#endif
+}
+
+template <int kTokens>
+__global__ void __launch_bounds__(kThreads, 1)
+    decode_kernel(const __grid_constant__ DecodeArgs args, int stages, int most_jobs) {
+  RABIT_DYNAMIC_SHARED(memory);
+  const Shared shared(memory, stages, most_jobs);
+  const Sizes& sizes = args.sizes;
+  const auto product_of = [&](int phase) {  // or of the next phase that has one
+    return phase / 5 * 4 + (phase % 5 < 2 ? phase % 5 : phase % 5 - 1);
+  };
+  const int* const first = args.first + blockIdx.x * (args.products + 1);
+  const int begin = first[product_of(args.phase_begin)];
+  const int end = first[product_of(args.phase_end)];
+  constexpr int kWords = sizeof(Job) / sizeof(uint4);
+  for (int i = threadIdx.x; i < (end - begin) * kWords; i += kThreads) {
+    reinterpret_cast<uint4*>(shared.own_jobs)[i] =
+        reinterpret_cast<const uint4*>(args.jobs + begin)[i];
+  }
+  __syncthreads();
+  Weights weights(shared.jobs, 0, end - begin, shared.ring, stages);
+
+  for (int phase = args.phase_begin; phase < args.phase_end; ++phase) {
+    const int layer = phase / 5, part = phase % 5;
+    const int from = first[product_of(phase)] - begin, to = first[product_of(phase) + 1] - begin;
+    if (layer == sizes.layers) {
+      const StreamInput<kTokens> input(args, layer, kHead);
+      multiply<kTokens>(args, kHead, from, to, shared, weights, input);
+    } else if (part == 0) {
+      const StreamInput<kTokens> input(args, layer, kQkv);
+      multiply<kTokens>(args, kQkv, from, to, shared, weights, input);
+    } else if (part == 1) {
+      attend<kTokens>(args, layer, shared);
+    } else if (part == 2) {
+      const AttendedInput<kTokens> input(args);
+      multiply<kTokens>(args, kOutput, from, to, shared, weights, input);
+    } else if (part == 3) {
+      const StreamInput<kTokens> input(args, layer, kGateUp);
+      multiply<kTokens>(args, kGateUp, from, to, shared, weights, input);
+    } else {
+      const GatedInput<kTokens> input(args);
+      multiply<kTokens>(args, kDown, from, to, shared, weights, input);
+    }
+    if (phase + 1 < args.phase_end) {
+      wait_for_grid(args.barrier, args.barrier_start + (phase - args.phase_begin + 1) * gridDim.x);
+    }
+  }
+}
+
+template <int kTokens>
+int launch(const DecodeArgs& args, const DecodePlan& plan, CUstream_st* stream) {
+#ifdef RABIT_CUDA_EMULATOR
+  // Blocks run one after the other: each phase in a launch of its own.
+  for (int phase = args.phase_begin; phase < args.phase_end; ++phase) {
+    DecodeArgs one = args;
+    one.phase_begin = phase, one.phase_end = phase + 1;
+    RABIT_LAUNCH(decode_kernel<kTokens>, dim3(plan.blocks), dim3(kThreads), stream, one,
+                 plan.stages, plan.most_jobs);
+  }
+  return 0;
+#else
+  const auto kernel = decode_kernel<kTokens>;
+  const auto bytes = static_cast<int>(plan.shared_bytes);
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status != cudaSuccess) {
+    return status;
+  }
+  DecodeArgs copy = args;
+  int stages = plan.stages, most_jobs = plan.most_jobs;
+  void* parameters[] = {&copy, &stages, &most_jobs};
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(plan.blocks),
+                                     dim3(kThreads), parameters, static_cast<size_t>(bytes),
+                                     stream);
+#endif
+}
+
+}  // namespace
+
+int launch_decode(const DecodeArgs& args, const DecodePlan& plan, CUstream_st* stream) {
+  switch (plan.tokens) {
+    case 1:
+      return launch<1>(args, plan, stream);
+    case 2:
+      return launch<2>(args, plan, stream);
+    case 4:
+      return launch<4>(args, plan, stream);
+    default:
+      return launch<8>(args, plan, stream);
+  }
+}
+
+}  // namespace rabit::gpu

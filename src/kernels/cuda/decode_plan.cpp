@@ -1,0 +1,225 @@
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "kernels/api/gpu_decode.h"
+
+namespace rabit::gpu {
+namespace {
+
+int32_t ceil_divide(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+/// 512-byte pieces of a row tile over one column tile.
+int32_t pieces(const Linear& linear) {
+  return linear.format == Format::kResidualBinary ? linear.paths : kTileColumns / kTileRows;
+}
+
+struct Shared {  // matrices that read the same input, one output after the other
+  Product product;
+  std::vector<const Linear*> linears;
+};
+
+std::vector<Shared> all_products(const std::vector<Block>& blocks, const Linear& head) {
+  std::vector<Shared> all;
+  for (const Block& block : blocks) {
+    all.push_back({kQkv, {&block.q, &block.k, &block.v}});
+    all.push_back({kOutput, {&block.output}});
+    all.push_back({kGateUp, {&block.gate, &block.up}});
+    all.push_back({kDown, {&block.down}});
+  }
+  all.push_back({kHead, {&head}});
+  return all;
+}
+
+/// The jobs of a product by block: the columns in `splits` ranges, each to grid / splits blocks,
+/// which share out the row tiles by their bytes.
+std::vector<std::vector<Job>> share(const Shared& shared, int32_t grid, int32_t splits) {
+  std::vector<std::vector<Job>> jobs(static_cast<size_t>(grid));
+  const int32_t columns = ceil_divide(shared.linears.front()->d_in, kTileColumns);
+  const int32_t members = grid / splits;
+  int64_t all = 0;
+  for (const Linear* linear : shared.linears) {
+    all += int64_t{ceil_divide(linear->d_out, kTileRows)} * pieces(*linear);
+  }
+  for (int32_t split = 0; split < splits; ++split) {
+    int64_t before = 0;
+    int32_t out = 0;
+    for (const Linear* linear : shared.linears) {
+      const int32_t tiles = ceil_divide(linear->d_out, kTileRows);
+      for (int32_t tile = 0; tile < tiles;) {
+        const auto member = static_cast<int32_t>(before * members / all);
+        Job job;
+        job.weights = linear->weights;
+        job.row_scale = linear->row_scale;
+        job.col_scale = linear->col_scale;
+        job.d_out = linear->d_out;
+        job.d_in = linear->d_in;
+        job.format = static_cast<int16_t>(linear->format);
+        job.paths =
+            static_cast<int16_t>(linear->format == Format::kResidualBinary ? linear->paths : 1);
+        job.row_begin = tile;
+        while (tile < tiles && before * members / all == member) {
+          before += pieces(*linear);
+          ++tile;
+        }
+        job.row_end = tile;
+        job.column_begin = static_cast<int16_t>(columns * split / splits);
+        job.column_end = static_cast<int16_t>(columns * (split + 1) / splits);
+        job.split = static_cast<int16_t>(split);
+        job.out = out;
+        auto& block = jobs[static_cast<size_t>(split * members + member)];
+        job.leads = member == 0 && block.empty() ? 1 : 0;
+        block.push_back(job);
+      }
+      out += linear->d_out;
+    }
+  }
+  return jobs;
+}
+
+/// About how long the slowest block takes, in microseconds: making the bits of its inputs, then
+/// passing its weights from shared memory to the tensor cores; and what others take longer to add
+/// up more splits.
+double estimate(const std::vector<std::vector<Job>>& jobs, int32_t splits, int32_t tokens) {
+  constexpr double kPerSplit = 0.04;
+  double slowest = 0;
+  for (const auto& block : jobs) {
+    double time = 0;
+    for (const Job& job : block) {
+      const int32_t tiles = job.column_end - job.column_begin;
+      const bool packed = job.format == static_cast<int16_t>(Format::kResidualBinary);
+      const int32_t bits = packed ? tiles * tokens * ceil_divide(job.paths, 2) : 0;
+      const int32_t per_row = tiles * (packed ? job.paths : kTileColumns / kTileRows);
+      time += 0.15 + 0.2 * ceil_divide(bits, kDecodeWarps) + 0.3 * ceil_divide(tiles * tokens, 8);
+      const int32_t rows = job.row_end - job.row_begin;
+      time += std::max(0.0035 * rows * per_row * std::max(2, tokens),
+                       0.025 * ceil_divide(rows, kDecodeWarps) * per_row);
+    }
+    slowest = std::max(slowest, time);
+  }
+  return slowest + kPerSplit * splits;
+}
+
+/// Values of the input in F32, and what the tensor cores take of them: 16 bits a path, or two
+/// halves of few tokens, one of many, rows 64 bytes apart from a multiple of 128.
+int64_t input_bytes(const Job& job, int32_t tokens) {
+  const int64_t columns = int64_t{job.column_end - job.column_begin} * kTileColumns;
+  const bool packed = job.format == static_cast<int16_t>(Format::kResidualBinary);
+  return tokens * columns * 4 + (packed ? tokens * columns * job.paths * 2
+                                        : (tokens <= 4 ? 2 : 1) * tokens * (columns + 32) * 2);
+}
+
+Status check(const Sizes& sizes, const std::vector<Shared>& all) {
+  if (sizes.head_dim % 8 != 0 || sizes.head_dim > 256 || sizes.d_model % 8 != 0 ||
+      sizes.d_ff % 8 != 0) {
+    return Error{
+        "the kernel for whole tokens takes widths of a multiple of 8 and heads of at most 256"};
+  }
+  for (const Shared& shared : all) {
+    for (const Linear* linear : shared.linears) {
+      if (linear->format == Format::kF16 && linear->d_in % 32 != 0) {
+        return Error{
+            "the kernel for whole tokens takes F16 matrices of a multiple of 32 columns, not " +
+            std::to_string(linear->d_in)};
+      }
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+Result<DecodePlan> plan_decode(const Sizes& sizes, const std::vector<Block>& blocks,
+                               const Linear& head, int32_t grid, int32_t tokens,
+                               int64_t shared_limit, const int32_t (&splits)[kProducts]) {
+  const std::vector<Shared> all = all_products(blocks, head);
+  RABIT_CHECK(check(sizes, all));
+  DecodePlan plan;
+  plan.blocks = grid;
+  plan.tokens = tokens;
+  for (const Shared& shared : all) {
+    int32_t& chosen = plan.splits[shared.product];
+    if (chosen == 0) {  // as in the first layer, so in all
+      int32_t width = 0;
+      for (const Linear* linear : shared.linears) {
+        width += linear->d_out;
+      }
+      plan.widths[shared.product] = width;
+      const int32_t columns = ceil_divide(shared.linears.front()->d_in, kTileColumns);
+      // Whoever reads the logits takes one value for each.
+      const int32_t most =
+          shared.product == kHead ? 1 : std::min({columns, grid, int32_t{kMostSplits}});
+      chosen = std::min(most, splits[shared.product]);
+      double best = std::numeric_limits<double>::infinity();
+      for (int32_t s = 1; s <= most && splits[shared.product] == 0; ++s) {
+        if (const double time = estimate(share(shared, grid, s), s, tokens); time < best) {
+          best = time;
+          chosen = s;
+        }
+      }
+      chosen = std::max(chosen, 1);
+    }
+  }
+  std::vector<std::vector<std::vector<Job>>> jobs;  // by product, then by block
+  for (const Shared& shared : all) {
+    jobs.push_back(share(shared, grid, plan.splits[shared.product]));
+  }
+  for (int32_t block = 0; block < grid; ++block) {
+    const size_t begin = plan.jobs.size();
+    for (const auto& product : jobs) {
+      plan.first.push_back(static_cast<int32_t>(plan.jobs.size()));
+      for (const Job& job : product[static_cast<size_t>(block)]) {
+        plan.most_input = std::max(plan.most_input, input_bytes(job, tokens));
+        plan.jobs.push_back(job);
+      }
+    }
+    plan.first.push_back(static_cast<int32_t>(plan.jobs.size()));
+    plan.most_jobs = std::max(plan.most_jobs, static_cast<int32_t>(plan.jobs.size() - begin));
+  }
+  // What attention holds of one KV head: queries, the new key and value, a sum for each warp.
+  const int64_t group = sizes.heads / sizes.kv_heads;
+  plan.most_input =
+      std::max(plan.most_input, (group + 2 + kDecodeWarps) * sizes.head_dim * 4 + kDecodeWarps * 8);
+  for (const int32_t stages : {16, 8, 4, 2}) {
+    plan.stages = stages;
+    plan.shared_bytes = int64_t{kDecodeWarps} * stages * 512 +
+                        plan.most_jobs * int64_t{sizeof(Job)} + kDecodeSmall + plan.most_input;
+    if (plan.shared_bytes <= shared_limit) {
+      return plan;
+    }
+  }
+  return Error{"the kernel for whole tokens needs " + std::to_string(plan.shared_bytes) +
+               " bytes of shared memory; this GPU has " + std::to_string(shared_limit)};
+}
+
+int64_t bind_decode(const Sizes& sizes, const DecodePlan& plan, float* work, DecodeArgs& args) {
+  int64_t used = 0;
+  const auto take = [&](int64_t floats) {
+    float* const at = work == nullptr ? nullptr : work + used;
+    used += (floats + 31) / 32 * 32;
+    return at;
+  };
+  const int64_t tokens = plan.tokens;
+  args.sizes = sizes;
+  args.products = plan.products();
+  args.phase_begin = 0;
+  args.phase_end = decode_phases(sizes);
+  for (float*& stream : args.stream) {
+    stream = take(tokens * sizes.d_model);
+  }
+  args.squares = take(2 * kMostSplits * kMostDecodeTokens);
+  for (int32_t product = 0; product < kProducts; ++product) {
+    args.splits[product] = plan.splits[product];
+    args.widths[product] = plan.widths[product];
+    if (product != kHead) {
+      args.outputs[product] = take(plan.splits[product] * tokens * plan.widths[product]);
+    }
+  }
+  args.attended = take(tokens * sizes.heads * kMostParts * sizes.head_dim);
+  args.softmax = take(tokens * sizes.heads * kMostParts * 2);
+  return used;
+}
+
+}  // namespace rabit::gpu

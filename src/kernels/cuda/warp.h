@@ -1,0 +1,202 @@
+// What the kernels of the runtime share: products of fragments on tensor cores, copies that do not
+// wait, halves, sums over a warp. Compiled by nvcc, or as plain C++ after tests/cuda_emulator.h,
+// where (and on GPUs that lack the instruction) the products are written out over shuffles.
+#pragma once
+
+#ifndef RABIT_CUDA_EMULATOR
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define RABIT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+#include "base/half.h"
+
+namespace rabit::gpu {
+
+constexpr unsigned kAllLanes = 0xFFFFFFFFU;
+
+__device__ __forceinline__ float as_float(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+__device__ __forceinline__ uint32_t as_bits(float value) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+__device__ __forceinline__ float from_half(uint16_t half) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(half));
+#else
+  return rabit::half_to_float(half);
+#endif
+}
+
+__device__ __forceinline__ uint16_t to_half(float value) {
+#ifdef __CUDA_ARCH__
+  return __half_as_ushort(__float2half_rn(value));
+#else
+  return rabit::float_to_half(value);
+#endif
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int step = 16; step >= 1; step /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, step);
+  }
+  return value;
+}
+
+__device__ __forceinline__ int warp_sum(int value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kAllLanes, value);
+#else
+#pragma unroll
+  for (int step = 16; step >= 1; step /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, step);
+  }
+  return value;
+#endif
+}
+
+/// Of values that are not negative; infinities and NaN win.
+__device__ __forceinline__ float warp_max_magnitude(float value) {
+  uint32_t bits = as_bits(value);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return as_float(__reduce_max_sync(kAllLanes, bits));
+#else
+#pragma unroll
+  for (int step = 16; step >= 1; step /= 2) {
+    const uint32_t other = __shfl_xor_sync(kAllLanes, bits, step);
+    bits = other > bits ? other : bits;
+  }
+  return as_float(bits);
+#endif
+}
+
+/// Bit j of what lane b gets is bit b of what lane j gave.
+__device__ __forceinline__ uint32_t transpose_bits(uint32_t bits, int lane) {
+  constexpr uint32_t kLow[5] = {0x55555555U, 0x33333333U, 0x0F0F0F0FU, 0x00FF00FFU, 0x0000FFFFU};
+#pragma unroll
+  for (int i = 4; i >= 0; --i) {
+    const int step = 1 << i;
+    const uint32_t other = __shfl_xor_sync(kAllLanes, bits, step);
+    const bool upper = (lane & step) != 0;
+    const uint32_t keep = upper ? ~kLow[i] : kLow[i];
+    const uint32_t moved = upper ? other >> step : other << step;
+    bits = (bits & keep) | (moved & ~keep);
+  }
+  return bits;
+}
+
+/// c += A B over 256 bits: c[row, n] += popcount(A[row] & B[n]), A 16 rows and B 8 columns in
+/// fragments as mma.m16n8k256 has them.
+__device__ __forceinline__ void multiply_bits(int (&c)[4], const uint4& a, uint32_t b0, uint32_t b1,
+                                              int lane) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+#else
+  for (int u = 0; u < 4; ++u) {
+    const int row = lane / 4 * 4 + u;
+    const uint32_t x = __shfl_sync(kAllLanes, a.x, row), y = __shfl_sync(kAllLanes, a.y, row);
+    const uint32_t z = __shfl_sync(kAllLanes, a.z, row), w = __shfl_sync(kAllLanes, a.w, row);
+    for (int e = 0; e < 2; ++e) {
+      const int column = (lane % 4 * 2 + e) * 4 + u;
+      const uint32_t p = __shfl_sync(kAllLanes, b0, column), q = __shfl_sync(kAllLanes, b1, column);
+      c[e] += __popc(x & p) + __popc(z & q);
+      c[2 + e] += __popc(y & p) + __popc(w & q);
+    }
+  }
+#endif
+}
+
+/// c += A B over 16 columns of halves, fragments as mma.m16n8k16 has them.
+__device__ __forceinline__ void multiply_halves(float (&c)[4], uint32_t a0, uint32_t a1,
+                                                uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
+                                                int lane) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+  const auto dot = [](uint32_t x, uint32_t y) {
+    return from_half(static_cast<uint16_t>(x)) * from_half(static_cast<uint16_t>(y)) +
+           from_half(static_cast<uint16_t>(x >> 16)) * from_half(static_cast<uint16_t>(y >> 16));
+  };
+  for (int u = 0; u < 4; ++u) {
+    const int row = lane / 4 * 4 + u;
+    const uint32_t x0 = __shfl_sync(kAllLanes, a0, row), x1 = __shfl_sync(kAllLanes, a1, row);
+    const uint32_t x2 = __shfl_sync(kAllLanes, a2, row), x3 = __shfl_sync(kAllLanes, a3, row);
+    for (int e = 0; e < 2; ++e) {
+      const int column = (lane % 4 * 2 + e) * 4 + u;
+      const uint32_t p = __shfl_sync(kAllLanes, b0, column), q = __shfl_sync(kAllLanes, b1, column);
+      c[e] += dot(x0, p) + dot(x2, q);
+      c[2 + e] += dot(x1, p) + dot(x3, q);
+    }
+  }
+#endif
+}
+
+/// Starts to copy 16 bytes of device memory to shared memory, where the GPU can.
+__device__ __forceinline__ void copy_16(uint4* shared, const void* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from)
+               : "memory");
+#else
+  *shared = *static_cast<const uint4*>(from);
+#endif
+}
+
+__device__ __forceinline__ void end_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+/// Until at most kPending of the groups that end_copies() closed are under way.
+template <int kPending>
+__device__ __forceinline__ void await_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+/// What other blocks wrote in this launch: not from the first-level cache.
+__device__ __forceinline__ float read_fresh(const float* at) {
+#ifdef __CUDA_ARCH__
+  return __ldcg(at);
+#else
+  return *at;
+#endif
+}
+__device__ __forceinline__ float4 read_fresh_4(const float* at) {
+#ifdef __CUDA_ARCH__
+  return __ldcg(reinterpret_cast<const float4*>(at));
+#else
+  return *reinterpret_cast<const float4*>(at);
+#endif
+}
+
+}  // namespace rabit::gpu
