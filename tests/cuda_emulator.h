@@ -21,6 +21,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __shared__ static
 #define __restrict__ __restrict
@@ -204,6 +205,7 @@ template <typename T>
 T __shfl_sync(unsigned, T value, int source) {
   return rabit::emulator::Block::current()->exchange(value, static_cast<unsigned>(source));
 }
+inline long long clock64() { return 0; }
 inline int atomicAdd(int* at, int value) { return std::exchange(*at, *at + value); }
 inline unsigned __ballot_sync(unsigned mask, bool set) {
   const unsigned lane = rabit::emulator::Block::current()->lane();

@@ -14,7 +14,6 @@
 #include "base/half.h"
 #include "kernels/api/gpu_decode.h"
 #include "kernels/api/kernels.h"
-#include "kernels/cuda/decode.h"
 
 namespace rabit {
 namespace {

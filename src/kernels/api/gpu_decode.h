@@ -95,6 +95,7 @@ struct DecodeArgs {
   float* attended = nullptr;           // (tokens, heads, kMostParts, head_dim)
   float* softmax = nullptr;            // (tokens, heads, kMostParts, 2): maximum and sum
   float* logits = nullptr;             // (tokens, vocab)
+  int64_t* clocks = nullptr;  // null, or (phases + 1): a multiprocessor's clock at the phases' ends
   uint32_t* barrier = nullptr;         // one counter, zero before the first launch
 };
 
@@ -106,8 +107,8 @@ int64_t bind_decode(const Sizes& sizes, const DecodePlan& plan, float* work, Dec
 /// times blocks.
 inline int32_t decode_phases(const Sizes& sizes) { return 5 * sizes.layers + 1; }
 
-/// Starts the pass of plan.tokens tokens, each of another sequence, on the stream. Errors: what
-/// CUDA says of the launch.
-Status decode(const DecodeArgs& args, const DecodePlan& plan, CUstream_st* stream);
+/// Starts the pass of plan.tokens tokens, each of another sequence, on the stream, and returns what
+/// CUDA says of it, 0: it started.
+int launch_decode(const DecodeArgs& args, const DecodePlan& plan, CUstream_st* stream);
 
 }  // namespace rabit::gpu

@@ -286,6 +286,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   Weights weights(shared.jobs, 0, end - begin, shared.ring, stages);
 
+  const bool watched = args.clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0;
+  if (watched) {
+    args.clocks[args.phase_begin] = clock64();
+  }
   for (int phase = args.phase_begin; phase < args.phase_end; ++phase) {
     const int layer = phase / 5, part = phase % 5;
     const int from = first[product_of(phase)] - begin, to = first[product_of(phase) + 1] - begin;
@@ -309,6 +313,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     if (phase + 1 < args.phase_end) {
       wait_for_grid(args.barrier, args.barrier_start + (phase - args.phase_begin + 1) * gridDim.x);
+    }
+    if (watched) {
+      args.clocks[phase + 1] = clock64();
     }
   }
 }

@@ -6,9 +6,6 @@
 
 namespace rabit::gpu {
 
-/// Starts the kernel; a cudaError_t.
-int launch_decode(const DecodeArgs& args, const DecodePlan& plan, CUstream_st* stream);
-
 constexpr int kWarps = kDecodeWarps, kThreads = 32 * kWarps, kMostPaths = 4;
 
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }

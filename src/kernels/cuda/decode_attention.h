@@ -79,7 +79,7 @@ __device__ __forceinline__ void turn(const DecodeArgs& args, int layer, int toke
 }
 
 template <int kTokens>
-__device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const Shared& shared) {
+__device__ __noinline__ void attend(const DecodeArgs& args, int layer, const Shared& shared) {
   constexpr int kHeads = 4, kAhead = 2;  // query heads and positions that a warp takes at once
   const Sizes& sizes = args.sizes;
   const int d = sizes.head_dim, group = sizes.heads / sizes.kv_heads;
