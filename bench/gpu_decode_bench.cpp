@@ -171,6 +171,7 @@ int main(int argc, char** argv) {
                       make(config.d_model, config.d_q()), make(config.d_ff, config.d_model),
                       make(config.d_ff, config.d_model), make(config.d_model, config.d_ff)});
   }
+  const float* const output_norm = ones();
   const gpu::Linear head = dense(memory, config.vocab_size, config.d_model);
 
   cudaDeviceProp device;
@@ -183,7 +184,7 @@ int main(int argc, char** argv) {
     int32_t wanted[gpu::kProducts] = {};
     std::copy_n(splits.begin(), std::min<size_t>(splits.size(), gpu::kProducts), wanted);
     const auto planned =
-        gpu::plan_decode(sizes, blocks, head, device.multiProcessorCount, count,
+        gpu::plan_decode(sizes, blocks, head, output_norm, device.multiProcessorCount, count,
                          static_cast<int64_t>(device.sharedMemPerBlockOptin), wanted);
     if (!planned) {
       std::fprintf(stderr, "%s\n", planned.error().message.c_str());
@@ -194,8 +195,6 @@ int main(int argc, char** argv) {
     const int64_t work = gpu::bind_decode(sizes, plan, nullptr, args);
     gpu::bind_decode(sizes, plan, static_cast<float*>(memory.room(work * 4)), args);
     args.jobs = memory.put(plan.jobs), args.first = memory.put(plan.first);
-    args.blocks = memory.put(blocks);
-    args.output_norm = ones();
     args.embedding = memory.halves(config.vocab_size * config.d_model, 1.0F);
     args.cos_sin =
         memory.put(std::vector<float>(static_cast<size_t>((context + 1) * config.head_dim), 0.7F));

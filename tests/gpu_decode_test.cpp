@@ -109,6 +109,7 @@ class RandomDecoder {
       packed(s.d_model, s.d_ff, shape.paths);
     }
     norms.push_back(floats(s.d_model));
+    output_norm = memory.put(norms.back());
     shape.dense_head ? dense(s.vocab, s.d_model) : packed(s.vocab, s.d_model, shape.paths);
     for (int layer = 0; layer < s.layers; ++layer) {
       const Matrix* const m = &matrices[static_cast<size_t>(7 * layer)];
@@ -127,6 +128,7 @@ class RandomDecoder {
   const gpu::Linear& head() const { return matrices.back().device; }
 
   DeviceMemory memory;
+  const float* output_norm = nullptr;
   gpu::Sizes sizes;
   std::vector<Matrix> matrices;
   std::vector<std::vector<float>> norms;
@@ -315,8 +317,8 @@ double largest_error(const Shape& shape, int grid, int tokens, int steps,
       cos_sin.push_back(static_cast<float>(std::sin(angle)));
     }
   }
-  const auto planned =
-      gpu::plan_decode(s, decoder.blocks, decoder.head(), grid, tokens, 227 << 10, splits);
+  const auto planned = gpu::plan_decode(s, decoder.blocks, decoder.head(), decoder.output_norm,
+                                        grid, tokens, 227 << 10, splits);
   if (!planned) {
     ADD_FAILURE() << planned.error().message;
     return INFINITY;
@@ -329,8 +331,6 @@ double largest_error(const Shape& shape, int grid, int tokens, int steps,
   const int64_t cache = int64_t{s.layers} * s.kv_heads * capacity * s.head_dim;
   const std::vector<uint16_t> nans(static_cast<size_t>(cache * tokens), 0x7E00);
   args.jobs = memory.put(plan.jobs), args.first = memory.put(plan.first);
-  args.blocks = memory.put(decoder.blocks);
-  args.output_norm = memory.put(decoder.norms.back());
   args.embedding = memory.put(decoder.embedding);
   args.cos_sin = memory.put(cos_sin);
   args.keys = memory.put(nans), args.values = memory.put(nans);
@@ -417,13 +417,14 @@ TEST(GpuDecode, SizesItDoesNotTake) {
                                     {sizes(1, 60, 96, 4, 2, 16, 50), "multiple of 8"},
                                     {sizes(1, 40, 96, 4, 2, 16, 50), "multiple of 32"}}) {
     const RandomDecoder decoder({wrong, 1}, 1);
-    const auto plan = gpu::plan_decode(wrong, decoder.blocks, decoder.head(), 3, 1, 227 << 10, {});
+    const auto plan = gpu::plan_decode(wrong, decoder.blocks, decoder.head(), decoder.output_norm,
+                                       3, 1, 227 << 10, {});
     ASSERT_FALSE(plan);
     EXPECT_NE(plan.error().message.find(what), std::string::npos) << plan.error().message;
   }
   const RandomDecoder decoder({sizes(1, 64, 96, 4, 2, 16, 50), 1}, 1);
-  const auto plan =
-      gpu::plan_decode(decoder.sizes, decoder.blocks, decoder.head(), 3, 1, 16 << 10, {});
+  const auto plan = gpu::plan_decode(decoder.sizes, decoder.blocks, decoder.head(),
+                                     decoder.output_norm, 3, 1, 16 << 10, {});
   ASSERT_FALSE(plan);
   EXPECT_NE(plan.error().message.find("shared memory"), std::string::npos);
 }

@@ -34,6 +34,7 @@ struct alignas(16) Job {
   const void* weights = nullptr;
   const uint16_t* row_scale = nullptr;
   const uint16_t* col_scale = nullptr;
+  const float* norm = nullptr;  // (d_in) of the norm before the product; null: none
   int32_t d_out = 0, d_in = 0;
   int32_t row_begin = 0, row_end = 0;  // tiles of kTileRows
   int32_t out = 0;                     // column of the product's output where row 0 goes
@@ -66,8 +67,8 @@ struct DecodePlan {
 /// of 8, matrices of F16 with columns that are no multiple of 32, more than the shared memory
 /// holds).
 Result<DecodePlan> plan_decode(const Sizes& sizes, const std::vector<Block>& blocks,
-                               const Linear& head, int32_t grid, int32_t tokens,
-                               int64_t shared_limit, const int32_t (&splits)[kProducts]);
+                               const Linear& head, const float* output_norm, int32_t grid,
+                               int32_t tokens, int64_t shared_limit, const int32_t (&splits)[kProducts]);
 
 /// What the kernel reads and writes, all in device memory but the struct itself.
 struct DecodeArgs {
@@ -78,7 +79,6 @@ struct DecodeArgs {
   uint32_t barrier_start = 0;              // the counter's value before the launch
   const Job* jobs = nullptr;
   const int32_t* first = nullptr;
-  const Block* blocks = nullptr;        // (layers)
   const float* output_norm = nullptr;   // (d_model)
   const uint16_t* embedding = nullptr;  // F16 (vocab, d_model)
   const float* cos_sin = nullptr;       // (capacity, head_dim / 2, 2)

@@ -33,6 +33,7 @@ class Weights {
     for (int i = 1; i < stages_; ++i) {
       issue();
     }
+    next_ = read();
   }
 
   /// The rows of a job that the first warp takes before others change from job to job.
@@ -40,6 +41,13 @@ class Weights {
 
   /// This lane's 16 bytes of the next piece.
   __device__ __forceinline__ uint4 take() {
+    const uint4 piece = next_;
+    next_ = read();
+    return piece;
+  }
+
+ private:
+  __device__ __forceinline__ uint4 read() {
     issue();
     switch (stages_) {
       case 16:
@@ -60,7 +68,6 @@ class Weights {
     return piece;
   }
 
- private:
   __device__ __forceinline__ void issue() {
     if (job_ < end_) {
       copy_16(ring_ + write_ * 32, at_);
@@ -119,6 +126,7 @@ class Weights {
   const char* at_ = nullptr;
   const char* outer_ = nullptr;
   int64_t inner_stride_ = 0, outer_stride_ = 0;
+  uint4 next_;  // read before it is asked for
   uint4* ring_;
   int stages_, read_ = 0, write_ = 0;
 };
@@ -142,16 +150,46 @@ __device__ __forceinline__ void packed_rows(const Job& job, int index, const Sha
     const int row = tile * kTileRows + group + 8 * (quad & 1);
     const int scaled = row < job.d_out ? row : job.d_out - 1;
     float sums[kTokens] = {};
+#pragma unroll 1
     for (int path = 0; path < paths; ++path) {
       const float row_scale = from_half(job.row_scale[path * int64_t{job.d_out} + scaled]);
       int low[kTokens][4] = {}, high[kTokens][4] = {};
-      for (int column = 0; column < tiles; ++column) {
-        const uint4 signs = weights.take();
+      const uint4* input = bits + path * 32;
+      const int next = paths * 32, other = tiles * next;  // column tile, token
+      if constexpr (kTokens == 1) {
+        // Sums of two tiles, so that each waits less for the last.
+        int low2[4] = {}, high2[4] = {};
+#pragma unroll 1
+        for (int column = 0; column < tiles; column += 2) {
+          const int count = column + 1 < tiles ? 2 : 1;
+          uint4 signs = make_uint4(0, 0, 0, 0), signs2 = signs;
+#pragma unroll 1
+          for (int i = 0; i < count; ++i) {
+            signs = signs2;
+            signs2 = weights.take();
+          }
+          const uint4 x = input[0], x2 = input[count == 2 ? next : 0];
+          input += 2 * next;
+          multiply_bits(low[0], signs, x.x, x.y, lane());
+          multiply_bits(high[0], signs, x.z, x.w, lane());
+          multiply_bits(low2, signs2, x2.x, x2.y, lane());
+          multiply_bits(high2, signs2, x2.z, x2.w, lane());
+        }
 #pragma unroll
-        for (int token = 0; token < kTokens; ++token) {
-          const uint4 input = bits[((token * tiles + column) * paths + path) * 32];
-          multiply_bits(low[token], signs, input.x, input.y, lane());
-          multiply_bits(high[token], signs, input.z, input.w, lane());
+        for (int i = 0; i < 4; ++i) {
+          low[0][i] += low2[i], high[0][i] += high2[i];
+        }
+      } else {
+#pragma unroll 1
+        for (int column = 0; column < tiles; ++column) {
+          const uint4 signs = weights.take();
+#pragma unroll
+          for (int token = 0; token < kTokens; ++token) {
+            const uint4 x = input[token * other];
+            multiply_bits(low[token], signs, x.x, x.y, lane());
+            multiply_bits(high[token], signs, x.z, x.w, lane());
+          }
+          input += next;
         }
       }
 #pragma unroll
@@ -193,8 +231,14 @@ __device__ __forceinline__ void dense_rows(const Job& job, int index, const Shar
       shared.halves<kTokens>(job) + (group < kUsed ? group : 0) * (columns + 32) + quad * 8;
   for (int tile = job.row_begin + Weights::first_row(index); tile < job.row_end; tile += kWarps) {
     float even[4] = {}, odd[4] = {};
+#pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const uint4 upper = weights.take(), lower = weights.take();
+      uint4 upper = make_uint4(0, 0, 0, 0), lower = upper;
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        upper = lower;
+        lower = weights.take();
+      }
       const uint4 x = *reinterpret_cast<const uint4*>(input + step * 32);
       multiply_halves(even, upper.x, lower.x, upper.y, lower.y, x.x, x.y, lane());
       multiply_halves(odd, upper.z, lower.z, upper.w, lower.w, x.z, x.w, lane());
@@ -219,30 +263,57 @@ __device__ __forceinline__ void dense_rows(const Job& job, int index, const Shar
   }
 }
 
-template <int kTokens, typename Input>
-__device__ __forceinline__ void multiply(const DecodeArgs& args, Product product, int begin,
-                                         int end, const Shared& shared, Weights& weights,
-                                         const Input& input) {
-  for (int index = begin; index < end; ++index) {
-    const Job& job = shared.jobs[index];
-    if (index > begin) {
-      __syncthreads();  // the last job's input has been read
-    }
-    prepare<kTokens>(job, shared, input);
-    Output<kTokens> output;
-    output.stride = product == kHead ? args.sizes.vocab : args.widths[product];
-    output.out = product == kHead ? args.logits
-                                  : args.outputs[product] + job.split * kTokens * output.stride;
-    output.out += job.out;
+/// A job, once the values of its columns lie in shared memory.
+template <int kTokens>
+__device__ __forceinline__ void multiply(const DecodeArgs& args, Product product, int index,
+                                         const Shared& shared, Weights& weights) {
+  const Job& job = shared.jobs[index];
+  make_operand<kTokens>(args, product, job, shared);
+  Output<kTokens> output;
+  const bool head = product == kHead;
+  output.stride = head ? args.sizes.vocab : args.widths[product];
+  output.out =
+      (head ? args.logits : args.outputs[product] + job.split * kTokens * output.stride) + job.out;
 #pragma unroll
-    for (int token = 0; token < kTokens; ++token) {
-      output.factor[token] =
-          product == kHead ? reciprocal_root(block_squares(shared, token), args.sizes) : 1.0F;
+  for (int token = 0; token < kTokens; ++token) {
+    output.factor[token] = head ? reciprocal_root(block_squares(shared, token), args.sizes) : 1.0F;
+  }
+  if (job.format == static_cast<int>(Format::kResidualBinary)) {
+    packed_rows<kTokens>(job, index, shared, weights, output);
+  } else {
+    dense_rows<kTokens>(job, index, shared, weights, output);
+  }
+}
+
+/// Brings near what the block will read of a product beside weights and what others write.
+__device__ __forceinline__ void fetch_scales(const Shared& shared, int product) {
+  constexpr int kLine = 128;
+  const auto fetch = [](const void* at, int bytes) {
+#pragma unroll 1
+    for (int i = lane() * kLine; i < bytes; i += 32 * kLine) {
+      fetch_ahead(static_cast<const char*>(at) + i);
     }
+  };
+#pragma unroll 1
+  for (int index = shared.first[product]; index < shared.first[product + 1]; ++index) {
+    const Job& job = shared.jobs[index];
+    const int first = job.column_begin * kTileColumns, row = job.row_begin * kTileRows;
+    const int end =
+        job.column_end * kTileColumns < job.d_in ? job.column_end * kTileColumns : job.d_in;
+    const int last = job.row_end * kTileRows < job.d_out ? job.row_end * kTileRows : job.d_out;
     if (job.format == static_cast<int>(Format::kResidualBinary)) {
-      packed_rows<kTokens>(job, index, shared, weights, output);
-    } else {
-      dense_rows<kTokens>(job, index, shared, weights, output);
+      if (const int path = warp() % kMostPaths; path < job.paths && warp() < kMostPaths) {
+        fetch(job.col_scale + path * int64_t{job.d_in} + first, 2 * (end - first));
+      } else if (path < job.paths && warp() < 2 * kMostPaths) {
+        fetch(job.row_scale + path * int64_t{job.d_out} + row, 2 * (last - row));
+      }
+    }
+    if (warp() >= 2 * kMostPaths && job.norm != nullptr) {
+      const int begin = first + (warp() - 2 * kMostPaths) * kTileColumns;
+#pragma unroll 1
+      for (int at = begin; at < end; at += (kWarps - 2 * kMostPaths) * kTileColumns) {
+        fetch(job.norm + at, 4 * (end - at < kTileColumns ? end - at : kTileColumns));
+      }
     }
   }
 }
@@ -270,7 +341,7 @@ template <int kTokens>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeArgs args, int stages, int most_jobs) {
   RABIT_DYNAMIC_SHARED(memory);
-  const Shared shared(memory, stages, most_jobs);
+  const Shared shared(memory, stages, most_jobs, args.products);
   const Sizes& sizes = args.sizes;
   const auto product_of = [&](int phase) {  // or of the next phase that has one
     return phase / 5 * 4 + (phase % 5 < 2 ? phase % 5 : phase % 5 - 1);
@@ -280,8 +351,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int end = first[product_of(args.phase_end)];
   constexpr int kWords = sizeof(Job) / sizeof(uint4);
   for (int i = threadIdx.x; i < (end - begin) * kWords; i += kThreads) {
-    reinterpret_cast<uint4*>(shared.own_jobs)[i] =
-        reinterpret_cast<const uint4*>(args.jobs + begin)[i];
+    reinterpret_cast<uint4*>(shared.jobs)[i] = reinterpret_cast<const uint4*>(args.jobs + begin)[i];
+  }
+  for (int i = threadIdx.x; i <= args.products; i += kThreads) {
+    shared.first[i] = first[i] - begin;
+  }
+  if (const int token = threadIdx.x; token < kTokens) {
+    shared.tokens[token] = args.tokens[token];
+    shared.positions[token] = args.positions[token];
+    shared.sequences[token] = args.sequences != nullptr ? args.sequences[token] : token;
   }
   __syncthreads();
   Weights weights(shared.jobs, 0, end - begin, shared.ring, stages);
@@ -292,24 +370,34 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   for (int phase = args.phase_begin; phase < args.phase_end; ++phase) {
     const int layer = phase / 5, part = phase % 5;
-    const int from = first[product_of(phase)] - begin, to = first[product_of(phase) + 1] - begin;
-    if (layer == sizes.layers) {
-      const StreamInput<kTokens> input(args, layer, kHead);
-      multiply<kTokens>(args, kHead, from, to, shared, weights, input);
-    } else if (part == 0) {
-      const StreamInput<kTokens> input(args, layer, kQkv);
-      multiply<kTokens>(args, kQkv, from, to, shared, weights, input);
-    } else if (part == 1) {
+    const int from = shared.first[product_of(phase)], to = shared.first[product_of(phase) + 1];
+    if (phase + 1 < args.phase_end) {
+      if (part == 0 && layer < sizes.layers) {
+        fetch_cache<kTokens>(args, layer, shared);
+      }
+      fetch_scales(shared, product_of(phase + 1));
+    }
+    const bool head = layer == sizes.layers;
+    if (part == 1 && !head) {
       attend<kTokens>(args, layer, shared);
-    } else if (part == 2) {
-      const AttendedInput<kTokens> input(args);
-      multiply<kTokens>(args, kOutput, from, to, shared, weights, input);
-    } else if (part == 3) {
-      const StreamInput<kTokens> input(args, layer, kGateUp);
-      multiply<kTokens>(args, kGateUp, from, to, shared, weights, input);
     } else {
-      const GatedInput<kTokens> input(args);
-      multiply<kTokens>(args, kDown, from, to, shared, weights, input);
+      const Product product = head ? kHead : part == 0 ? kQkv : static_cast<Product>(part - 1);
+#pragma unroll 1
+      for (int index = from; index < to; ++index) {
+        const Job& job = shared.jobs[index];
+        if (index > from) {
+          __syncthreads();  // the last job's input has been read
+        }
+        if (product == kOutput) {
+          read_values<kTokens>(job, shared, AttendedInput<kTokens>(args, shared));
+        } else if (product == kDown) {
+          read_values<kTokens>(job, shared, GatedInput<kTokens>(args));
+        } else {
+          read_values<kTokens>(job, shared,
+                               StreamInput<kTokens>(args, shared, phase == 0, product));
+        }
+        multiply<kTokens>(args, product, index, shared, weights);
+      }
     }
     if (phase + 1 < args.phase_end) {
       wait_for_grid(args.barrier, args.barrier_start + (phase - args.phase_begin + 1) * gridDim.x);

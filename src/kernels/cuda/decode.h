@@ -16,22 +16,29 @@ __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 3
 /// + 32).
 struct Shared {
   uint4* ring;       // (warps, stages, 32)
-  Job* own_jobs;     // those of this block
-  const Job* jobs;   // the same
+  Job* jobs;         // those of this block
+  int* first;        // (products + 1) into them
   uint32_t* maxima;  // (tokens, kMostPaths, warps), the bits of floats
   float* squares;    // (tokens, warps)
   float* scales;     // (tokens, kMostPaths)
   int* totals;       // (tokens, kMostPaths)
+  int* tokens;       // (tokens), as the next two
+  int* positions;
+  int* sequences;
   float* input;
 
-  __device__ __forceinline__ Shared(unsigned char* memory, int stages, int most_jobs) {
+  __device__ __forceinline__ Shared(unsigned char* memory, int stages, int most_jobs,
+                                    int products) {
     ring = reinterpret_cast<uint4*>(memory);
-    own_jobs = reinterpret_cast<Job*>(memory + kWarps * stages * 512);
-    jobs = own_jobs;
-    maxima = reinterpret_cast<uint32_t*>(own_jobs + most_jobs);
+    jobs = reinterpret_cast<Job*>(memory + kWarps * stages * 512);
+    first = reinterpret_cast<int*>(jobs + most_jobs);
+    maxima = reinterpret_cast<uint32_t*>(first + (products / 4 + 1) * 4);
     squares = reinterpret_cast<float*>(maxima + kMostDecodeTokens * kMostPaths * kWarps);
     scales = squares + kMostDecodeTokens * kWarps;
     totals = reinterpret_cast<int*>(scales + kMostDecodeTokens * kMostPaths);
+    tokens = totals + kMostDecodeTokens * kMostPaths;
+    positions = tokens + kMostDecodeTokens;
+    sequences = positions + kMostDecodeTokens;
     input = reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(maxima) + kDecodeSmall);
   }
 
@@ -60,16 +67,30 @@ __device__ __forceinline__ float block_squares(const Shared& shared, int token) 
   return sum;
 }
 
-/// The same of all columns, from what the jobs of the product before wrote; `which`: 0 of q, k, v,
-/// 1 of gate and up.
-__device__ __forceinline__ float grid_squares(const DecodeArgs& args, int which, int token) {
-  const float* const at = args.squares + which * kMostSplits * kMostDecodeTokens + token;
-  const int splits = args.splits[which == 0 ? kQkv : kGateUp];
+/// The sum of `count` values that other blocks wrote; all are asked for before the first is used.
+__device__ __forceinline__ float sum_fresh(const float* at, int count, int64_t stride) {
+  constexpr int kAhead = 4;
   float sum = 0;
-  for (int split = 0; split < splits; ++split) {
-    sum += read_fresh(at + split * kMostDecodeTokens);
+#pragma unroll 1
+  for (int first = 0; first < count; first += kAhead) {
+    float each[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      each[i] = read_fresh(at + (first + i) * stride, first + i < count);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      sum += each[i];
+    }
   }
   return sum;
+}
+
+/// The sum of squares over all columns, from what the jobs of the product before wrote; `which`: 0
+/// of q, k, v, 1 of gate and up.
+__device__ __forceinline__ float grid_squares(const DecodeArgs& args, int which, int token) {
+  return sum_fresh(args.squares + which * kMostSplits * kMostDecodeTokens + token,
+                   args.splits[which == 0 ? kQkv : kGateUp], kMostDecodeTokens);
 }
 
 /// Parts that the positions up to `position` are cut into, and how many positions each has.

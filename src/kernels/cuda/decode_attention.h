@@ -7,25 +7,6 @@
 
 namespace rabit::gpu {
 
-/// A warp's softmax so far, of one query head, and eight neighbours of the weighted sum of values.
-struct Softmax {
-  float most = -INFINITY, sum = 0;
-  float values[8] = {};
-
-  __device__ __forceinline__ void merge(float other_most, float other_sum,
-                                        const float (&other)[8]) {
-    const float both = fmaxf(most, other_most);
-    const float mine = most == -INFINITY ? 0.0F : exp2f(most - both);
-    const float theirs = other_most == -INFINITY ? 0.0F : exp2f(other_most - both);
-    sum = sum * mine + other_sum * theirs;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      values[i] = values[i] * mine + other[i] * theirs;
-    }
-    most = both;
-  }
-};
-
 __device__ __forceinline__ void eight_halves(const uint4& bits, float (&out)[8]) {
   const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
@@ -35,33 +16,81 @@ __device__ __forceinline__ void eight_halves(const uint4& bits, float (&out)[8])
   }
 }
 
-/// The queries of a KV head, turned and scaled, to `queries` (group, head_dim); the new key and
-/// value as halves to `key` and `value` where the part has the last position, and to the cache.
+/// Some positions of a KV head of a token.
+struct Unit {
+  int token, kv, part, position, begin, end;
+  int64_t cache;  // where its keys and values begin, position 0
+
+  /// Units of the grid, some without positions.
+  template <int kTokens>
+  static __device__ __forceinline__ int count(const Sizes& sizes) {
+    return kTokens * sizes.kv_heads * Parts(sizes, kTokens, 1 << 30).count;
+  }
+  template <int kTokens>
+  static __device__ __forceinline__ Unit at(const DecodeArgs& args, int layer, const Shared& shared,
+                                            int index) {
+    const Sizes& sizes = args.sizes;
+    const int parts = Parts(sizes, kTokens, 1 << 30).count;
+    Unit unit;
+    unit.part = index % parts;
+    unit.kv = index / parts % sizes.kv_heads;
+    unit.token = index / parts / sizes.kv_heads;
+    unit.position = shared.positions[unit.token];
+    const Parts own(sizes, kTokens, unit.position);
+    unit.begin = unit.part * own.length;
+    unit.end =
+        unit.begin + own.length < unit.position + 1 ? unit.begin + own.length : unit.position + 1;
+    if (unit.part >= own.count) {
+      unit.end = unit.begin;
+    }
+    unit.cache = shared.sequences[unit.token] * args.sequence_stride +
+                 (int64_t{layer} * sizes.kv_heads + unit.kv) * args.capacity * sizes.head_dim;
+    return unit;
+  }
+};
+
+/// Brings the block's keys and values nearer while the products before attention run.
 template <int kTokens>
-__device__ __forceinline__ void turn(const DecodeArgs& args, int layer, int token, int kv,
-                                     bool last, float* queries, uint16_t* key, uint16_t* value) {
+__device__ __forceinline__ void fetch_cache(const DecodeArgs& args, int layer,
+                                            const Shared& shared) {
+  constexpr int kLine = 64, kMost = 512;  // halves of a line; lines of keys, and of values
+  const int d = args.sizes.head_dim;
+  for (int index = blockIdx.x; index < Unit::count<kTokens>(args.sizes); index += gridDim.x) {
+    const Unit unit = Unit::at<kTokens>(args, layer, shared, index);
+    const int halves = (unit.end - unit.begin) * d;
+    const int64_t first = unit.cache + int64_t{unit.begin} * d;
+    const int line = threadIdx.x % (kThreads / 2);
+#pragma unroll 1
+    for (int i = line; i < kMost && i * kLine < halves; i += kThreads / 2) {
+      fetch_ahead((threadIdx.x < kThreads / 2 ? args.keys : args.values) + first + i * kLine);
+    }
+  }
+}
+
+/// The queries of a KV head, turned and scaled, to `queries` (group, head_dim); where the unit has
+/// the last position, the new key and value as halves to `key` and `value`, and to the cache.
+template <int kTokens>
+__device__ __forceinline__ void turn(const DecodeArgs& args, const Unit& unit, float* queries,
+                                     uint16_t* key, uint16_t* value) {
   const Sizes& sizes = args.sizes;
-  const int width = args.widths[kQkv], splits = args.splits[kQkv], d = sizes.head_dim;
-  const int group = sizes.heads / sizes.kv_heads, position = args.positions[token];
-  const float root = reciprocal_root(grid_squares(args, 0, token), sizes);
-  const float* const output = args.outputs[kQkv] + token * width;
-  const float* const angles = args.cos_sin + int64_t{position} * d;
-  const int sequence = args.sequences != nullptr ? args.sequences[token] : token;
-  const int64_t place = sequence * args.sequence_stride +
-                        ((int64_t{layer} * sizes.kv_heads + kv) * args.capacity + position) * d;
+  const int d = sizes.head_dim, group = sizes.heads / sizes.kv_heads;
+  const int64_t width = args.widths[kQkv];
+  const bool last = unit.end == unit.position + 1;
+  const float* const output = args.outputs[kQkv] + unit.token * width;
+  const float* const angles = args.cos_sin + int64_t{unit.position} * d;
   const int pairs = (group + (last ? 2 : 0)) * d / 2;
+#pragma unroll 1
   for (int i = threadIdx.x; i < pairs; i += kThreads) {
     const int head = i / (d / 2), at = i % (d / 2) * 2;
-    const int column = head < group ? (kv * group + head) * d + at
-                                    : (sizes.heads + (head - group) * sizes.kv_heads + kv) * d + at;
-    float a = 0, b = 0;
-    for (int split = 0; split < splits; ++split) {
-      const float* const from = output + split * int64_t{kTokens} * width + column;
-      a += read_fresh(from), b += read_fresh(from + 1);
-    }
+    const int column = head < group
+                           ? (unit.kv * group + head) * d + at
+                           : (sizes.heads + (head - group) * sizes.kv_heads + unit.kv) * d + at;
+    const float cosine = angles[at], sine = angles[at + 1];
+    float a = sum_fresh(output + column, args.splits[kQkv], kTokens * width);
+    float b = sum_fresh(output + column + 1, args.splits[kQkv], kTokens * width);
+    const float root = reciprocal_root(grid_squares(args, 0, unit.token), sizes);
     a *= root, b *= root;
     if (head <= group) {
-      const float cosine = angles[at], sine = angles[at + 1];
       const float turned = a * cosine - b * sine;
       b = a * sine + b * cosine;
       a = turned;
@@ -71,141 +100,201 @@ __device__ __forceinline__ void turn(const DecodeArgs& args, int layer, int toke
       queries[head * d + at] = a * scale, queries[head * d + at + 1] = b * scale;
     } else {
       uint16_t* const own = head == group ? key : value;
-      uint16_t* const cache = (head == group ? args.keys : args.values) + place + at;
+      uint16_t* const cache =
+          (head == group ? args.keys : args.values) + unit.cache + int64_t{unit.position} * d + at;
       own[at] = cache[0] = to_half(a);
       own[at + 1] = cache[1] = to_half(b);
     }
   }
 }
 
+/// A warp's softmax of up to kHeads query heads over its positions: of each head the largest score,
+/// the sum of exponentials and, in each lane, eight neighbours of the weighted sum of values.
+template <int kHeads>
+struct Softmax {
+  float most[kHeads], sum[kHeads], values[kHeads][8];
+};
+
+template <int kHeads>
+__device__ __forceinline__ void attend_positions(const DecodeArgs& args, const Unit& unit,
+                                                 int width, const float* queries, int heads,
+                                                 const uint16_t* key, const uint16_t* value,
+                                                 Softmax<kHeads>& softmax) {
+  constexpr int kAhead = 2;
+  const int d = args.sizes.head_dim;
+  const int each = 32 / width, sub = lane() / width, at = lane() % width * 8;
+  const bool active = at < d;
+  float query[kHeads][8];
+#pragma unroll
+  for (int head = 0; head < kHeads; ++head) {
+    softmax.most[head] = -INFINITY, softmax.sum[head] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      softmax.values[head][i] = 0;
+      query[head][i] = active && head < heads ? queries[head * d + at + i] : 0.0F;
+    }
+  }
+#pragma unroll 1
+  for (int base = unit.begin + warp() * each; base < unit.end; base += kWarps * each * kAhead) {
+    uint4 keys[kAhead], values[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int p = base + sub + i * kWarps * each;
+      keys[i] = values[i] = make_uint4(0, 0, 0, 0);
+      if (p < unit.end && active) {
+        const int64_t place = unit.cache + int64_t{p} * d + at;
+        const bool fresh = p == unit.position;
+        keys[i] = *reinterpret_cast<const uint4*>(fresh ? key + at : args.keys + place);
+        values[i] = *reinterpret_cast<const uint4*>(fresh ? value + at : args.values + place);
+      }
+    }
+    float scores[kHeads][kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      float k[8];
+      eight_halves(keys[i], k);
+#pragma unroll
+      for (int head = 0; head < kHeads; ++head) {
+        float score = 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          score += query[head][j] * k[j];
+        }
+        scores[head][i] = score;
+      }
+    }
+#pragma unroll 1
+    for (int step = width / 2; step >= 1; step /= 2) {
+#pragma unroll
+      for (int head = 0; head < kHeads; ++head) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          scores[head][i] += __shfl_xor_sync(kAllLanes, scores[head][i], step);
+        }
+      }
+    }
+#pragma unroll
+    for (int head = 0; head < kHeads; ++head) {
+      float most = softmax.most[head];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (base + sub + i * kWarps * each >= unit.end) {
+          scores[head][i] = -INFINITY;
+        }
+        most = fmaxf(most, scores[head][i]);
+      }
+      const float kept = most == -INFINITY ? 1.0F : exp2f(softmax.most[head] - most);
+      softmax.most[head] = most;
+      softmax.sum[head] *= kept;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        softmax.values[head][j] *= kept;
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        scores[head][i] = most == -INFINITY ? 0.0F : exp2f(scores[head][i] - most);
+        softmax.sum[head] += scores[head][i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      float v[8];
+      eight_halves(values[i], v);
+#pragma unroll
+      for (int head = 0; head < kHeads; ++head) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          softmax.values[head][j] += scores[head][i] * v[j];
+        }
+      }
+    }
+  }
+  // The lanes' groups, which had other positions, together.
+#pragma unroll 1
+  for (int step = width; step < 32; step *= 2) {
+#pragma unroll
+    for (int head = 0; head < kHeads; ++head) {
+      const float other = __shfl_xor_sync(kAllLanes, softmax.most[head], step);
+      const float both = fmaxf(softmax.most[head], other);
+      const float mine = both == -INFINITY ? 0.0F : exp2f(softmax.most[head] - both);
+      const float theirs = both == -INFINITY ? 0.0F : exp2f(other - both);
+      softmax.most[head] = both;
+      softmax.sum[head] =
+          softmax.sum[head] * mine + __shfl_xor_sync(kAllLanes, softmax.sum[head], step) * theirs;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        softmax.values[head][j] =
+            softmax.values[head][j] * mine +
+            __shfl_xor_sync(kAllLanes, softmax.values[head][j], step) * theirs;
+      }
+    }
+  }
+}
+
 template <int kTokens>
-__device__ __noinline__ void attend(const DecodeArgs& args, int layer, const Shared& shared) {
-  constexpr int kHeads = 4, kAhead = 2;  // query heads and positions that a warp takes at once
+__device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const Shared& shared) {
+  constexpr int kHeads = 2;  // query heads that a warp takes at once
   const Sizes& sizes = args.sizes;
   const int d = sizes.head_dim, group = sizes.heads / sizes.kv_heads;
   int width = 1;  // lanes that share a position
   while (width * 8 < d) {
     width *= 2;
   }
-  const int each = 32 / width, sub = lane() / width, at = lane() % width * 8;
-  const bool active = at < d;
   float* const queries = shared.input;                                 // (group, d)
   auto* const key = reinterpret_cast<uint16_t*>(queries + group * d);  // (d)
   auto* const value = key + 2 * d;
-  float* const sums = queries + group * d + 2 * d;  // (warps, d)
-  float* const states = sums + kWarps * d;          // (warps, 2)
-  const int most_parts = Parts(sizes, kTokens, 1 << 30).count;
-  const int units = kTokens * sizes.kv_heads * most_parts;
-  for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
-    const int token = unit / (sizes.kv_heads * most_parts);
-    const int kv = unit / most_parts % sizes.kv_heads, part = unit % most_parts;
-    const int position = args.positions[token];
-    const Parts parts(sizes, kTokens, position);
-    if (part >= parts.count) {
+  float* const sums = queries + (group + 2) * d;    // (group, warps, d)
+  float* const states = sums + group * kWarps * d;  // (group, warps, 2)
+  for (int index = blockIdx.x; index < Unit::count<kTokens>(sizes); index += gridDim.x) {
+    const Unit unit = Unit::at<kTokens>(args, layer, shared, index);
+    if (unit.begin == unit.end) {
       continue;
     }
-    const int begin = part * parts.length;
-    const int end = begin + parts.length < position + 1 ? begin + parts.length : position + 1;
     __syncthreads();
-    turn<kTokens>(args, layer, token, kv, begin <= position && position < end, queries, key, value);
+    turn<kTokens>(args, unit, queries, key, value);
     __syncthreads();
-    const int sequence = args.sequences != nullptr ? args.sequences[token] : token;
-    const int64_t place = sequence * args.sequence_stride +
-                          (int64_t{layer} * sizes.kv_heads + kv) * args.capacity * d + at;
+#pragma unroll 1
     for (int first = 0; first < group; first += kHeads) {
-      Softmax softmax[kHeads];
-      float query[kHeads][8] = {};
-#pragma unroll
-      for (int head = 0; head < kHeads; ++head) {
-        if (active && first + head < group) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            query[head][i] = queries[(first + head) * d + at + i];
-          }
-        }
-      }
-      for (int base = begin + warp() * each + sub; base - sub < end;
-           base += kWarps * each * kAhead) {
-        uint4 keys[kAhead], values[kAhead];
-#pragma unroll
-        for (int ahead = 0; ahead < kAhead; ++ahead) {
-          const int p = base + ahead * kWarps * each;
-          keys[ahead] = values[ahead] = make_uint4(0, 0, 0, 0);
-          if (p < end && active) {
-            const bool fresh = p == position;
-            const uint16_t* const k = fresh ? key + at : args.keys + place + int64_t{p} * d;
-            const uint16_t* const v = fresh ? value + at : args.values + place + int64_t{p} * d;
-            keys[ahead] = *reinterpret_cast<const uint4*>(k);
-            values[ahead] = *reinterpret_cast<const uint4*>(v);
-          }
-        }
-#pragma unroll
-        for (int ahead = 0; ahead < kAhead; ++ahead) {
-          float k[8], v[8];
-          eight_halves(keys[ahead], k);
-          eight_halves(values[ahead], v);
-          const bool inside = base + ahead * kWarps * each < end;
-#pragma unroll
-          for (int head = 0; head < kHeads; ++head) {
-            if (first + head < group) {
-              float score = 0;
-#pragma unroll
-              for (int i = 0; i < 8; ++i) {
-                score += query[head][i] * k[i];
-              }
-              for (int step = width / 2; step >= 1; step /= 2) {
-                score += __shfl_xor_sync(kAllLanes, score, step);
-              }
-              if (inside) {
-                softmax[head].merge(score, 1.0F, v);
-              }
-            }
-          }
-        }
-      }
+      Softmax<kHeads> softmax;
+      attend_positions(args, unit, width, queries + first * d, group - first, key, value, softmax);
+      const int at = lane() * 8;  // of the first group of lanes
 #pragma unroll
       for (int head = 0; head < kHeads; ++head) {
         if (first + head < group) {
-          Softmax& own = softmax[head];
-          for (int step = width; step < 32; step *= 2) {
-            float other[8];
-            const float most = __shfl_xor_sync(kAllLanes, own.most, step);
-            const float sum = __shfl_xor_sync(kAllLanes, own.sum, step);
+          const int row = (first + head) * kWarps + warp();
+          if (at < d && lane() < width) {
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              other[i] = __shfl_xor_sync(kAllLanes, own.values[i], step);
-            }
-            own.merge(most, sum, other);
-          }
-          if (sub == 0 && active) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              sums[warp() * d + at + i] = own.values[i];
+            for (int j = 0; j < 8; ++j) {
+              sums[row * d + at + j] = softmax.values[head][j];
             }
           }
           if (lane() == 0) {
-            states[2 * warp()] = own.most, states[2 * warp() + 1] = own.sum;
+            states[2 * row] = softmax.most[head], states[2 * row + 1] = softmax.sum[head];
           }
-          __syncthreads();
-          const int64_t to =
-              (int64_t{token} * sizes.heads + kv * group + first + head) * kMostParts + part;
-          if (static_cast<int>(threadIdx.x) < d) {
-            float most = states[0], sum = 0, out = 0;
-            for (int w = 1; w < kWarps; ++w) {
-              most = fmaxf(most, states[2 * w]);
-            }
-            for (int w = 0; w < kWarps; ++w) {
-              const float weight = states[2 * w] == -INFINITY ? 0.0F : exp2f(states[2 * w] - most);
-              sum += weight * states[2 * w + 1];
-              out += weight * sums[w * d + threadIdx.x];
-            }
-            args.attended[to * d + threadIdx.x] = out;
-            if (threadIdx.x == 0) {
-              args.softmax[2 * to] = most, args.softmax[2 * to + 1] = sum;
-            }
-          }
-          __syncthreads();
         }
+      }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < group * d; i += kThreads) {
+      const int head = i / d, at = i % d;
+      const float* const state = states + head * kWarps * 2;
+      float most = -INFINITY, sum = 0, out = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        most = fmaxf(most, state[2 * w]);
+      }
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float weight = exp2f(state[2 * w] - most);
+        sum += weight * state[2 * w + 1];
+        out += weight * sums[(head * kWarps + w) * d + at];
+      }
+      const int64_t to =
+          (int64_t{unit.token} * sizes.heads + unit.kv * group + head) * kMostParts + unit.part;
+      args.attended[to * d + at] = out;
+      if (at == 0) {
+        args.softmax[2 * to] = most, args.softmax[2 * to + 1] = sum;
       }
     }
   }

@@ -10,69 +10,85 @@ __device__ __forceinline__ void add_4(float4& to, const float4& x) {
   to.x += x.x, to.y += x.y, to.z += x.z, to.w += x.w;
 }
 
-__device__ __forceinline__ float4 four_halves(const uint16_t* at) {
-  const uint2 bits = *reinterpret_cast<const uint2*>(at);
+__device__ __forceinline__ float4 four_halves(uint2 bits) {
   return make_float4(
       from_half(static_cast<uint16_t>(bits.x)), from_half(static_cast<uint16_t>(bits.x >> 16)),
       from_half(static_cast<uint16_t>(bits.y)), from_half(static_cast<uint16_t>(bits.y >> 16)));
 }
 
-/// The sum over the splits of a product's output at four neighbours.
-__device__ __forceinline__ float4 sum_splits(const float* at, int splits, int64_t stride) {
-  float4 sum = read_fresh_4(at);
-#pragma unroll 4
-  for (int split = 1; split < splits; ++split) {
-    add_4(sum, read_fresh_4(at + split * stride));
+/// What the splits of a product gave at four neighbours, first all asked for, then added up.
+struct Splits {
+  static constexpr int kAhead = 4;
+  float4 each[kAhead];
+
+  __device__ __forceinline__ void ask(const float* at, int splits, int64_t stride) {
+#pragma unroll
+    for (int split = 0; split < kAhead; ++split) {
+      each[split] = read_fresh_4(at + split * stride, split < splits);
+    }
   }
-  return sum;
-}
+  __device__ __forceinline__ float4 sum(const float* at, int splits, int64_t stride) {
+    float4 out = each[0];
+#pragma unroll
+    for (int split = 1; split < kAhead; ++split) {
+      add_4(out, each[split]);
+    }
+#pragma unroll 1
+    for (int split = kAhead; split < splits; split += kAhead) {
+      ask(at + split * stride, splits - split, stride);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        add_4(out, each[i]);
+      }
+    }
+    return out;
+  }
+};
 
 /// The residual stream, with what the last product adds to it, times the norm's weights; the norm
 /// itself, one factor, is left to whoever reads the product.
 template <int kTokens>
 struct StreamInput {
   const DecodeArgs& args;
+  const Shared& shared;
   const float* stream;  // (tokens, d_model); null: the embedding
-  const float* added;   // (splits, tokens, d_model); null: nothing
-  const float* norm;    // (d_model)
+  const float* added;   // (splits, tokens, d_model)
   float* next;          // where a leading job keeps the stream; null: nobody reads it again
-  float* squares;       // (splits, tokens): where it keeps the sums of squares
-  int splits;
+  int splits;           // of `added`
+  static constexpr bool kNormed = true;
 
-  __device__ __forceinline__ StreamInput(const DecodeArgs& a, int layer, Product product)
-      : args(a) {
-    if (product == kGateUp) {
-      stream = args.stream[1];
-      added = args.outputs[kOutput];
-      splits = args.splits[kOutput];
-      norm = args.blocks[layer].ffn_norm;
-      next = args.stream[0];
-    } else {
-      stream = layer == 0 ? nullptr : args.stream[0];
-      added = layer == 0 ? nullptr : args.outputs[kDown];
-      splits = args.splits[kDown];
-      norm = product == kHead ? args.output_norm : args.blocks[layer].attn_norm;
-      next = product == kHead ? nullptr : args.stream[1];
-    }
-    squares = args.squares + (product == kGateUp ? kMostSplits * kMostDecodeTokens : 0);
+  __device__ __forceinline__ StreamInput(const DecodeArgs& a, const Shared& s, bool embedding,
+                                         Product product)
+      : args(a), shared(s) {
+    const bool second = product == kGateUp;
+    stream = embedding ? nullptr : args.stream[second ? 1 : 0];
+    added = args.outputs[second ? kOutput : kDown];
+    splits = embedding ? 0 : args.splits[second ? kOutput : kDown];
+    next = product == kHead ? nullptr : args.stream[second ? 0 : 1];
   }
 
-  __device__ __forceinline__ float4 load(int token, int column, bool leads, float& sum) const {
-    const int width = args.sizes.d_model;
-    float4 x;
-    if (stream != nullptr) {
-      x = read_fresh_4(stream + token * width + column);
-    } else {
-      x = four_halves(args.embedding + int64_t{args.tokens[token]} * width + column);
-    }
-    if (added != nullptr) {
-      add_4(x, sum_splits(added + token * width + column, splits, kTokens * width));
-    }
+  struct Asked {
+    float4 stream, norm;
+    Splits added;
+  };
+  __device__ __forceinline__ void ask(const Job& job, int token, int column, Asked& asked) const {
+    const int64_t width = args.sizes.d_model, at = token * width + column;
+    asked.stream = stream != nullptr ? read_fresh_4(stream + at)
+                                     : four_halves(*reinterpret_cast<const uint2*>(
+                                           args.embedding + shared.tokens[token] * width + column));
+    asked.added.ask(added + at, splits, kTokens * width);
+    asked.norm = *reinterpret_cast<const float4*>(job.norm + column);
+  }
+  __device__ __forceinline__ float4 value(const Job& job, int token, int column, Asked& asked,
+                                          float& sum) const {
+    const int64_t width = args.sizes.d_model, at = token * width + column;
+    float4 x = asked.stream;
+    add_4(x, asked.added.sum(added + at, splits, kTokens * width));
     sum += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
-    if (leads && next != nullptr) {
-      *reinterpret_cast<float4*>(next + token * width + column) = x;
+    if (job.leads != 0 && next != nullptr) {
+      *reinterpret_cast<float4*>(next + at) = x;
     }
-    const float4 n = *reinterpret_cast<const float4*>(norm + column);
+    const float4& n = asked.norm;
     return make_float4(x.x * n.x, x.y * n.y, x.z * n.z, x.w * n.w);
   }
 };
@@ -81,30 +97,64 @@ struct StreamInput {
 template <int kTokens>
 struct AttendedInput {
   const DecodeArgs& args;
-  static constexpr float* squares = nullptr;
+  const Shared& shared;
+  static constexpr bool kNormed = false;
 
-  __device__ __forceinline__ explicit AttendedInput(const DecodeArgs& a) : args(a) {}
+  __device__ __forceinline__ AttendedInput(const DecodeArgs& a, const Shared& s)
+      : args(a), shared(s) {}
 
-  __device__ __forceinline__ float4 load(int token, int column, bool, float&) const {
-    const Sizes& sizes = args.sizes;
-    const int head = column / sizes.head_dim, at = column % sizes.head_dim;
-    const Parts parts(sizes, kTokens, args.positions[token]);
-    const int64_t place = (int64_t{token} * sizes.heads + head) * kMostParts;
-    const float* const softmax = args.softmax + place * 2;
-    const float* const attended = args.attended + place * sizes.head_dim + at;
-    float most = read_fresh(softmax);
-#pragma unroll 4
-    for (int part = 1; part < parts.count; ++part) {
-      most = fmaxf(most, read_fresh(softmax + 2 * part));
+  static constexpr int kAhead = 4;
+  struct Asked {
+    float4 values[kAhead];
+    float most[kAhead], sum[kAhead];
+    const float *softmax, *attended;
+    int count;
+
+    __device__ __forceinline__ void ask(int first, int head_dim) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const bool there = first + i < count;
+        most[i] = read_fresh(softmax + 2 * (first + i), there);
+        most[i] = there ? most[i] : -INFINITY;
+        sum[i] = read_fresh(softmax + 2 * (first + i) + 1, there);
+        values[i] = read_fresh_4(attended + (first + i) * head_dim, there);
+      }
     }
-    float sum = 0;
+  };
+  __device__ __forceinline__ void ask(const Job&, int token, int column, Asked& asked) const {
+    const Sizes& sizes = args.sizes;
+    const int head = column / sizes.head_dim;
+    const int64_t place = (int64_t{token} * sizes.heads + head) * kMostParts;
+    asked.softmax = args.softmax + place * 2;
+    asked.attended = args.attended + place * sizes.head_dim + column % sizes.head_dim;
+    asked.count = Parts(sizes, kTokens, shared.positions[token]).count;
+    asked.ask(0, sizes.head_dim);
+  }
+  __device__ __forceinline__ float4 value(const Job&, int, int, Asked& asked, float&) const {
+    float most = -INFINITY, sum = 0;
     float4 out = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-    for (int part = 0; part < parts.count; ++part) {
-      const float weight = exp2f(read_fresh(softmax + 2 * part) - most);
-      const float4 x = read_fresh_4(attended + part * sizes.head_dim);
-      sum += weight * read_fresh(softmax + 2 * part + 1);
-      add_4(out, make_float4(weight * x.x, weight * x.y, weight * x.z, weight * x.w));
+#pragma unroll 1
+    for (int first = 0;;) {
+      float both = most;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        both = fmaxf(both, asked.most[i]);
+      }
+      const float kept = exp2f(most - both);
+      sum *= kept, out.x *= kept, out.y *= kept, out.z *= kept, out.w *= kept;
+      most = both;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const float weight = exp2f(asked.most[i] - most);
+        const float4& x = asked.values[i];
+        sum += weight * asked.sum[i];
+        add_4(out, make_float4(weight * x.x, weight * x.y, weight * x.z, weight * x.w));
+      }
+      first += kAhead;
+      if (first >= asked.count) {
+        break;
+      }
+      asked.ask(first, args.sizes.head_dim);
     }
     const float scale = 1.0F / sum;
     return make_float4(scale * out.x, scale * out.y, scale * out.z, scale * out.w);
@@ -115,42 +165,58 @@ struct AttendedInput {
 template <int kTokens>
 struct GatedInput {
   const DecodeArgs& args;
-  float root[kTokens];
-  static constexpr float* squares = nullptr;
+  static constexpr bool kNormed = false;
 
-  __device__ __forceinline__ explicit GatedInput(const DecodeArgs& a) : args(a) {
-#pragma unroll
-    for (int token = 0; token < kTokens; ++token) {
-      root[token] = reciprocal_root(grid_squares(args, 1, token), args.sizes);
-    }
-  }
+  __device__ __forceinline__ explicit GatedInput(const DecodeArgs& a) : args(a) {}
 
-  __device__ __forceinline__ float4 load(int token, int column, bool, float&) const {
-    const int width = args.widths[kGateUp], splits = args.splits[kGateUp];
+  struct Asked {
+    Splits gate, up;
+  };
+  __device__ __forceinline__ void ask(const Job&, int token, int column, Asked& asked) const {
+    const int64_t width = args.widths[kGateUp];
     const float* const at = args.outputs[kGateUp] + token * width + column;
-    const float4 gate = sum_splits(at, splits, kTokens * width);
-    const float4 up = sum_splits(at + args.sizes.d_ff, splits, kTokens * width);
+    asked.gate.ask(at, args.splits[kGateUp], kTokens * width);
+    asked.up.ask(at + args.sizes.d_ff, args.splits[kGateUp], kTokens * width);
+  }
+  __device__ __forceinline__ float4 value(const Job&, int token, int column, Asked& asked,
+                                          float&) const {
+    const int64_t width = args.widths[kGateUp];
+    const float* const at = args.outputs[kGateUp] + token * width + column;
+    const float root = reciprocal_root(grid_squares(args, 1, token), args.sizes);
+    const float4 gate = asked.gate.sum(at, args.splits[kGateUp], kTokens * width);
+    const float4 up = asked.up.sum(at + args.sizes.d_ff, args.splits[kGateUp], kTokens * width);
     const auto one = [&](float g, float u) {
-      g *= root[token];
-      return g / (1.0F + exp2f(-1.44269504F * g)) * (u * root[token]);
+      g *= root;
+      return g / (1.0F + exp2f(-1.44269504F * g)) * (u * root);
     };
     return make_float4(one(gate.x, up.x), one(gate.y, up.y), one(gate.z, up.z), one(gate.w, up.w));
   }
 };
 
-/// Planes of bits of all tokens and paths; a warp takes 256 columns at a time.
+/// Planes of bits of all tokens and paths; a warp takes half a column tile at a time: the words
+/// that two lanes of each four will hold.
 template <int kTokens>
 __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) {
   constexpr float kShift = 12582912.0F;  // 1.5 * 2^23: a float's low bits are then the integer
   constexpr int kShiftBits = 0x4B400000;
   const int tiles = job.column_end - job.column_begin, paths = job.paths;
   const int plane = lane() % 16, group = plane % 8;
-  for (int item = warp(); item < kTokens * tiles; item += kWarps) {
-    const int token = item / tiles, tile = item % tiles;
+  for (int item = warp(); item < 2 * kTokens * tiles; item += kWarps) {
+    const int half = item % 2, token = item / 2 / tiles, tile = item / 2 % tiles;
     const float* const values = shared.input + (token * tiles + tile) * kTileColumns;
     const int first = (job.column_begin + tile) * kTileColumns;
+#pragma unroll 1
     for (int path = 0; path < paths; path += 2) {
       const bool two = path + 1 < paths;
+      const uint16_t* const scales = job.col_scale + path * int64_t{job.d_in} + first;
+      uint16_t halves[4][2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = (i / 2 * 4 + half * 2 + i % 2) * 32 + lane();
+        const bool inside = first + at < job.d_in;
+        halves[i][0] = inside ? scales[at] : uint16_t{0};
+        halves[i][1] = inside && two ? scales[job.d_in + at] : uint16_t{0};
+      }
       float inverse[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -158,25 +224,20 @@ __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) 
         const float most =
             warp_max_magnitude(as_float(shared.maxima[at * kWarps + lane() % kWarps]));
         inverse[i] = most > 0 ? 32767.0F / most : 0.0F;
-        if (tile == 0 && lane() == 0) {
+        if (tile == 0 && half == 0 && lane() == 0) {
           shared.scales[at] = most / 32767.0F;
         }
       }
-      const uint16_t* const scales = job.col_scale + path * int64_t{job.d_in};
-      uint32_t bits[8];
+      uint32_t bits[4];
       int sums[2] = {0, 0};
 #pragma unroll
-      for (int word = 0; word < 8; ++word) {
-        const int at = word * 32 + lane();
-        const bool inside = first + at < job.d_in;
-        const float value = values[at];
-        const float h0 = inside ? from_half(scales[first + at]) : 0.0F;
-        const float h1 = inside && two ? from_half(scales[job.d_in + first + at]) : 0.0F;
-        const uint32_t q0 = as_bits(value * h0 * inverse[0] + kShift);
-        const uint32_t q1 = as_bits(value * h1 * inverse[1] + kShift);
+      for (int i = 0; i < 4; ++i) {
+        const float value = values[(i / 2 * 4 + half * 2 + i % 2) * 32 + lane()];
+        const uint32_t q0 = as_bits(value * from_half(halves[i][0]) * inverse[0] + kShift);
+        const uint32_t q1 = as_bits(value * from_half(halves[i][1]) * inverse[1] + kShift);
         sums[0] += static_cast<int>(q0) - kShiftBits;
         sums[1] += static_cast<int>(q1) - kShiftBits;
-        bits[word] = transpose_bits((q0 & 0xFFFFU) | (q1 << 16), lane());
+        bits[i] = transpose_bits((q0 & 0xFFFFU) | (q1 << 16), lane());
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -189,10 +250,10 @@ __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) 
         auto* const to = reinterpret_cast<uint32_t*>(
             shared.bits<kTokens>(job) + ((token * tiles + tile) * paths + path + lane() / 16) * 32);
 #pragma unroll
-        for (int quad = 0; quad < 4; ++quad) {
+        for (int i = 0; i < 2; ++i) {
           uint2 pair;
-          pair.x = bits[quad], pair.y = bits[quad + 4];
-          *reinterpret_cast<uint2*>(to + group * 16 + 4 * (quad ^ ((group >> 1) & 3)) +
+          pair.x = bits[i], pair.y = bits[i + 2];
+          *reinterpret_cast<uint2*>(to + group * 16 + 4 * ((half * 2 + i) ^ ((group >> 1) & 3)) +
                                     plane / 8 * 2) = pair;
         }
       }
@@ -227,39 +288,55 @@ __device__ __forceinline__ void make_halves(const Job& job, const Shared& shared
   }
 }
 
-/// The input of a job's columns, ready for its rows.
+/// The values of a job's columns to shared memory, the largest of each path beside them.
 template <int kTokens, typename Input>
-__device__ __forceinline__ void prepare(const Job& job, const Shared& shared, const Input& input) {
+__device__ __forceinline__ void read_values(const Job& job, const Shared& shared,
+                                            const Input& input) {
   const bool packed = job.format == static_cast<int>(Format::kResidualBinary);
   const int columns = (job.column_end - job.column_begin) * kTileColumns;
   const int first = job.column_begin * kTileColumns;
   uint32_t maxima[kTokens][kMostPaths] = {};
   float squares[kTokens] = {};
+#pragma unroll 1
   for (int i = 4 * threadIdx.x; i < columns; i += 4 * kThreads) {
     const bool inside = first + i < job.d_in;
-    float4 scales[kMostPaths];
+    uint2 halves[kMostPaths];
 #pragma unroll
     for (int path = 0; path < kMostPaths; ++path) {
-      scales[path] = packed && path < job.paths && inside
-                         ? four_halves(job.col_scale + path * int64_t{job.d_in} + first + i)
-                         : make_float4(1, 1, 1, 1);
-    }
-#pragma unroll
-    for (int token = 0; token < kTokens; ++token) {
-      float4 x = make_float4(0, 0, 0, 0);
-      if (inside) {
-        x = input.load(token, first + i, job.leads != 0, squares[token]);
+      halves[path].x = halves[path].y = 0x3C003C00U;  // ones
+      if (packed && path < job.paths && inside) {
+        halves[path] =
+            *reinterpret_cast<const uint2*>(job.col_scale + path * int64_t{job.d_in} + first + i);
       }
-      *reinterpret_cast<float4*>(shared.input + token * columns + i) = x;
+    }
+    constexpr int kTogether = kTokens < 2 ? 1 : 2;
 #pragma unroll
-      for (int path = 0; path < kMostPaths; ++path) {
-        const auto grow = [&](float value) {
-          const uint32_t bits = as_bits(value) & 0x7FFFFFFFU;
-          maxima[token][path] = bits > maxima[token][path] ? bits : maxima[token][path];
-        };
-        if (path < job.paths) {
-          grow(x.x * scales[path].x), grow(x.y * scales[path].y);
-          grow(x.z * scales[path].z), grow(x.w * scales[path].w);
+    for (int begin = 0; begin < kTokens; begin += kTogether) {
+      typename Input::Asked asked[kTogether];
+      if (inside) {
+#pragma unroll
+        for (int t = 0; t < kTogether; ++t) {
+          input.ask(job, begin + t, first + i, asked[t]);
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < kTogether; ++t) {
+        const int token = begin + t;
+        float4 x = make_float4(0, 0, 0, 0);
+        if (inside) {
+          x = input.value(job, token, first + i, asked[t], squares[token]);
+        }
+        *reinterpret_cast<float4*>(shared.input + token * columns + i) = x;
+#pragma unroll
+        for (int path = 0; path < kMostPaths; ++path) {
+          const auto grow = [&](float value) {
+            const uint32_t bits = as_bits(value) & 0x7FFFFFFFU;
+            maxima[token][path] = bits > maxima[token][path] ? bits : maxima[token][path];
+          };
+          if (path < job.paths) {
+            const float4 scale = four_halves(halves[path]);
+            grow(x.x * scale.x), grow(x.y * scale.y), grow(x.z * scale.z), grow(x.w * scale.w);
+          }
         }
       }
     }
@@ -275,7 +352,7 @@ __device__ __forceinline__ void prepare(const Job& job, const Shared& shared, co
         }
       }
     }
-    if (input.squares != nullptr) {
+    if (Input::kNormed) {
       const float sum = warp_sum(squares[token]);
       if (lane() == 0) {
         shared.squares[token * kWarps + warp()] = sum;
@@ -286,14 +363,21 @@ __device__ __forceinline__ void prepare(const Job& job, const Shared& shared, co
     shared.totals[threadIdx.x] = 0;
   }
   __syncthreads();
-  if (packed) {
+}
+
+/// What the tensor cores take of them.
+template <int kTokens>
+__device__ __forceinline__ void make_operand(const DecodeArgs& args, Product product,
+                                             const Job& job, const Shared& shared) {
+  if (job.format == static_cast<int>(Format::kResidualBinary)) {
     make_bits<kTokens>(job, shared);
   } else {
     make_halves<kTokens>(job, shared);
   }
-  if (input.squares != nullptr && job.leads != 0 && threadIdx.x < kTokens) {
-    input.squares[job.split * kMostDecodeTokens + threadIdx.x] =
-        block_squares(shared, static_cast<int>(threadIdx.x));
+  if ((product == kQkv || product == kGateUp) && job.leads != 0 && threadIdx.x < kTokens) {
+    const int token = static_cast<int>(threadIdx.x), which = product == kQkv ? 0 : 1;
+    args.squares[(which * kMostSplits + job.split) * kMostDecodeTokens + token] =
+        block_squares(shared, token);
   }
   __syncthreads();
 }

@@ -18,18 +18,20 @@ int32_t pieces(const Linear& linear) {
 
 struct Shared {  // matrices that read the same input, one output after the other
   Product product;
+  const float* norm;
   std::vector<const Linear*> linears;
 };
 
-std::vector<Shared> all_products(const std::vector<Block>& blocks, const Linear& head) {
+std::vector<Shared> all_products(const std::vector<Block>& blocks, const Linear& head,
+                                 const float* output_norm) {
   std::vector<Shared> all;
   for (const Block& block : blocks) {
-    all.push_back({kQkv, {&block.q, &block.k, &block.v}});
-    all.push_back({kOutput, {&block.output}});
-    all.push_back({kGateUp, {&block.gate, &block.up}});
-    all.push_back({kDown, {&block.down}});
+    all.push_back({kQkv, block.attn_norm, {&block.q, &block.k, &block.v}});
+    all.push_back({kOutput, nullptr, {&block.output}});
+    all.push_back({kGateUp, block.ffn_norm, {&block.gate, &block.up}});
+    all.push_back({kDown, nullptr, {&block.down}});
   }
-  all.push_back({kHead, {&head}});
+  all.push_back({kHead, output_norm, {&head}});
   return all;
 }
 
@@ -54,6 +56,7 @@ std::vector<std::vector<Job>> share(const Shared& shared, int32_t grid, int32_t 
         job.weights = linear->weights;
         job.row_scale = linear->row_scale;
         job.col_scale = linear->col_scale;
+        job.norm = shared.norm;
         job.d_out = linear->d_out;
         job.d_in = linear->d_in;
         job.format = static_cast<int16_t>(linear->format);
@@ -132,9 +135,10 @@ Status check(const Sizes& sizes, const std::vector<Shared>& all) {
 }  // namespace
 
 Result<DecodePlan> plan_decode(const Sizes& sizes, const std::vector<Block>& blocks,
-                               const Linear& head, int32_t grid, int32_t tokens,
-                               int64_t shared_limit, const int32_t (&splits)[kProducts]) {
-  const std::vector<Shared> all = all_products(blocks, head);
+                               const Linear& head, const float* output_norm, int32_t grid,
+                               int32_t tokens, int64_t shared_limit,
+                               const int32_t (&splits)[kProducts]) {
+  const std::vector<Shared> all = all_products(blocks, head, output_norm);
   RABIT_CHECK(check(sizes, all));
   DecodePlan plan;
   plan.blocks = grid;
@@ -178,14 +182,16 @@ Result<DecodePlan> plan_decode(const Sizes& sizes, const std::vector<Block>& blo
     plan.first.push_back(static_cast<int32_t>(plan.jobs.size()));
     plan.most_jobs = std::max(plan.most_jobs, static_cast<int32_t>(plan.jobs.size() - begin));
   }
-  // What attention holds of one KV head: queries, the new key and value, a sum for each warp.
+  // What attention holds of one KV head: queries, the new key and value, sums of each warp.
   const int64_t group = sizes.heads / sizes.kv_heads;
   plan.most_input =
-      std::max(plan.most_input, (group + 2 + kDecodeWarps) * sizes.head_dim * 4 + kDecodeWarps * 8);
+      std::max(plan.most_input,
+               ((1 + kDecodeWarps) * group + 2) * sizes.head_dim * 4 + group * kDecodeWarps * 8);
+  const int64_t lists = plan.most_jobs * int64_t{sizeof(Job)} + (plan.products() / 4 + 1) * 16;
   for (const int32_t stages : {16, 8, 4, 2}) {
     plan.stages = stages;
-    plan.shared_bytes = int64_t{kDecodeWarps} * stages * 512 +
-                        plan.most_jobs * int64_t{sizeof(Job)} + kDecodeSmall + plan.most_input;
+    plan.shared_bytes =
+        int64_t{kDecodeWarps} * stages * 512 + lists + kDecodeSmall + plan.most_input;
     if (plan.shared_bytes <= shared_limit) {
       return plan;
     }

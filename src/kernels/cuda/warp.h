@@ -183,20 +183,43 @@ __device__ __forceinline__ void await_copies() {
 #endif
 }
 
-/// What other blocks wrote in this launch: not from the first-level cache.
-__device__ __forceinline__ float read_fresh(const float* at) {
+/// Asks for the line of memory to be brought to the second-level cache.
+__device__ __forceinline__ void fetch_ahead(const void* at) {
 #ifdef __CUDA_ARCH__
-  return __ldcg(at);
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 #else
-  return *at;
+  (void)at;
 #endif
 }
-__device__ __forceinline__ float4 read_fresh_4(const float* at) {
+
+/// What other blocks wrote in this launch: not from the first-level cache. 0 unless `wanted`, and
+/// without a branch, so that several are under way at once.
+__device__ __forceinline__ float read_fresh(const float* at, bool wanted = true) {
+  float x = 0;
 #ifdef __CUDA_ARCH__
-  return __ldcg(reinterpret_cast<const float4*>(at));
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.cg.f32 %0, [%1]; }"
+               : "+f"(x)
+               : "l"(at), "r"(static_cast<int>(wanted)));
 #else
-  return *reinterpret_cast<const float4*>(at);
+  if (wanted) {
+    x = *at;
+  }
 #endif
+  return x;
+}
+__device__ __forceinline__ float4 read_fresh_4(const float* at, bool wanted = true) {
+  float4 x = make_float4(0, 0, 0, 0);
+#ifdef __CUDA_ARCH__
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4]; }"
+      : "+f"(x.x), "+f"(x.y), "+f"(x.z), "+f"(x.w)
+      : "l"(at), "r"(static_cast<int>(wanted)));
+#else
+  if (wanted) {
+    x = *reinterpret_cast<const float4*>(at);
+  }
+#endif
+  return x;
 }
 
 }  // namespace rabit::gpu
