@@ -17,7 +17,7 @@ struct CUstream_st;
 
 namespace rabit::gpu {
 
-inline constexpr int32_t kDecodeWarps = 12;
+inline constexpr int32_t kDecodeWarps = 16;
 inline constexpr int32_t kMostDecodeTokens = 8;
 inline constexpr int32_t kMostSplits = 16;
 /// Columns that a block takes of a product at most.
