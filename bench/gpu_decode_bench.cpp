@@ -139,7 +139,7 @@ int main(int argc, char** argv) {
   app.add_option("--context", context, "Position of the token")->check(CLI::Range(1, 131072));
   app.add_option("--tokens", tokens, "Sequences at once")
       ->delimiter(',')
-      ->check(CLI::IsMember({1, 2, 4, 8}));
+      ->check(CLI::IsMember({1, 2, 4}));
   app.add_option("--splits", splits, "Of the columns of qkv, output, gate and up, down")
       ->delimiter(',');
   app.add_option("--repetitions", repetitions);

@@ -20,7 +20,7 @@ class Shared {
  public:
   __device__ __forceinline__ Shared(unsigned char* memory, int stages, int most_jobs, int products)
       : memory_(memory),
-        jobs_(kDecodeSmall + kWarps * stages * 512),
+        jobs_(kDecodeSmall + kWarps * stages * 1024),
         first_(jobs_ + most_jobs * static_cast<int>(sizeof(Job))),
         input_(first_ + (products / 4 + 1) * 16) {}
 
@@ -40,7 +40,7 @@ class Shared {
   __device__ __forceinline__ int* kept() const { return at<int>(kPlaces); }
   __device__ __forceinline__ uint4* ring() const {
     return at<uint4>(kDecodeSmall);
-  }  // (warps, stages, 32)
+  }  // (warps, stages, 2, 32)
   /// Those of this block, and (products + 1) where each product's begin.
   __device__ __forceinline__ Job* jobs() const { return at<Job>(jobs_); }
   __device__ __forceinline__ int* first() const { return at<int>(first_); }

@@ -194,45 +194,47 @@ struct GatedInput {
   }
 };
 
-/// Planes of bits of all tokens and paths; a warp takes half a column tile at a time: the words
-/// that two lanes of each four will hold.
+/// Planes of bits of all tokens and paths; a warp takes two words of a column tile at a time, those
+/// that lanes of one number within their four will hold.
 template <int kTokens>
 __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) {
   constexpr float kShift = 12582912.0F;  // 1.5 * 2^23: a float's low bits are then the integer
   constexpr int kShiftBits = 0x4B400000;
   const int tiles = job.column_end - job.column_begin, paths = job.paths;
   const int plane = lane() % 16, group = plane % 8;
-  for (int item = warp(); item < 2 * kTokens * tiles; item += kWarps) {
-    const int half = item % 2, token = item / 2 / tiles, tile = item / 2 % tiles;
-    const float* const values = shared.input() + (token * tiles + tile) * kTileColumns;
-    const int first = (job.column_begin + tile) * kTileColumns;
+#pragma unroll 1
+  for (int item = warp(); item < 4 * kTokens * tiles; item += kWarps) {
+    const int quad = item % 4, tile = item / 4 % tiles, token = item / 4 / tiles;
+    const int at = tile * kTileColumns + quad * 32 + lane();
+    const float* const values = shared.input() + token * tiles * kTileColumns + at;
+    const int first = job.column_begin * kTileColumns + at;
+    const bool inside[2] = {first < job.d_in, first + 128 < job.d_in};
 #pragma unroll 1
     for (int path = 0; path < paths; path += 2) {
       const bool two = path + 1 < paths;
       const uint16_t* const scales = job.col_scale + path * int64_t{job.d_in} + first;
-      uint16_t halves[4][2];
+      uint16_t halves[2][2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = (i / 2 * 4 + half * 2 + i % 2) * 32 + lane();
-        const bool inside = first + at < job.d_in;
-        halves[i][0] = inside ? scales[at] : uint16_t{0};
-        halves[i][1] = inside && two ? scales[job.d_in + at] : uint16_t{0};
+      for (int i = 0; i < 2; ++i) {
+        halves[i][0] = inside[i] ? scales[128 * i] : uint16_t{0};
+        halves[i][1] = inside[i] && two ? scales[job.d_in + 128 * i] : uint16_t{0};
       }
+      const int place = token * kMostPaths + path;
+      const float most[2] = {as_float(shared.maxima()[place]),
+                             as_float(shared.maxima()[place + 1])};
       float inverse[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int at = token * kMostPaths + (i == 1 && !two ? path : path + i);
-        const float most = as_float(shared.maxima()[at]);
-        inverse[i] = most > 0 ? 32767.0F / most : 0.0F;
-        if (tile == 0 && half == 0 && lane() == 0) {
-          shared.scales()[at] = most / 32767.0F;
-        }
+        inverse[i] = most[i] > 0 ? 32767.0F / most[i] : 0.0F;
       }
-      uint32_t bits[4];
+      if (tile == 0 && quad == 0 && lane() < 2) {
+        shared.scales()[place + lane()] = (lane() == 0 ? most[0] : most[1]) / 32767.0F;
+      }
+      uint32_t bits[2];
       int sums[2] = {0, 0};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float value = values[(i / 2 * 4 + half * 2 + i % 2) * 32 + lane()];
+      for (int i = 0; i < 2; ++i) {
+        const float value = values[128 * i];
         const uint32_t q0 = as_bits(value * from_half(halves[i][0]) * inverse[0] + kShift);
         const uint32_t q1 = as_bits(value * from_half(halves[i][1]) * inverse[1] + kShift);
         sums[0] += static_cast<int>(q0) - kShiftBits;
@@ -243,28 +245,24 @@ __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) 
       for (int i = 0; i < 2; ++i) {
         const int sum = warp_sum(sums[i]);
         if (lane() == 0 && path + i < paths) {
-          atomicAdd(shared.totals() + token * kMostPaths + path + i, sum);
+          atomicAdd(shared.totals() + place + i, sum);
         }
       }
       if (path + lane() / 16 < paths) {
         auto* const to = reinterpret_cast<uint32_t*>(
             shared.bits<kTokens>(job) + ((token * tiles + tile) * paths + path + lane() / 16) * 32);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          uint2 pair;
-          pair.x = bits[i], pair.y = bits[i + 2];
-          *reinterpret_cast<uint2*>(to + group * 16 + 4 * ((half * 2 + i) ^ ((group >> 1) & 3)) +
-                                    plane / 8 * 2) = pair;
-        }
+        uint2 pair;
+        pair.x = bits[0], pair.y = bits[1];
+        *reinterpret_cast<uint2*>(to + group * 16 + 4 * (quad ^ ((group >> 1) & 3)) +
+                                  plane / 8 * 2) = pair;
       }
     }
   }
 }
 
-/// Halves of all tokens, scaled to at most 1; of few tokens also halves of what these leave.
+/// Halves of all tokens, scaled to at most 1, and halves of what these leave.
 template <int kTokens>
 __device__ __forceinline__ void make_halves(const Job& job, const Shared& shared) {
-  constexpr bool kSplit = kTokens <= 4;
   const int columns = (job.column_end - job.column_begin) * kTileColumns;
   uint16_t* const halves = shared.halves<kTokens>(job);
 #pragma unroll
@@ -277,13 +275,17 @@ __device__ __forceinline__ void make_halves(const Job& job, const Shared& shared
     for (int i = threadIdx.x; i < columns; i += kThreads) {
       const float value = shared.input()[token * columns + i] * inverse;
       const uint16_t half = to_half(value);
-      if (kSplit) {
-        halves[2 * token * (columns + 32) + i] = half;
-        halves[(2 * token + 1) * (columns + 32) + i] = to_half(value - from_half(half));
-      } else {
-        halves[token * (columns + 32) + i] = half;
-      }
+      halves[2 * token * (columns + 32) + i] = half;
+      halves[(2 * token + 1) * (columns + 32) + i] = to_half(value - from_half(half));
     }
+  }
+}
+
+/// Before read_values(), and a barrier between them.
+__device__ __forceinline__ void clear_sums(const Shared& shared) {
+  if (threadIdx.x < kMostDecodeTokens * kMostPaths) {
+    shared.maxima()[threadIdx.x] = 0;
+    shared.totals()[threadIdx.x] = 0;
   }
 }
 
@@ -295,11 +297,6 @@ __device__ __forceinline__ void read_values(const Job& job, const Shared& shared
   const bool packed = job.format == static_cast<int>(Format::kResidualBinary);
   const int columns = (job.column_end - job.column_begin) * kTileColumns;
   const int first = job.column_begin * kTileColumns, runs = columns / kRun;
-  for (int i = threadIdx.x; i < kTokens * kMostPaths; i += kThreads) {
-    shared.maxima()[i] = 0;
-    shared.totals()[i] = 0;
-  }
-  __syncthreads();
 #pragma unroll 1
   for (int item = warp(); item < kTokens * runs; item += kWarps) {
     const int token = item / runs, column = first + item % runs * kRun + lane() * 4;
