@@ -82,6 +82,7 @@ struct DecodeArgs {
   Sizes sizes;
   int32_t splits[kProducts], widths[kProducts];
   int32_t products = 0;
+  int32_t fetch_bytes = 8 << 10;           // that a warp asks to be brought nearer, a phase ahead
   int32_t phase_begin = 0, phase_end = 0;  // of phases(); one launch: all
   uint32_t barrier_start = 0;              // the counter's value before the launch
   const Job* jobs = nullptr;

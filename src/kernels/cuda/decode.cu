@@ -172,9 +172,12 @@ __device__ __forceinline__ void packed_rows(const Job& job, int index, const Sha
           multiply_bits(high[path][token], signs, x.z, x.w, lane());
         }
       }
+      const int used = kPaths == 3 && column + 1 == tiles ? 2 : kUsed;  // stages that there are
 #pragma unroll
       for (int i = 0; i < kUsed; ++i) {
-        weights.ask();
+        if (i < used) {
+          weights.ask();
+        }
       }
       input += kTiles * kPaths * 32;
     }
@@ -315,6 +318,31 @@ __device__ __forceinline__ void fetch_scales(const Shared& shared, int product) 
   }
 }
 
+/// Brings nearer the first weights of a product, of the block's jobs `most` bytes of each warp.
+__device__ __forceinline__ void fetch_weights(const Shared& shared, int product, int most) {
+  constexpr int kLine = 128;
+#pragma unroll 1
+  for (int index = shared.first()[product]; index < shared.first()[product + 1]; ++index) {
+    const Job& job = shared.jobs()[index];
+    const bool packed = job.format == static_cast<int>(Format::kResidualBinary);
+    const int lines = packed ? job.pieces * 4 : job.pieces / 4;  // of a row tile, or a row
+    int row = job.row_begin + (warp() + 7 * index) % kWarps, last = job.row_end, step = kWarps;
+    if (!packed) {
+      row *= kTileRows, step = 1;
+      last = last * kTileRows < job.d_out ? last * kTileRows : job.d_out;
+      last = row + kTileRows < last ? row + kTileRows : last;
+    }
+#pragma unroll 1
+    for (; row < last && most > 0; row += step, most -= lines * kLine) {
+      const char* const at = static_cast<const char*>(job.weights) + int64_t{row} * job.row_bytes;
+#pragma unroll 1
+      for (int line = lane(); line < lines; line += 32) {
+        fetch_ahead(at + line * kLine);
+      }
+    }
+  }
+}
+
 /// All blocks have come here, and what they wrote can be read.
 __device__ __forceinline__ void wait_for_grid(const Shared& shared, uint32_t* counter,
                                               uint32_t goal) {
@@ -381,6 +409,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         fetch_cache<kTokens>(args, layer, shared);
       }
       fetch_scales(shared, product_of(phase + 1));
+      // The product after attention comes soon after the one before it.
+      if (part != 2) {
+        fetch_weights(shared,
+                      product_of(phase + 1) + (part == 1 && !(layer == sizes.layers) ? 1 : 0),
+                      args.fetch_bytes);
+      }
     }
     const bool head = layer == sizes.layers;
     if (part == 1 && !head) {
@@ -419,10 +453,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int kTokens, int kStages>
 int launch(const DecodeArgs& args, const DecodePlan& plan, CUstream_st* stream) {
 #ifdef RABIT_CUDA_EMULATOR
-  // Blocks run one after the other: each phase in a launch of its own.
-  for (int phase = args.phase_begin; phase < args.phase_end; ++phase) {
+  // Blocks run one after the other: if there are several, each phase in a launch of its own.
+  const int together = plan.blocks == 1 ? args.phase_end - args.phase_begin : 1;
+  for (int phase = args.phase_begin; phase < args.phase_end; phase += together) {
     DecodeArgs one = args;
-    one.phase_begin = phase, one.phase_end = phase + 1;
+    one.phase_begin = phase, one.phase_end = phase + together;
     const auto kernel = decode_kernel<kTokens, kStages>;
     RABIT_LAUNCH(kernel, dim3(plan.blocks), dim3(kThreads), stream, one, plan.most_jobs);
   }

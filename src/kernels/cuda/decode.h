@@ -13,8 +13,9 @@ constexpr int kMostRuns = kMostJobColumns / kRun;
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
 
-/// A block's shared memory. `input` is, for a product: values (tokens, columns) in F32, then bits
-/// (tokens, column tiles, paths, 32 lanes) of 16 bytes, or halves (columns of the fragment, columns
+/// A block's shared memory. `input` is, for a product: values (tokens, paths, columns) in F32, then
+/// bits (tokens, column tiles, paths, 32 lanes) of 16 bytes, or halves (columns of the fragment,
+/// columns
 /// + 32).
 class Shared {
  public:
@@ -48,8 +49,8 @@ class Shared {
 
   template <int kTokens>
   __device__ __forceinline__ uint4* bits(const Job& job) const {
-    return reinterpret_cast<uint4*>(input() +
-                                    kTokens * (job.column_end - job.column_begin) * kTileColumns);
+    return reinterpret_cast<uint4*>(
+        input() + kTokens * job.paths * (job.column_end - job.column_begin) * kTileColumns);
   }
   template <int kTokens>
   __device__ __forceinline__ uint16_t* halves(const Job& job) const {

@@ -17,8 +17,8 @@ __device__ __forceinline__ float4 four_halves(uint2 bits) {
 }
 
 /// What the splits of a product gave at four neighbours, first all asked for, then added up.
+template <int kAhead>
 struct Splits {
-  static constexpr int kAhead = 4;
   float4 each[kAhead];
 
   __device__ __forceinline__ void ask(const float* at, int splits, int64_t stride) {
@@ -69,7 +69,7 @@ struct StreamInput {
 
   struct Asked {
     float4 stream, norm;
-    Splits added;
+    Splits<8> added;
   };
   __device__ __forceinline__ void ask(const Job& job, int token, int column, Asked& asked) const {
     const int64_t width = args.sizes.d_model, at = token * width + column;
@@ -171,7 +171,7 @@ struct GatedInput {
   __device__ __forceinline__ explicit GatedInput(const DecodeArgs& a) : args(a) {}
 
   struct Asked {
-    Splits gate, up;
+    Splits<4> gate, up;
   };
   __device__ __forceinline__ void ask(const Job&, int token, int column, Asked& asked) const {
     const int64_t width = args.widths[kGateUp];
@@ -206,26 +206,18 @@ __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) 
   for (int item = warp(); item < 4 * kTokens * tiles; item += kWarps) {
     const int quad = item % 4, tile = item / 4 % tiles, token = item / 4 / tiles;
     const int at = tile * kTileColumns + quad * 32 + lane();
-    const float* const values = shared.input() + token * tiles * kTileColumns + at;
-    const int first = job.column_begin * kTileColumns + at;
-    const bool inside[2] = {first < job.d_in, first + 128 < job.d_in};
 #pragma unroll 1
     for (int path = 0; path < paths; path += 2) {
       const bool two = path + 1 < paths;
-      const uint16_t* const scales = job.col_scale + path * int64_t{job.d_in} + first;
-      uint16_t halves[2][2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        halves[i][0] = inside[i] ? scales[128 * i] : uint16_t{0};
-        halves[i][1] = inside[i] && two ? scales[job.d_in + 128 * i] : uint16_t{0};
-      }
+      const float* const values =
+          shared.input() + (token * paths + path) * tiles * kTileColumns + at;
       const int place = token * kMostPaths + path;
       const float most[2] = {as_float(shared.maxima()[place]),
                              as_float(shared.maxima()[place + 1])};
       float inverse[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        inverse[i] = most[i] > 0 ? 32767.0F / most[i] : 0.0F;
+        inverse[i] = most[i] > 0 ? __fdividef(32767.0F, most[i]) : 0.0F;
       }
       if (tile == 0 && quad == 0 && lane() < 2) {
         shared.scales()[place + lane()] = (lane() == 0 ? most[0] : most[1]) / 32767.0F;
@@ -234,9 +226,9 @@ __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) 
       int sums[2] = {0, 0};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float value = values[128 * i];
-        const uint32_t q0 = as_bits(value * from_half(halves[i][0]) * inverse[0] + kShift);
-        const uint32_t q1 = as_bits(value * from_half(halves[i][1]) * inverse[1] + kShift);
+        const float value = two ? values[tiles * kTileColumns + 128 * i] : 0.0F;
+        const uint32_t q0 = as_bits(values[128 * i] * inverse[0] + kShift);
+        const uint32_t q1 = as_bits(value * inverse[1] + kShift);
         sums[0] += static_cast<int>(q0) - kShiftBits;
         sums[1] += static_cast<int>(q1) - kShiftBits;
         bits[i] = transpose_bits((q0 & 0xFFFFU) | (q1 << 16), lane());
@@ -300,7 +292,7 @@ __device__ __forceinline__ void read_values(const Job& job, const Shared& shared
 #pragma unroll 1
   for (int item = warp(); item < kTokens * runs; item += kWarps) {
     const int token = item / runs, column = first + item % runs * kRun + lane() * 4;
-    float4 x = make_float4(0, 0, 0, 0);
+    float4 scaled[kMostPaths] = {};
     float squares = 0;
     uint32_t most[kMostPaths] = {};
     if (column < job.d_in) {
@@ -315,18 +307,26 @@ __device__ __forceinline__ void read_values(const Job& job, const Shared& shared
               *reinterpret_cast<const uint2*>(job.col_scale + path * int64_t{job.d_in} + column);
         }
       }
-      x = input.value(job, token, column, asked, squares);
+      const float4 x = input.value(job, token, column, asked, squares);
 #pragma unroll
       for (int path = 0; path < kMostPaths; ++path) {
+        const float4 scale = four_halves(halves[path]);
+        scaled[path] = make_float4(x.x * scale.x, x.y * scale.y, x.z * scale.z, x.w * scale.w);
+      }
+    }
+#pragma unroll
+    for (int path = 0; path < kMostPaths; ++path) {
+      if (path < job.paths) {
+        const float4& y = scaled[path];
+        *reinterpret_cast<float4*>(shared.input() + (token * job.paths + path) * columns + column -
+                                   first) = y;
         const auto grow = [&](float value) {
           const uint32_t bits = as_bits(value) & 0x7FFFFFFFU;
           most[path] = bits > most[path] ? bits : most[path];
         };
-        const float4 scale = four_halves(halves[path]);
-        grow(x.x * scale.x), grow(x.y * scale.y), grow(x.z * scale.z), grow(x.w * scale.w);
+        grow(y.x), grow(y.y), grow(y.z), grow(y.w);
       }
     }
-    *reinterpret_cast<float4*>(shared.input() + token * columns + column - first) = x;
 #pragma unroll
     for (int path = 0; path < kMostPaths; ++path) {
       if (path < job.paths) {

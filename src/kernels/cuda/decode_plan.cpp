@@ -121,12 +121,12 @@ double estimate(const std::vector<std::vector<Job>>& jobs, int32_t splits, int32
   return slowest + kPerSplit * splits;
 }
 
-/// Values of the input in F32, and what the tensor cores take of them: 16 bits a path, or two
-/// halves, rows 64 bytes apart from a multiple of 128.
+/// Values of the input in F32, of packed weights for each path, and what the tensor cores take of
+/// them: 16 bits a path, or two halves, rows 64 bytes apart from a multiple of 128.
 int64_t input_bytes(const Job& job, int32_t tokens) {
   const int64_t columns = int64_t{job.column_end - job.column_begin} * kTileColumns;
   const bool packed = job.format == static_cast<int16_t>(Format::kResidualBinary);
-  return tokens * columns * 4 +
+  return tokens * columns * job.paths * 4 +
          (packed ? tokens * columns * job.paths * 2 : 2 * tokens * (columns + 32) * 2);
 }
 
