@@ -75,16 +75,20 @@ struct DecodePlan {
 /// holds).
 Result<DecodePlan> plan_decode(const Sizes& sizes, const std::vector<Block>& blocks,
                                const Linear& head, const float* output_norm, int32_t grid,
-                               int32_t tokens, int64_t shared_limit, const int32_t (&splits)[kProducts]);
+                               int32_t tokens, int64_t shared_limit,
+                               const int32_t (&splits)[kProducts]);
 
 /// What the kernel reads and writes, all in device memory but the struct itself.
 struct DecodeArgs {
   Sizes sizes;
   int32_t splits[kProducts], widths[kProducts];
   int32_t products = 0;
-  int32_t fetch_bytes = 8 << 10;           // that a warp asks to be brought nearer, a phase ahead
-  int32_t phase_begin = 0, phase_end = 0;  // of phases(); one launch: all
-  uint32_t barrier_start = 0;              // the counter's value before the launch
+  int32_t group = 0;                        // query heads of a KV head
+  uint32_t head_dim_inverse = 0;            // ceil(2^32 / head_dim)
+  float mean_factor = 0, query_factor = 0;  // 1 / d_model; log2(e) / sqrt(head_dim)
+  int32_t fetch_bytes = 0;                  // that a warp asks to be brought nearer, a phase ahead
+  int32_t phase_begin = 0, phase_end = 0;   // of phases(); one launch: all
+  uint32_t barrier_start = 0;               // the counter's value before the launch
   const Job* jobs = nullptr;
   const int32_t* first = nullptr;
   const float* output_norm = nullptr;   // (d_model)
@@ -104,7 +108,7 @@ struct DecodeArgs {
   float* softmax = nullptr;            // (tokens, heads, kMostParts, 2): maximum and sum
   float* logits = nullptr;             // (tokens, vocab)
   int64_t* clocks = nullptr;  // null, or (phases + 1): a multiprocessor's clock at the phases' ends
-  uint32_t* barrier = nullptr;         // one counter, zero before the first launch
+  uint32_t* barrier = nullptr;  // one counter, zero before the first launch
 };
 
 /// Sets the parts of `args` that the plan decides, and points the buffers at `work`, which may be

@@ -58,7 +58,9 @@ class Weights {
   }
 
   /// The rows of a job that the first warp takes before others change from job to job.
-  static __device__ __forceinline__ int first_row(int job) { return (warp() + 7 * job) % kWarps; }
+  static __device__ __forceinline__ int first_row(int job) {
+    return (warp() + 7 * job) & (kWarps - 1);
+  }
 
   /// Until this lane's part of the next kCount times two pieces is there.
   template <int kCount>
@@ -67,7 +69,7 @@ class Weights {
   }
   /// This lane's 16 bytes of piece `which` of the stage that is `ahead` of the next.
   __device__ __forceinline__ uint4 piece(int ahead, int which) const {
-    return ring_[(slot_ + ahead) % kStages * 64 + which * 32];
+    return ring_[((slot_ + ahead) & (kStages - 1)) * 64 + which * 32];
   }
   /// The next stage has been used: its place is for what comes after all that was asked for.
   __device__ __forceinline__ void ask() {
@@ -82,7 +84,7 @@ class Weights {
       }
     }
     end_copies();
-    slot_ = (slot_ + 1) % kStages;
+    slot_ = (slot_ + 1) & (kStages - 1);
   }
 
  private:
@@ -268,8 +270,7 @@ __device__ __forceinline__ void multiply(const DecodeArgs& args, Product product
       (head ? args.logits : args.outputs[product] + job.split * kTokens * output.stride) + job.out;
 #pragma unroll
   for (int token = 0; token < kTokens; ++token) {
-    output.factor[token] =
-        head ? reciprocal_root(block_squares(shared, token, runs), args.sizes) : 1.0F;
+    output.factor[token] = head ? reciprocal_root(block_squares(shared, token, runs), args) : 1.0F;
   }
   if (job.format != static_cast<int>(Format::kResidualBinary)) {
     dense_rows<kTokens>(job, index, shared, weights, output);
@@ -384,11 +385,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = threadIdx.x; i <= args.products; i += kThreads) {
     shared.first()[i] = (first[i] < end ? first[i] : end) - begin;
   }
+  const int most = most_parts(sizes, kTokens);
   clear_sums(shared);
   if (const int token = threadIdx.x; token < kTokens) {
     shared.tokens()[token] = args.tokens[token];
     shared.positions()[token] = args.positions[token];
     shared.sequences()[token] = args.sequences != nullptr ? args.sequences[token] : token;
+    const Parts parts(most, args.positions[token]);
+    shared.parts()[token] = parts.count;
+    shared.lengths()[token] = parts.length;
   }
   __syncthreads();
   {
@@ -406,7 +411,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int from = shared.first()[product_of(phase)], to = shared.first()[product_of(phase) + 1];
     if (phase + 1 < args.phase_end) {
       if (part == 0 && layer < sizes.layers) {
-        fetch_cache<kTokens>(args, layer, shared);
+        fetch_cache<kTokens>(args, layer, shared, most);
       }
       fetch_scales(shared, product_of(phase + 1));
       // The product after attention comes soon after the one before it.
@@ -418,7 +423,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     const bool head = layer == sizes.layers;
     if (part == 1 && !head) {
-      attend<kTokens>(args, layer, shared);
+      attend<kTokens>(args, layer, shared, most);
     } else {
       const Product product = head ? kHead : part == 0 ? kQkv : static_cast<Product>(part - 1);
 #pragma unroll 1

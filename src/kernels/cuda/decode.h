@@ -10,8 +10,8 @@ constexpr int kWarps = kDecodeWarps, kThreads = 32 * kWarps, kMostPaths = 4, kKe
 constexpr int kRun = 128;  // columns whose values a warp reads at once
 constexpr int kMostRuns = kMostJobColumns / kRun;
 
-__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
-__device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
+__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
+__device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x / 32); }
 
 /// A block's shared memory. `input` is, for a product: values (tokens, paths, columns) in F32, then
 /// bits (tokens, column tiles, paths, 32 lanes) of 16 bytes, or halves (columns of the fragment,
@@ -37,6 +37,9 @@ class Shared {
   }  // (tokens), as the next two
   __device__ __forceinline__ int* positions() const { return tokens() + kMostDecodeTokens; }
   __device__ __forceinline__ int* sequences() const { return positions() + kMostDecodeTokens; }
+  /// Parts of each token's positions, and the length of each.
+  __device__ __forceinline__ int* parts() const { return sequences() + kMostDecodeTokens; }
+  __device__ __forceinline__ int* lengths() const { return parts() + kMostDecodeTokens; }
   /// (warps, kKept): where each warp is in its weights.
   __device__ __forceinline__ int* kept() const { return at<int>(kPlaces); }
   __device__ __forceinline__ uint4* ring() const {
@@ -62,7 +65,7 @@ class Shared {
   static constexpr int kScales = kSquares + kMostDecodeTokens * kMostRuns * 4;
   static constexpr int kTotals = kScales + kMostDecodeTokens * kMostPaths * 4;
   static constexpr int kIds = kTotals + kMostDecodeTokens * kMostPaths * 4;
-  static constexpr int kPlaces = kIds + 3 * kMostDecodeTokens * 4;
+  static constexpr int kPlaces = kIds + 5 * kMostDecodeTokens * 4;
   static_assert(kPlaces + kWarps * kKept * 4 <= kDecodeSmall);
 
   template <typename T>
@@ -75,8 +78,26 @@ class Shared {
 };
 
 /// 1 / sqrt(mean + epsilon) of the stream.
-__device__ __forceinline__ float reciprocal_root(float squares, const Sizes& sizes) {
-  return 1.0F / sqrtf(squares / static_cast<float>(sizes.d_model) + sizes.norm_epsilon);
+__device__ __forceinline__ float reciprocal_root(float squares, const DecodeArgs& args) {
+  return rsqrtf(squares * args.mean_factor + args.sizes.norm_epsilon);
+}
+
+/// A division takes as long as a read of memory nearby: these are without. `value` is below 2^16.
+__device__ __forceinline__ int over_head_dim(const DecodeArgs& args, int value) {
+  return static_cast<int>(__umulhi(static_cast<uint32_t>(value), args.head_dim_inverse));
+}
+/// Which token an item of `each` is of, and its number there.
+template <int kTokens>
+__device__ __forceinline__ int token_of(int& item, int each) {
+  int token = 0;
+#pragma unroll
+  for (int i = 1; i < kTokens; ++i) {
+    if (item >= each) {
+      item -= each;
+      ++token;
+    }
+  }
+  return token;
 }
 
 /// The sum over the columns of a job, once read_values() has run.
@@ -115,15 +136,19 @@ __device__ __forceinline__ float grid_squares(const DecodeArgs& args, int which,
                    args.splits[which == 0 ? kQkv : kGateUp], kMostDecodeTokens);
 }
 
+/// Parts that the positions of a KV head may be cut into.
+__device__ __forceinline__ int most_parts(const Sizes& sizes, int tokens) {
+  const int most = static_cast<int>(gridDim.x) / (sizes.kv_heads * tokens);
+  return most < 1 ? 1 : most < kMostParts ? most : kMostParts;
+}
+
 /// Parts that the positions up to `position` are cut into, and how many positions each has.
 struct Parts {
   int count, length;
-  __device__ __forceinline__ Parts(const Sizes& sizes, int tokens, int position) {
+  __device__ __forceinline__ Parts(int most, int position) {
     constexpr int kFewest = 64;
-    const int most = static_cast<int>(gridDim.x) / (sizes.kv_heads * tokens);
     const int wanted = (position + kFewest) / kFewest;
-    count = most < 1 ? 1 : most < kMostParts ? most : kMostParts;
-    count = wanted < count ? wanted : count;
+    count = wanted < most ? wanted : most;
     length = (position + count) / count;  // ceil((position + 1) / count)
   }
 };

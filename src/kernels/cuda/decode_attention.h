@@ -23,24 +23,26 @@ struct Unit {
 
   /// Units of the grid, some without positions.
   template <int kTokens>
-  static __device__ __forceinline__ int count(const Sizes& sizes) {
-    return kTokens * sizes.kv_heads * Parts(sizes, kTokens, 1 << 30).count;
+  static __device__ __forceinline__ int count(const Sizes& sizes, int most) {
+    return kTokens * sizes.kv_heads * most;
   }
   template <int kTokens>
   static __device__ __forceinline__ Unit at(const DecodeArgs& args, int layer, const Shared& shared,
-                                            int index) {
+                                            int most, int index) {
     const Sizes& sizes = args.sizes;
-    const int parts = Parts(sizes, kTokens, 1 << 30).count;
     Unit unit;
-    unit.part = index % parts;
-    unit.kv = index / parts % sizes.kv_heads;
-    unit.token = index / parts / sizes.kv_heads;
+    unit.token = token_of<kTokens>(index, sizes.kv_heads * most);
+    unit.kv = 0;
+#pragma unroll 1
+    for (; index >= most; index -= most) {
+      ++unit.kv;
+    }
+    unit.part = index;
     unit.position = shared.positions()[unit.token];
-    const Parts own(sizes, kTokens, unit.position);
-    unit.begin = unit.part * own.length;
-    unit.end =
-        unit.begin + own.length < unit.position + 1 ? unit.begin + own.length : unit.position + 1;
-    if (unit.part >= own.count) {
+    const int length = shared.lengths()[unit.token];
+    unit.begin = unit.part * length;
+    unit.end = unit.begin + length < unit.position + 1 ? unit.begin + length : unit.position + 1;
+    if (unit.part >= shared.parts()[unit.token]) {
       unit.end = unit.begin;
     }
     unit.cache = shared.sequences()[unit.token] * args.sequence_stride +
@@ -51,12 +53,12 @@ struct Unit {
 
 /// Brings the block's keys and values nearer while the products before attention run.
 template <int kTokens>
-__device__ __forceinline__ void fetch_cache(const DecodeArgs& args, int layer,
-                                            const Shared& shared) {
+__device__ __forceinline__ void fetch_cache(const DecodeArgs& args, int layer, const Shared& shared,
+                                            int most) {
   constexpr int kLine = 64, kMost = 512;  // halves of a line; lines of keys, and of values
   const int d = args.sizes.head_dim;
-  for (int index = blockIdx.x; index < Unit::count<kTokens>(args.sizes); index += gridDim.x) {
-    const Unit unit = Unit::at<kTokens>(args, layer, shared, index);
+  for (int index = blockIdx.x; index < Unit::count<kTokens>(args.sizes, most); index += gridDim.x) {
+    const Unit unit = Unit::at<kTokens>(args, layer, shared, most, index);
     const int halves = (unit.end - unit.begin) * d;
     const int64_t first = unit.cache + int64_t{unit.begin} * d;
     const int line = threadIdx.x % (kThreads / 2);
@@ -73,7 +75,7 @@ template <int kTokens>
 __device__ __forceinline__ void turn(const DecodeArgs& args, const Unit& unit, float* queries,
                                      uint16_t* key, uint16_t* value) {
   const Sizes& sizes = args.sizes;
-  const int d = sizes.head_dim, group = sizes.heads / sizes.kv_heads;
+  const int d = sizes.head_dim, group = args.group;
   const int64_t width = args.widths[kQkv];
   const bool last = unit.end == unit.position + 1;
   const float* const output = args.outputs[kQkv] + unit.token * width;
@@ -81,7 +83,7 @@ __device__ __forceinline__ void turn(const DecodeArgs& args, const Unit& unit, f
   const int pairs = (group + (last ? 2 : 0)) * d / 2;
 #pragma unroll 1
   for (int i = threadIdx.x; i < pairs; i += kThreads) {
-    const int head = i / (d / 2), at = i % (d / 2) * 2;
+    const int head = over_head_dim(args, 2 * i), at = 2 * i - head * d;
     const int column = head < group
                            ? (unit.kv * group + head) * d + at
                            : (sizes.heads + (head - group) * sizes.kv_heads + unit.kv) * d + at;
@@ -105,7 +107,7 @@ __device__ __forceinline__ void turn(const DecodeArgs& args, const Unit& unit, f
         a += x[j], b += y[j], all += z[j];
       }
     }
-    const float root = reciprocal_root(all, sizes);
+    const float root = reciprocal_root(all, args);
     a *= root, b *= root;
     if (head <= group) {
       const float turned = a * cosine - b * sine;
@@ -113,7 +115,7 @@ __device__ __forceinline__ void turn(const DecodeArgs& args, const Unit& unit, f
       a = turned;
     }
     if (head < group) {
-      const float scale = 1.44269504F / sqrtf(static_cast<float>(d));
+      const float scale = args.query_factor;
       queries[head * d + at] = a * scale, queries[head * d + at + 1] = b * scale;
     } else {
       uint16_t* const own = head == group ? key : value;
@@ -138,7 +140,8 @@ __device__ __forceinline__ void attend_positions(const DecodeArgs& args, const U
                                                  const uint16_t* key, const uint16_t* value,
                                                  Softmax<kHeads>& softmax) {
   const int d = args.sizes.head_dim;
-  const int each = 32 / width, sub = lane() / width, at = lane() % width * 8;
+  const int width = 1 << shift, each = 32 >> shift;  // lanes of a position; positions at once
+  const int sub = lane() >> shift, at = (lane() & (width - 1)) * 8;
   const bool active = at < d;
   float query[kHeads][8];
 #pragma unroll
@@ -250,19 +253,19 @@ __device__ __forceinline__ void attend_positions(const DecodeArgs& args, const U
 /// What a warp makes of its positions for query heads [first, first + heads) of the unit's group:
 /// sums (group, warps, d) and states (group, warps, 2).
 template <int kHeads, int kAhead>
-__device__ __forceinline__ void attend_heads(const DecodeArgs& args, const Unit& unit, int width,
+__device__ __forceinline__ void attend_heads(const DecodeArgs& args, const Unit& unit, int shift,
                                              int first, int heads, const float* queries,
                                              const uint16_t* key, const uint16_t* value,
                                              float* sums, float* states) {
   const int d = args.sizes.head_dim, at = lane() * 8;  // of the first group of lanes
   Softmax<kHeads> softmax;
-  attend_positions<kHeads, kAhead>(args, unit, width, queries + first * d, heads, key, value,
+  attend_positions<kHeads, kAhead>(args, unit, shift, queries + first * d, heads, key, value,
                                    softmax);
 #pragma unroll
   for (int head = 0; head < kHeads; ++head) {
     if (head < heads) {
       const int row = (first + head) * kWarps + warp();
-      if (at < d && lane() < width) {
+      if (at < d && lane() >> shift == 0) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           sums[row * d + at + j] = softmax.values[head][j];
@@ -276,12 +279,13 @@ __device__ __forceinline__ void attend_heads(const DecodeArgs& args, const Unit&
 }
 
 template <int kTokens>
-__device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const Shared& shared) {
+__device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const Shared& shared,
+                                       int most) {
   const Sizes& sizes = args.sizes;
-  const int d = sizes.head_dim, group = sizes.heads / sizes.kv_heads;
-  int width = 1;  // lanes that share a position
-  while (width * 8 < d) {
-    width *= 2;
+  const int d = sizes.head_dim, group = args.group;
+  int shift = 0;  // 2^shift lanes share a position
+  while (8 << shift < d) {
+    ++shift;
   }
   float* const queries = shared.input();                               // (group, d)
   auto* const key = reinterpret_cast<uint16_t*>(queries + group * d);  // (d)
@@ -289,8 +293,8 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const 
   float* const sums = queries + (group + 2) * d;
   float* const states = sums + group * kWarps * d;
 #pragma unroll 1
-  for (int index = blockIdx.x; index < Unit::count<kTokens>(sizes); index += gridDim.x) {
-    const Unit unit = Unit::at<kTokens>(args, layer, shared, index);
+  for (int index = blockIdx.x; index < Unit::count<kTokens>(sizes, most); index += gridDim.x) {
+    const Unit unit = Unit::at<kTokens>(args, layer, shared, most, index);
     if (unit.begin == unit.end) {
       continue;
     }
@@ -298,18 +302,18 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const 
     turn<kTokens>(args, unit, queries, key, value);
     __syncthreads();
     if (group == 1) {
-      attend_heads<1, 4>(args, unit, width, 0, 1, queries, key, value, sums, states);
+      attend_heads<1, 4>(args, unit, shift, 0, 1, queries, key, value, sums, states);
     } else {
 #pragma unroll 1
       for (int first = 0; first < group; first += 2) {
-        attend_heads<2, 2>(args, unit, width, first, group - first, queries, key, value, sums,
+        attend_heads<2, 2>(args, unit, shift, first, group - first, queries, key, value, sums,
                            states);
       }
     }
     __syncthreads();
 #pragma unroll 1
     for (int i = threadIdx.x; i < group * d; i += kThreads) {
-      const int head = i / d, at = i % d;
+      const int head = over_head_dim(args, i), at = i - head * d;
       const float* const state = states + head * kWarps * 2;
       float most = -INFINITY, sum = 0, out = 0;
 #pragma unroll

@@ -124,11 +124,11 @@ struct AttendedInput {
   };
   __device__ __forceinline__ void ask(const Job&, int token, int column, Asked& asked) const {
     const Sizes& sizes = args.sizes;
-    const int head = column / sizes.head_dim;
+    const int head = over_head_dim(args, column);
     const int64_t place = (int64_t{token} * sizes.heads + head) * kMostParts;
     asked.softmax = args.softmax + place * 2;
-    asked.attended = args.attended + place * sizes.head_dim + column % sizes.head_dim;
-    asked.count = Parts(sizes, kTokens, shared.positions()[token]).count;
+    asked.attended = args.attended + place * sizes.head_dim + column - head * sizes.head_dim;
+    asked.count = shared.parts()[token];
     asked.ask(0, sizes.head_dim);
   }
   __device__ __forceinline__ float4 value(const Job&, int, int, Asked& asked, float&) const {
@@ -157,7 +157,7 @@ struct AttendedInput {
       }
       asked.ask(first, args.sizes.head_dim);
     }
-    const float scale = 1.0F / sum;
+    const float scale = __fdividef(1.0F, sum);
     return make_float4(scale * out.x, scale * out.y, scale * out.z, scale * out.w);
   }
 };
@@ -183,12 +183,12 @@ struct GatedInput {
                                           float&) const {
     const int64_t width = args.widths[kGateUp];
     const float* const at = args.outputs[kGateUp] + token * width + column;
-    const float root = reciprocal_root(grid_squares(args, 1, token), args.sizes);
+    const float root = reciprocal_root(grid_squares(args, 1, token), args);
     const float4 gate = asked.gate.sum(at, args.splits[kGateUp], kTokens * width);
     const float4 up = asked.up.sum(at + args.sizes.d_ff, args.splits[kGateUp], kTokens * width);
     const auto one = [&](float g, float u) {
       g *= root;
-      return g / (1.0F + exp2f(-1.44269504F * g)) * (u * root);
+      return __fdividef(g, 1.0F + exp2f(-1.44269504F * g)) * (u * root);
     };
     return make_float4(one(gate.x, up.x), one(gate.y, up.y), one(gate.z, up.z), one(gate.w, up.w));
   }
@@ -204,7 +204,8 @@ __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) 
   const int plane = lane() % 16, group = plane % 8;
 #pragma unroll 1
   for (int item = warp(); item < 4 * kTokens * tiles; item += kWarps) {
-    const int quad = item % 4, tile = item / 4 % tiles, token = item / 4 / tiles;
+    int tile = item >> 2;
+    const int quad = item & 3, token = token_of<kTokens>(tile, tiles);
     const int at = tile * kTileColumns + quad * 32 + lane();
 #pragma unroll 1
     for (int path = 0; path < paths; path += 2) {
@@ -220,7 +221,7 @@ __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) 
         inverse[i] = most[i] > 0 ? __fdividef(32767.0F, most[i]) : 0.0F;
       }
       if (tile == 0 && quad == 0 && lane() < 2) {
-        shared.scales()[place + lane()] = (lane() == 0 ? most[0] : most[1]) / 32767.0F;
+        shared.scales()[place + lane()] = (lane() == 0 ? most[0] : most[1]) * (1.0F / 32767.0F);
       }
       uint32_t bits[2];
       int sums[2] = {0, 0};
@@ -260,7 +261,7 @@ __device__ __forceinline__ void make_halves(const Job& job, const Shared& shared
 #pragma unroll
   for (int token = 0; token < kTokens; ++token) {
     const float most = as_float(shared.maxima()[token * kMostPaths]);
-    const float inverse = most > 0 ? 1.0F / most : 0.0F;
+    const float inverse = most > 0 ? __fdividef(1.0F, most) : 0.0F;
     if (threadIdx.x == 0) {
       shared.scales()[token * kMostPaths] = most;
     }
@@ -291,7 +292,8 @@ __device__ __forceinline__ void read_values(const Job& job, const Shared& shared
   const int first = job.column_begin * kTileColumns, runs = columns / kRun;
 #pragma unroll 1
   for (int item = warp(); item < kTokens * runs; item += kWarps) {
-    const int token = item / runs, column = first + item % runs * kRun + lane() * 4;
+    int run = item;
+    const int token = token_of<kTokens>(run, runs), column = first + run * kRun + lane() * 4;
     float4 scaled[kMostPaths] = {};
     float squares = 0;
     uint32_t most[kMostPaths] = {};
@@ -339,7 +341,7 @@ __device__ __forceinline__ void read_values(const Job& job, const Shared& shared
     if (Input::kNormed) {
       squares = warp_sum(squares);
       if (lane() == 0) {
-        shared.squares()[token * kMostRuns + item % runs] = squares;
+        shared.squares()[token * kMostRuns + run] = squares;
       }
     }
   }

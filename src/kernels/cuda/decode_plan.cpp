@@ -231,6 +231,10 @@ int64_t bind_decode(const Sizes& sizes, const DecodePlan& plan, float* work, Dec
   const int64_t tokens = plan.tokens;
   args.sizes = sizes;
   args.products = plan.products();
+  args.group = sizes.heads / sizes.kv_heads;
+  args.head_dim_inverse = static_cast<uint32_t>((uint64_t{1} << 32) / sizes.head_dim + 1);
+  args.mean_factor = 1.0F / static_cast<float>(sizes.d_model);
+  args.query_factor = 1.44269504F / std::sqrt(static_cast<float>(sizes.head_dim));
   args.phase_begin = 0;
   args.phase_end = decode_phases(sizes);
   for (float*& stream : args.stream) {
