@@ -136,7 +136,7 @@ struct Softmax {
 
 template <int kHeads, int kAhead>
 __device__ __forceinline__ void attend_positions(const DecodeArgs& args, const Unit& unit,
-                                                 int width, const float* queries, int heads,
+                                                 int shift, const float* queries, int heads,
                                                  const uint16_t* key, const uint16_t* value,
                                                  Softmax<kHeads>& softmax) {
   const int d = args.sizes.head_dim;
