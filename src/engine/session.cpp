@@ -11,6 +11,8 @@
 #include <initializer_list>
 
 #include "base/interrupt.h"
+#include "engine/gpu.h"
+#include "engine/input.h"
 #include "engine/model.h"
 #include "io/dequant.h"
 
@@ -63,7 +65,9 @@ class LoadedSession : public Session {
   }
 
  private:
-  Status check(std::span<const int32_t> tokens) const;
+  Status check(std::span<const int32_t> tokens) const {
+    return check_input(tokens, position_, capacity_, config_.vocab_size);
+  }
   Status run_blocks(std::span<const int32_t> tokens);
   void run_block(int64_t layer, int64_t tokens);
   void store_cache(int64_t layer, int64_t begin, int64_t end);
@@ -167,25 +171,6 @@ Status LoadedSession::allocate() {
   for (int64_t i = 0; i < config_.head_dim / 2; ++i) {
     const double power = -2.0 * static_cast<double>(i) / static_cast<double>(config_.head_dim);
     frequencies_.push_back(std::pow(static_cast<double>(config_.rope_theta), power));
-  }
-  return {};
-}
-
-Status LoadedSession::check(std::span<const int32_t> tokens) const {
-  if (tokens.empty()) {
-    return Error{"no tokens to run"};
-  }
-  const auto count = static_cast<int64_t>(tokens.size());
-  if (count > capacity_ - position_) {
-    return Error{std::to_string(count) + " tokens after position " + std::to_string(position_) +
-                 " exceed the context of " + std::to_string(capacity_) +
-                 " positions; shorten the input or ask for a larger context"};
-  }
-  for (const int32_t token : tokens) {
-    if (token < 0 || token >= config_.vocab_size) {
-      return Error{"token " + std::to_string(token) + " is outside the vocabulary of " +
-                   std::to_string(config_.vocab_size)};
-    }
   }
   return {};
 }
@@ -488,6 +473,9 @@ Result<std::span<const float>> LoadedSession::forward(std::span<const int32_t> t
 }  // namespace
 
 Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<Model> model, int64_t capacity) {
+  if (model != nullptr && model->on_gpu()) {
+    return create_gpu_session(std::move(model), capacity);
+  }
   auto loaded = std::dynamic_pointer_cast<LoadedModel>(std::move(model));
   if (loaded == nullptr) {
     return Error{"a session needs a model made by Model::load"};
