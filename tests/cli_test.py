@@ -145,6 +145,14 @@ class WithoutModel(CliTest):
     def test_names_with_odd_characters_stay_on_one_line(self):
         self.fails("inspect", str(self.folder / "two\nlines\t.gguf"), says="two lines")
 
+    def test_devices(self):
+        bench = ("bench", "--shape", "smollm2-135m", "--layers", 1, "-p", 1, "-n", 0, "-r", 1)
+        self.assertIn("pp1", self.succeeds(*bench, "--device", "cpu"))
+        for name in ("gpu", "cuda:", "cuda:x", "CUDA"):
+            self.fails(*bench, "--device", name, says=f"no device is called '{name}'; there are cpu, cuda and cuda:N")
+        self.fails(*bench, "--device", "cuda:999",
+                   says="built without CUDA: build it with|no NVIDIA GPU can be used here|there is no device cuda:999")
+
     def test_output_that_cannot_be_written(self):
         with open("/dev/full", "wb") as full:
             self.fails("--help", says="cannot write to standard output", stdout=full)

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <chrono>
-#include <limits>
 #include <map>
 
 #include "cuda_emulator.h"
@@ -13,14 +12,19 @@
 namespace rabit::emulator {
 
 inline float half_value(uint32_t half) {
-  const int exponent = static_cast<int>(half >> 10 & 31), fraction = static_cast<int>(half & 1023);
-  const float sign = (half & 0x8000U) != 0 ? -1.0F : 1.0F;
-  if (exponent == 31) {
-    return fraction != 0 ? std::numeric_limits<float>::quiet_NaN()
-                         : sign * std::numeric_limits<float>::infinity();
-  }
-  return sign * (exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                               : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25));
+  static const std::vector<float> values = [] {
+    std::vector<float> all;
+    for (int bits = 0; bits < 1 << 16; ++bits) {
+      const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+      const float size = exponent == 31 ? (fraction != 0 ? NAN : INFINITY)
+                         : exponent == 0
+                             ? std::ldexp(static_cast<float>(fraction), -24)
+                             : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+      all.push_back((bits & 0x8000) != 0 ? -size : size);
+    }
+    return all;
+  }();
+  return values[half];
 }
 
 /// mma.m16n8k16 of F16, sums in F32, after the tables of the PTX manual.

@@ -332,12 +332,16 @@ TEST_F(GpuEngine, GreedyTextOfARealModel) {
   if (!std::filesystem::exists(RABIT_MODEL)) {
     GTEST_SKIP() << RABIT_MODEL << " is missing, run scripts/setup.sh";
   }
-  const std::vector<int32_t> prompt = {504, 3575, 282, 4649, 314};  // "The capital of France is"
+  const std::vector<int32_t> prompt = {504, 3575, 282, 4649, 314};
   expect_same_text(generate(*session(RABIT_MODEL, 80), prompt, 64),
                    generate(*session(RABIT_MODEL, 80, kExact), prompt, 64));
   const std::vector<int32_t> tokens = random_tokens(300, 8, 49152);
-  expect_near(all_logits(*session(RABIT_MODEL, 300), tokens, 49152),
-              all_logits(*session(RABIT_MODEL, 300, kExact), tokens, 49152));
+  const std::vector<Floats> got = all_logits(*session(RABIT_MODEL, 300), tokens, 49152);
+  const std::vector<Floats> want = all_logits(*session(RABIT_MODEL, 300, kExact), tokens, 49152);
+  ASSERT_EQ(got.size(), want.size());
+  for (size_t i = 0; i < want.size(); ++i) {  // thirty blocks: as engine_test has it of F16
+    ASSERT_LE(relative_error(got[i], want[i]), 2e-2) << "position " << i;
+  }
 }
 
 #ifdef RABIT_CUDA_EMULATOR

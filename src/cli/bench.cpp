@@ -20,6 +20,7 @@
 #include "cli/engine_flags.h"
 #include "cli/read_bandwidth.h"
 #include "cli/size_report.h"
+#include "engine/gpu.h"
 #include "model/random_model.h"
 #include "rabit/engine.h"
 
@@ -38,7 +39,8 @@ struct Row {
   std::string test;
   int64_t prompt = 0, generated = 0, depth = 0;
   int threads = 0;
-  std::string kernels;
+  std::string kernels, device;
+  bool on_gpu = false;
   double load_seconds = 0;
   int64_t load_memory = 0;        // bytes that the process held at most until then
   uint64_t weight_bytes = 0;      // of a token
@@ -113,6 +115,10 @@ Result<double> time_once(Session& session, const Row& row, std::span<const int32
   return now_seconds() - started;
 }
 
+std::string where(const Row& row) {
+  return row.on_gpu ? row.device : fmt::format("{} threads", row.threads);
+}
+
 /// Bytes that the process has held at most since forget_peak_memory(), what it read of mapped files
 /// included; 0: not known.
 int64_t peak_memory() {
@@ -126,15 +132,18 @@ int64_t peak_memory() {
 }
 void forget_peak_memory() { std::ofstream("/proc/self/clear_refs") << "5"; }
 
+/// Bytes a second at which what computes reads its memory, measured when called.
+using Bandwidth = std::function<Result<double>()>;
+
 /// The rows of one depth, prompt first. loaded: what all rows of the model have in common.
 Status measure_depth(const BenchOptions& options, const Model& model, const Row& loaded,
-                     Session& session, ReadBandwidth& bandwidth, int64_t depth,
+                     Session& session, const Bandwidth& bandwidth, int64_t depth,
                      std::vector<Row>& rows) {
   session.truncate(0);
   if (depth > 0) {
     constexpr int64_t kStep = 512;  // that the runtime takes at once
     const std::vector<int32_t> before = filler_tokens(depth, model.vocab_size());
-    Progress progress(fmt::format("bench, positions before on {} threads", loaded.threads));
+    Progress progress("bench, positions before on " + where(loaded));
     for (int64_t at = 0; at < depth; at += kStep) {
       const auto part = static_cast<size_t>(std::min(kStep, depth - at));
       RABIT_CHECK(session.forward(std::span(before).subspan(static_cast<size_t>(at), part)));
@@ -152,10 +161,11 @@ Status measure_depth(const BenchOptions& options, const Model& model, const Row&
     (prompt ? row.prompt : row.generated) = length;
     row.depth = depth;
     const auto tokens = filler_tokens(length, model.vocab_size());
-    Progress progress(fmt::format("bench, {} on {} threads", row.test, row.threads));
+    Progress progress(fmt::format("bench, {} on {}", row.test, where(row)));
     RABIT_CHECK(time_once(session, row, tokens));
     for (int64_t i = 0; i < options.repetitions; ++i) {
-      row.bandwidth.push_back(bandwidth.measure());
+      RABIT_ASSIGN(const double read, bandwidth());
+      row.bandwidth.push_back(read);
       RABIT_ASSIGN(const double seconds, time_once(session, row, tokens));
       row.samples.push_back(static_cast<double>(length) / std::max(seconds, 1e-9));
       progress.update(i + 1, options.repetitions, fmt::format("{:.2f} t/s", row.mean()));
@@ -176,14 +186,25 @@ Status measure(const BenchOptions& options, const std::filesystem::path& path,
     RABIT_ASSIGN(const auto model, load_model(path, options.engine, count));
     const Row loaded = {.threads = model->threads(),
                         .kernels = model->kernels(),
+                        .device = model->device(),
+                        .on_gpu = model->on_gpu(),
                         .load_seconds = now_seconds() - started,
                         .load_memory = peak_memory(),
                         .weight_bytes = model->weight_bytes()};
     RABIT_ASSIGN(const auto session,
                  Session::create(model, deepest + std::max(options.prompt, options.generate)));
-    RABIT_ASSIGN(ReadBandwidth bandwidth, ReadBandwidth::make(model->threads()));
+    std::optional<ReadBandwidth> host;
+    if (!model->on_gpu()) {
+      RABIT_ASSIGN(host, ReadBandwidth::make(model->threads()));
+    }
+    const Bandwidth bandwidth = [&]() -> Result<double> {
+      return host ? Result<double>(host->measure()) : gpu_read_speed(*model);
+    };
     for (const int64_t depth : depths) {
       RABIT_CHECK(measure_depth(options, *model, loaded, *session, bandwidth, depth, rows));
+    }
+    if (model->on_gpu()) {
+      break;  // it computes no faster with more threads of the host
     }
   }
   return {};
@@ -198,8 +219,9 @@ std::string to_markdown(const ModelConfig& config, const SizeReport& size,
     cells.push_back(
         {model_label(config, size),
          fmt::format("{:.2f} MiB", static_cast<double>(size.tensor_bytes) / 1048576.0),
-         fmt::format("{:.2f} M", static_cast<double>(size.parameters) / 1e6), row.kernels,
-         std::to_string(row.threads), row.test,
+         fmt::format("{:.2f} M", static_cast<double>(size.parameters) / 1e6),
+         row.on_gpu ? "CUDA, " + row.device : row.kernels,
+         row.on_gpu ? "" : std::to_string(row.threads), row.test,
          fmt::format("{:.2f} ± {:.2f}", row.mean(), row.stddev()),
          row.generated == 0 ? "" : fmt::format("{:.2f}", row.weights_per_second() / 1e9),
          row.generated == 0 ? "" : fmt::format("{:.0f} %", 100 * row.share_of_read())});
@@ -240,7 +262,8 @@ Json to_json(const BenchOptions& options, const GgufFile& file, const ModelConfi
               {"params", size.parameters},
               {"bits_per_weight", size.bits_per_weight()},
               {"file_bits_per_weight", size.file_bits_per_weight()},
-              {"backend", "CPU"},
+              {"backend", rows.front().on_gpu ? "CUDA" : "CPU"},
+              {"device", rows.front().device},
               {"kernels", rows.front().kernels},
               {"weight_bytes_per_token", rows.front().weight_bytes},
               {"dense_weights", dense_type(options.engine)},
@@ -258,6 +281,9 @@ Json to_json(const BenchOptions& options, const GgufFile& file, const ModelConfi
                            {"stddev", row.stddev()},
                            {"samples", row.samples},
                            {"read_bytes_per_second", row.bandwidth}});
+    if (row.on_gpu) {
+      out["rows"].back().erase("threads");
+    }
   }
   return out;
 }
@@ -367,7 +393,8 @@ Command add_bench(CLI::App& app) {
       "  rabit bench -m model.gguf\n"
       "  rabit bench -m model.gguf -p 64 -n 8 -r 2 -t 1,2\n"
       "  rabit bench -m model.gguf -p 0 -n 8 -r 2 -d 0,64 -o json\n"
-      "  rabit bench --shape llama2-7b --layers 4");
+      "  rabit bench --shape llama2-7b --layers 4\n"
+      "  rabit bench -m model.gguf --device cpu -p 512 -n 16");
   return {sub, [options] { return bench(*options); }};
 }
 

@@ -1,5 +1,5 @@
 // Losses from the runtime's logits, with the same kernels and as many threads as the model runs
-// with.
+// with; of a GPU's logits, with the best kernels of the CPU.
 #include "cli/engine_logits.h"
 
 #include <algorithm>
@@ -46,7 +46,7 @@ Result<std::unique_ptr<EngineLogitSource>> EngineLogitSource::create(
   }
   const std::string name = model->kernels();
   for (const KernelTable* table : cpu_kernels()) {
-    if (table->name == name) {
+    if (table->name == name || (model->on_gpu() && table == cpu_kernels().front())) {
       state->table = table;
     }
   }

@@ -124,6 +124,7 @@ Status eval(const EvalOptions& options) {
                                  {"tokens_per_second", rate},
                                  {"threads", model->threads()},
                                  {"kernels", model->kernels()},
+                                 {"device", model->device()},
                                  {"dense_weights", dense_type(options.engine)},
                                  {"kv_cache", cache_type(options.engine)}};
   if (options.together > 0) {

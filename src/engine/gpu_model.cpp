@@ -113,7 +113,7 @@ Status check_options(const EngineOptions& options) {
                        : !options.kernels.empty() ? "a choice of kernels"
                                                   : nullptr;
   if (of_cpu != nullptr) {
-    return Error{std::string(of_cpu) + " there is on the CPU alone, not on " + options.device};
+    return Error{std::string(of_cpu) + ": on the CPU alone, not on " + options.device};
   }
   return {};
 }
