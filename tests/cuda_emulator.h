@@ -211,6 +211,7 @@ void launch(Kernel kernel, dim3 grid, dim3 block, Args... args) {
 #define blockDim (rabit::emulator::Block::current()->size)
 #define gridDim (rabit::emulator::grid_size())
 
+inline void __syncwarp() { rabit::emulator::Block::current()->wait_warp(); }
 inline void __syncthreads() { rabit::emulator::Block::current()->wait_block(); }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -222,6 +223,9 @@ T __shfl_sync(unsigned, T value, int source) {
   return rabit::emulator::Block::current()->exchange(value, static_cast<unsigned>(source));
 }
 inline long long clock64() { return 0; }
+inline unsigned atomicMax(unsigned* at, unsigned value) {
+  return std::exchange(*at, std::max(*at, value));
+}
 inline int atomicAdd(int* at, int value) { return std::exchange(*at, *at + value); }
 inline unsigned __ballot_sync(unsigned mask, bool set) {
   const unsigned lane = rabit::emulator::Block::current()->lane();

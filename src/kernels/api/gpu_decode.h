@@ -20,6 +20,8 @@ namespace rabit::gpu {
 inline constexpr int32_t kDecodeWarps = 16;
 inline constexpr int32_t kMostDecodeTokens = 8;
 inline constexpr int32_t kMostSplits = 16;
+/// Columns that a block takes of a product at most.
+inline constexpr int32_t kMostJobColumns = 8192;
 /// Parts that the positions of a head are cut into.
 inline constexpr int32_t kMostParts = 16;
 

@@ -17,23 +17,48 @@
 namespace rabit::gpu {
 namespace {
 
-/// The pieces of weights that a warp reads in this launch, in order.
+/// The pieces of weights that a warp reads in this launch, in order. What is to come next lies in
+/// shared memory between phases, so that no register is held for it.
 class Weights {
  public:
-  __device__ __forceinline__ Weights(const Job* jobs, int begin, int end, uint4* ring, int stages)
-      : jobs_(jobs),
-        job_(begin),
-        end_(end),
-        ring_(ring + warp() * stages * 32 + lane()),
-        stages_(stages) {
+  __device__ __forceinline__ Weights(const Shared& shared, int stages, int count)
+      : jobs_(shared.jobs()),
+        end_(count),
+        stages_(stages),
+        ring_(shared.ring() + warp() * stages * 32 + lane()),
+        kept_(shared.kept() + warp() * kKept) {}
+
+  /// Asks for the first pieces.
+  __device__ __forceinline__ void start() {
+    job_ = 0, row_ = 0, write_ = 0, read_ = 0;
     if (job_ < end_) {
       row_ = jobs_[job_].row_begin + first_row(job_);
     }
     seek();
+#pragma unroll 1
     for (int i = 1; i < stages_; ++i) {
       issue();
     }
     next_ = read();
+  }
+  __device__ __forceinline__ void keep() const {
+    if (lane() == 0) {
+      kept_[0] = job_, kept_[1] = row_, kept_[2] = inner_left_, kept_[3] = outer_left_;
+      kept_[4] = write_, kept_[5] = read_;
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ void go_on() {
+    job_ = kept_[0], row_ = kept_[1], write_ = kept_[4], read_ = kept_[5];
+    if (job_ < end_) {
+      begin_row();
+      outer_ += (outer_left_ - kept_[3]) * outer_stride_;
+      at_ = outer_ + (inner_ - kept_[2]) * inner_stride_;
+      inner_left_ = kept_[2], outer_left_ = kept_[3];
+    }
+    // Nobody has written there since it was read.
+    next_ = ring_[(read_ == 0 ? stages_ - 1 : read_ - 1) * 32];
+    __syncwarp();
   }
 
   /// The rows of a job that the first warp takes before others change from job to job.
@@ -88,19 +113,23 @@ class Weights {
 
   /// To this row tile, or that of the next job that has one for this warp.
   __device__ __forceinline__ void seek() {
+#pragma unroll 1
     while (job_ < end_ && row_ >= jobs_[job_].row_end) {
       if (++job_ < end_) {
         row_ = jobs_[job_].row_begin + first_row(job_);
       }
     }
-    if (job_ == end_) {
-      return;
+    if (job_ < end_) {
+      begin_row();
     }
+  }
+
+  __device__ __forceinline__ void begin_row() {
     const Job& job = jobs_[job_];
     const auto* base = static_cast<const char*>(job.weights);
     if (job.format == static_cast<int>(Format::kResidualBinary)) {
-      const int64_t tiles = (job.d_in + kTileColumns - 1) / kTileColumns;
-      outer_ = base + (row_ * tiles + job.column_begin) * job.paths * 512 + lane() * 16;
+      const int tiles = (job.d_in + kTileColumns - 1) / kTileColumns;
+      outer_ = base + (int64_t{row_} * tiles + job.column_begin) * (job.paths * 512) + lane() * 16;
       inner_ = job.column_end - job.column_begin;
       inner_stride_ = job.paths * 512;
       outer_left_ = job.paths;
@@ -108,10 +137,11 @@ class Weights {
     } else {
       // 8 rows of 32 columns, then the 8 below; rows beyond the last are the last.
       const int low = row_ * kTileRows + lane() / 4, last = job.d_out - 1;
-      const int64_t first = low < last ? low : last, second = low + 8 < last ? low + 8 : last;
+      const int first = low < last ? low : last, second = low + 8 < last ? low + 8 : last;
       const int columns =
           job.column_end * kTileColumns < job.d_in ? job.column_end * kTileColumns : job.d_in;
-      outer_ = base + (first * job.d_in + job.column_begin * kTileColumns) * 2 + lane() % 4 * 16;
+      outer_ = base + (int64_t{first} * job.d_in + job.column_begin * kTileColumns) * 2 +
+               lane() % 4 * 16;
       inner_ = 2;
       inner_stride_ = (second - first) * job.d_in * 2;
       outer_left_ = (columns - job.column_begin * kTileColumns) / 32;
@@ -122,13 +152,14 @@ class Weights {
   }
 
   const Job* jobs_;
-  int job_, end_, row_ = 0, inner_ = 0, inner_left_ = 0, outer_left_ = 0;
+  int job_ = 0, end_, row_ = 0, inner_ = 0, inner_left_ = 0, outer_left_ = 0;
+  int inner_stride_ = 0, outer_stride_ = 0;
   const char* at_ = nullptr;
   const char* outer_ = nullptr;
-  int64_t inner_stride_ = 0, outer_stride_ = 0;
+  int stages_, read_ = 0, write_ = 0;
   uint4 next_;  // read before it is asked for
   uint4* ring_;
-  int stages_, read_ = 0, write_ = 0;
+  int* kept_;
 };
 
 /// Where rows of a job's product go: out[token * stride + row], times `factor`.
@@ -203,9 +234,9 @@ __device__ __forceinline__ void packed_rows(const Job& job, int index, const Sha
         int sum = (quad & 1) != 0 ? lower : upper;
         sum += __shfl_xor_sync(kAllLanes, (quad & 1) != 0 ? upper : lower, 1);
         sum += __shfl_xor_sync(kAllLanes, sum, 2);
-        const int signed_sum = 2 * sum - shared.totals[token * kMostPaths + path];
+        const int signed_sum = 2 * sum - shared.totals()[token * kMostPaths + path];
         sums[token] +=
-            row_scale * shared.scales[token * kMostPaths + path] * static_cast<float>(signed_sum);
+            row_scale * shared.scales()[token * kMostPaths + path] * static_cast<float>(signed_sum);
       }
     }
     if (quad < 2 && row < job.d_out) {
@@ -251,7 +282,7 @@ __device__ __forceinline__ void dense_rows(const Job& job, int index, const Shar
         float* const to = output.out + row + 8 * half;
 #pragma unroll
         for (int token = 0; token < kTokens; ++token) {
-          const float scale = output.factor[token] * shared.scales[token * kMostPaths];
+          const float scale = output.factor[token] * shared.scales()[token * kMostPaths];
           if (kSplit && quad == token) {
             to[token * output.stride] = scale * (a + b);
           } else if (!kSplit && quad == token / 2) {
@@ -266,23 +297,28 @@ __device__ __forceinline__ void dense_rows(const Job& job, int index, const Shar
 /// A job, once the values of its columns lie in shared memory.
 template <int kTokens>
 __device__ __forceinline__ void multiply(const DecodeArgs& args, Product product, int index,
-                                         const Shared& shared, Weights& weights) {
-  const Job& job = shared.jobs[index];
+                                         const Shared& shared, int stages) {
+  const Job& job = shared.jobs()[index];
   make_operand<kTokens>(args, product, job, shared);
+  Weights weights(shared, stages, shared.first()[args.products]);
+  weights.go_on();
   Output<kTokens> output;
   const bool head = product == kHead;
+  const int runs = (job.column_end - job.column_begin) * kTileColumns / kRun;
   output.stride = head ? args.sizes.vocab : args.widths[product];
   output.out =
       (head ? args.logits : args.outputs[product] + job.split * kTokens * output.stride) + job.out;
 #pragma unroll
   for (int token = 0; token < kTokens; ++token) {
-    output.factor[token] = head ? reciprocal_root(block_squares(shared, token), args.sizes) : 1.0F;
+    output.factor[token] =
+        head ? reciprocal_root(block_squares(shared, token, runs), args.sizes) : 1.0F;
   }
   if (job.format == static_cast<int>(Format::kResidualBinary)) {
     packed_rows<kTokens>(job, index, shared, weights, output);
   } else {
     dense_rows<kTokens>(job, index, shared, weights, output);
   }
+  weights.keep();
 }
 
 /// Brings near what the block will read of a product beside weights and what others write.
@@ -295,8 +331,8 @@ __device__ __forceinline__ void fetch_scales(const Shared& shared, int product) 
     }
   };
 #pragma unroll 1
-  for (int index = shared.first[product]; index < shared.first[product + 1]; ++index) {
-    const Job& job = shared.jobs[index];
+  for (int index = shared.first()[product]; index < shared.first()[product + 1]; ++index) {
+    const Job& job = shared.jobs()[index];
     const int first = job.column_begin * kTileColumns, row = job.row_begin * kTileRows;
     const int end =
         job.column_end * kTileColumns < job.d_in ? job.column_end * kTileColumns : job.d_in;
@@ -351,18 +387,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int end = first[product_of(args.phase_end)];
   constexpr int kWords = sizeof(Job) / sizeof(uint4);
   for (int i = threadIdx.x; i < (end - begin) * kWords; i += kThreads) {
-    reinterpret_cast<uint4*>(shared.jobs)[i] = reinterpret_cast<const uint4*>(args.jobs + begin)[i];
+    reinterpret_cast<uint4*>(shared.jobs())[i] =
+        reinterpret_cast<const uint4*>(args.jobs + begin)[i];
   }
   for (int i = threadIdx.x; i <= args.products; i += kThreads) {
-    shared.first[i] = first[i] - begin;
+    shared.first()[i] = (first[i] < end ? first[i] : end) - begin;
   }
   if (const int token = threadIdx.x; token < kTokens) {
-    shared.tokens[token] = args.tokens[token];
-    shared.positions[token] = args.positions[token];
-    shared.sequences[token] = args.sequences != nullptr ? args.sequences[token] : token;
+    shared.tokens()[token] = args.tokens[token];
+    shared.positions()[token] = args.positions[token];
+    shared.sequences()[token] = args.sequences != nullptr ? args.sequences[token] : token;
   }
   __syncthreads();
-  Weights weights(shared.jobs, 0, end - begin, shared.ring, stages);
+  {
+    Weights weights(shared, stages, shared.first()[args.products]);
+    weights.start();
+    weights.keep();
+  }
 
   const bool watched = args.clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0;
   if (watched) {
@@ -370,7 +411,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   for (int phase = args.phase_begin; phase < args.phase_end; ++phase) {
     const int layer = phase / 5, part = phase % 5;
-    const int from = shared.first[product_of(phase)], to = shared.first[product_of(phase) + 1];
+    const int from = shared.first()[product_of(phase)], to = shared.first()[product_of(phase) + 1];
     if (phase + 1 < args.phase_end) {
       if (part == 0 && layer < sizes.layers) {
         fetch_cache<kTokens>(args, layer, shared);
@@ -384,7 +425,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const Product product = head ? kHead : part == 0 ? kQkv : static_cast<Product>(part - 1);
 #pragma unroll 1
       for (int index = from; index < to; ++index) {
-        const Job& job = shared.jobs[index];
+        const Job& job = shared.jobs()[index];
         if (index > from) {
           __syncthreads();  // the last job's input has been read
         }
@@ -396,7 +437,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           read_values<kTokens>(job, shared,
                                StreamInput<kTokens>(args, shared, phase == 0, product));
         }
-        multiply<kTokens>(args, product, index, shared, weights);
+        multiply<kTokens>(args, product, index, shared, stages);
       }
     }
     if (phase + 1 < args.phase_end) {

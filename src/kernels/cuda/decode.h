@@ -6,7 +6,9 @@
 
 namespace rabit::gpu {
 
-constexpr int kWarps = kDecodeWarps, kThreads = 32 * kWarps, kMostPaths = 4;
+constexpr int kWarps = kDecodeWarps, kThreads = 32 * kWarps, kMostPaths = 4, kKept = 8;
+constexpr int kRun = 128;  // columns whose values a warp reads at once
+constexpr int kMostRuns = kMostJobColumns / kRun;
 
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
@@ -14,43 +16,61 @@ __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 3
 /// A block's shared memory. `input` is, for a product: values (tokens, columns) in F32, then bits
 /// (tokens, column tiles, paths, 32 lanes) of 16 bytes, or halves (columns of the fragment, columns
 /// + 32).
-struct Shared {
-  uint4* ring;       // (warps, stages, 32)
-  Job* jobs;         // those of this block
-  int* first;        // (products + 1) into them
-  uint32_t* maxima;  // (tokens, kMostPaths, warps), the bits of floats
-  float* squares;    // (tokens, warps)
-  float* scales;     // (tokens, kMostPaths)
-  int* totals;       // (tokens, kMostPaths)
-  int* tokens;       // (tokens), as the next two
-  int* positions;
-  int* sequences;
-  float* input;
+class Shared {
+ public:
+  __device__ __forceinline__ Shared(unsigned char* memory, int stages, int most_jobs, int products)
+      : memory_(memory),
+        jobs_(kDecodeSmall + kWarps * stages * 512),
+        first_(jobs_ + most_jobs * static_cast<int>(sizeof(Job))),
+        input_(first_ + (products / 4 + 1) * 16) {}
 
-  __device__ __forceinline__ Shared(unsigned char* memory, int stages, int most_jobs,
-                                    int products) {
-    ring = reinterpret_cast<uint4*>(memory);
-    jobs = reinterpret_cast<Job*>(memory + kWarps * stages * 512);
-    first = reinterpret_cast<int*>(jobs + most_jobs);
-    maxima = reinterpret_cast<uint32_t*>(first + (products / 4 + 1) * 4);
-    squares = reinterpret_cast<float*>(maxima + kMostDecodeTokens * kMostPaths * kWarps);
-    scales = squares + kMostDecodeTokens * kWarps;
-    totals = reinterpret_cast<int*>(scales + kMostDecodeTokens * kMostPaths);
-    tokens = totals + kMostDecodeTokens * kMostPaths;
-    positions = tokens + kMostDecodeTokens;
-    sequences = positions + kMostDecodeTokens;
-    input = reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(maxima) + kDecodeSmall);
-  }
+  /// Bits of floats, (tokens, kMostPaths); infinities and NaN are the largest.
+  __device__ __forceinline__ uint32_t* maxima() const { return at<uint32_t>(0); }
+  /// (tokens, kMostRuns)
+  __device__ __forceinline__ float* squares() const { return at<float>(kSquares); }
+  /// (tokens, kMostPaths), as the totals.
+  __device__ __forceinline__ float* scales() const { return at<float>(kScales); }
+  __device__ __forceinline__ int* totals() const { return at<int>(kTotals); }
+  __device__ __forceinline__ int* tokens() const {
+    return at<int>(kIds);
+  }  // (tokens), as the next two
+  __device__ __forceinline__ int* positions() const { return tokens() + kMostDecodeTokens; }
+  __device__ __forceinline__ int* sequences() const { return positions() + kMostDecodeTokens; }
+  /// (warps, kKept): where each warp is in its weights.
+  __device__ __forceinline__ int* kept() const { return at<int>(kPlaces); }
+  __device__ __forceinline__ uint4* ring() const {
+    return at<uint4>(kDecodeSmall);
+  }  // (warps, stages, 32)
+  /// Those of this block, and (products + 1) where each product's begin.
+  __device__ __forceinline__ Job* jobs() const { return at<Job>(jobs_); }
+  __device__ __forceinline__ int* first() const { return at<int>(first_); }
+  __device__ __forceinline__ float* input() const { return at<float>(input_); }
 
   template <int kTokens>
   __device__ __forceinline__ uint4* bits(const Job& job) const {
-    return reinterpret_cast<uint4*>(input +
+    return reinterpret_cast<uint4*>(input() +
                                     kTokens * (job.column_end - job.column_begin) * kTileColumns);
   }
   template <int kTokens>
   __device__ __forceinline__ uint16_t* halves(const Job& job) const {
     return reinterpret_cast<uint16_t*>(bits<kTokens>(job));
   }
+
+ private:
+  static constexpr int kSquares = kMostDecodeTokens * kMostPaths * 4;
+  static constexpr int kScales = kSquares + kMostDecodeTokens * kMostRuns * 4;
+  static constexpr int kTotals = kScales + kMostDecodeTokens * kMostPaths * 4;
+  static constexpr int kIds = kTotals + kMostDecodeTokens * kMostPaths * 4;
+  static constexpr int kPlaces = kIds + 3 * kMostDecodeTokens * 4;
+  static_assert(kPlaces + kWarps * kKept * 4 <= kDecodeSmall);
+
+  template <typename T>
+  __device__ __forceinline__ T* at(int offset) const {
+    return reinterpret_cast<T*>(memory_ + offset);
+  }
+
+  unsigned char* memory_;
+  int jobs_, first_, input_;
 };
 
 /// 1 / sqrt(mean + epsilon) of the stream.
@@ -58,11 +78,12 @@ __device__ __forceinline__ float reciprocal_root(float squares, const Sizes& siz
   return 1.0F / sqrtf(squares / static_cast<float>(sizes.d_model) + sizes.norm_epsilon);
 }
 
-/// The sum over the columns of a job, once prepare() has run.
-__device__ __forceinline__ float block_squares(const Shared& shared, int token) {
+/// The sum over the columns of a job, once read_values() has run.
+__device__ __forceinline__ float block_squares(const Shared& shared, int token, int runs) {
   float sum = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    sum += shared.squares[token * kWarps + w];
+#pragma unroll 4
+  for (int run = 0; run < runs; ++run) {
+    sum += shared.squares()[token * kMostRuns + run];
   }
   return sum;
 }

@@ -35,7 +35,7 @@ struct Unit {
     unit.part = index % parts;
     unit.kv = index / parts % sizes.kv_heads;
     unit.token = index / parts / sizes.kv_heads;
-    unit.position = shared.positions[unit.token];
+    unit.position = shared.positions()[unit.token];
     const Parts own(sizes, kTokens, unit.position);
     unit.begin = unit.part * own.length;
     unit.end =
@@ -43,7 +43,7 @@ struct Unit {
     if (unit.part >= own.count) {
       unit.end = unit.begin;
     }
-    unit.cache = shared.sequences[unit.token] * args.sequence_stride +
+    unit.cache = shared.sequences()[unit.token] * args.sequence_stride +
                  (int64_t{layer} * sizes.kv_heads + unit.kv) * args.capacity * sizes.head_dim;
     return unit;
   }
@@ -240,7 +240,7 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const 
   while (width * 8 < d) {
     width *= 2;
   }
-  float* const queries = shared.input;                                 // (group, d)
+  float* const queries = shared.input();                               // (group, d)
   auto* const key = reinterpret_cast<uint16_t*>(queries + group * d);  // (d)
   auto* const value = key + 2 * d;
   float* const sums = queries + (group + 2) * d;    // (group, warps, d)

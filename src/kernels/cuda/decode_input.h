@@ -73,9 +73,10 @@ struct StreamInput {
   };
   __device__ __forceinline__ void ask(const Job& job, int token, int column, Asked& asked) const {
     const int64_t width = args.sizes.d_model, at = token * width + column;
-    asked.stream = stream != nullptr ? read_fresh_4(stream + at)
-                                     : four_halves(*reinterpret_cast<const uint2*>(
-                                           args.embedding + shared.tokens[token] * width + column));
+    asked.stream = stream != nullptr
+                       ? read_fresh_4(stream + at)
+                       : four_halves(*reinterpret_cast<const uint2*>(
+                             args.embedding + shared.tokens()[token] * width + column));
     asked.added.ask(added + at, splits, kTokens * width);
     asked.norm = *reinterpret_cast<const float4*>(job.norm + column);
   }
@@ -127,7 +128,7 @@ struct AttendedInput {
     const int64_t place = (int64_t{token} * sizes.heads + head) * kMostParts;
     asked.softmax = args.softmax + place * 2;
     asked.attended = args.attended + place * sizes.head_dim + column % sizes.head_dim;
-    asked.count = Parts(sizes, kTokens, shared.positions[token]).count;
+    asked.count = Parts(sizes, kTokens, shared.positions()[token]).count;
     asked.ask(0, sizes.head_dim);
   }
   __device__ __forceinline__ float4 value(const Job&, int, int, Asked& asked, float&) const {
@@ -203,7 +204,7 @@ __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) 
   const int plane = lane() % 16, group = plane % 8;
   for (int item = warp(); item < 2 * kTokens * tiles; item += kWarps) {
     const int half = item % 2, token = item / 2 / tiles, tile = item / 2 % tiles;
-    const float* const values = shared.input + (token * tiles + tile) * kTileColumns;
+    const float* const values = shared.input() + (token * tiles + tile) * kTileColumns;
     const int first = (job.column_begin + tile) * kTileColumns;
 #pragma unroll 1
     for (int path = 0; path < paths; path += 2) {
@@ -221,11 +222,10 @@ __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int at = token * kMostPaths + (i == 1 && !two ? path : path + i);
-        const float most =
-            warp_max_magnitude(as_float(shared.maxima[at * kWarps + lane() % kWarps]));
+        const float most = as_float(shared.maxima()[at]);
         inverse[i] = most > 0 ? 32767.0F / most : 0.0F;
         if (tile == 0 && half == 0 && lane() == 0) {
-          shared.scales[at] = most / 32767.0F;
+          shared.scales()[at] = most / 32767.0F;
         }
       }
       uint32_t bits[4];
@@ -243,7 +243,7 @@ __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) 
       for (int i = 0; i < 2; ++i) {
         const int sum = warp_sum(sums[i]);
         if (lane() == 0 && path + i < paths) {
-          atomicAdd(shared.totals + token * kMostPaths + path + i, sum);
+          atomicAdd(shared.totals() + token * kMostPaths + path + i, sum);
         }
       }
       if (path + lane() / 16 < paths) {
@@ -269,14 +269,13 @@ __device__ __forceinline__ void make_halves(const Job& job, const Shared& shared
   uint16_t* const halves = shared.halves<kTokens>(job);
 #pragma unroll
   for (int token = 0; token < kTokens; ++token) {
-    const float most =
-        warp_max_magnitude(as_float(shared.maxima[token * kMostPaths * kWarps + lane() % kWarps]));
+    const float most = as_float(shared.maxima()[token * kMostPaths]);
     const float inverse = most > 0 ? 1.0F / most : 0.0F;
     if (threadIdx.x == 0) {
-      shared.scales[token * kMostPaths] = most;
+      shared.scales()[token * kMostPaths] = most;
     }
     for (int i = threadIdx.x; i < columns; i += kThreads) {
-      const float value = shared.input[token * columns + i] * inverse;
+      const float value = shared.input()[token * columns + i] * inverse;
       const uint16_t half = to_half(value);
       if (kSplit) {
         halves[2 * token * (columns + 32) + i] = half;
@@ -288,79 +287,64 @@ __device__ __forceinline__ void make_halves(const Job& job, const Shared& shared
   }
 }
 
-/// The values of a job's columns to shared memory, the largest of each path beside them.
+/// The values of a job's columns to shared memory, with the largest of each path and, of the
+/// stream, sums of squares. A warp takes 128 columns of a token at a time.
 template <int kTokens, typename Input>
 __device__ __forceinline__ void read_values(const Job& job, const Shared& shared,
                                             const Input& input) {
   const bool packed = job.format == static_cast<int>(Format::kResidualBinary);
   const int columns = (job.column_end - job.column_begin) * kTileColumns;
-  const int first = job.column_begin * kTileColumns;
-  uint32_t maxima[kTokens][kMostPaths] = {};
-  float squares[kTokens] = {};
-#pragma unroll 1
-  for (int i = 4 * threadIdx.x; i < columns; i += 4 * kThreads) {
-    const bool inside = first + i < job.d_in;
-    uint2 halves[kMostPaths];
-#pragma unroll
-    for (int path = 0; path < kMostPaths; ++path) {
-      halves[path].x = halves[path].y = 0x3C003C00U;  // ones
-      if (packed && path < job.paths && inside) {
-        halves[path] =
-            *reinterpret_cast<const uint2*>(job.col_scale + path * int64_t{job.d_in} + first + i);
-      }
-    }
-    constexpr int kTogether = kTokens < 2 ? 1 : 2;
-#pragma unroll
-    for (int begin = 0; begin < kTokens; begin += kTogether) {
-      typename Input::Asked asked[kTogether];
-      if (inside) {
-#pragma unroll
-        for (int t = 0; t < kTogether; ++t) {
-          input.ask(job, begin + t, first + i, asked[t]);
-        }
-      }
-#pragma unroll
-      for (int t = 0; t < kTogether; ++t) {
-        const int token = begin + t;
-        float4 x = make_float4(0, 0, 0, 0);
-        if (inside) {
-          x = input.value(job, token, first + i, asked[t], squares[token]);
-        }
-        *reinterpret_cast<float4*>(shared.input + token * columns + i) = x;
-#pragma unroll
-        for (int path = 0; path < kMostPaths; ++path) {
-          const auto grow = [&](float value) {
-            const uint32_t bits = as_bits(value) & 0x7FFFFFFFU;
-            maxima[token][path] = bits > maxima[token][path] ? bits : maxima[token][path];
-          };
-          if (path < job.paths) {
-            const float4 scale = four_halves(halves[path]);
-            grow(x.x * scale.x), grow(x.y * scale.y), grow(x.z * scale.z), grow(x.w * scale.w);
-          }
-        }
-      }
-    }
+  const int first = job.column_begin * kTileColumns, runs = columns / kRun;
+  for (int i = threadIdx.x; i < kTokens * kMostPaths; i += kThreads) {
+    shared.maxima()[i] = 0;
+    shared.totals()[i] = 0;
   }
+  __syncthreads();
+#pragma unroll 1
+  for (int item = warp(); item < kTokens * runs; item += kWarps) {
+    const int token = item / runs, column = first + item % runs * kRun + lane() * 4;
+    float4 x = make_float4(0, 0, 0, 0);
+    float squares = 0;
+    uint32_t most[kMostPaths] = {};
+    if (column < job.d_in) {
+      typename Input::Asked asked;
+      input.ask(job, token, column, asked);
+      uint2 halves[kMostPaths];
 #pragma unroll
-  for (int token = 0; token < kTokens; ++token) {
+      for (int path = 0; path < kMostPaths; ++path) {
+        halves[path].x = halves[path].y = 0x3C003C00U;  // ones
+        if (packed && path < job.paths) {
+          halves[path] =
+              *reinterpret_cast<const uint2*>(job.col_scale + path * int64_t{job.d_in} + column);
+        }
+      }
+      x = input.value(job, token, column, asked, squares);
+#pragma unroll
+      for (int path = 0; path < kMostPaths; ++path) {
+        const auto grow = [&](float value) {
+          const uint32_t bits = as_bits(value) & 0x7FFFFFFFU;
+          most[path] = bits > most[path] ? bits : most[path];
+        };
+        const float4 scale = four_halves(halves[path]);
+        grow(x.x * scale.x), grow(x.y * scale.y), grow(x.z * scale.z), grow(x.w * scale.w);
+      }
+    }
+    *reinterpret_cast<float4*>(shared.input() + token * columns + column - first) = x;
 #pragma unroll
     for (int path = 0; path < kMostPaths; ++path) {
       if (path < job.paths) {
-        const float most = warp_max_magnitude(as_float(maxima[token][path]));
+        const uint32_t all = warp_max(most[path]);
         if (lane() == 0) {
-          shared.maxima[(token * kMostPaths + path) * kWarps + warp()] = as_bits(most);
+          atomicMax(shared.maxima() + token * kMostPaths + path, all);
         }
       }
     }
     if (Input::kNormed) {
-      const float sum = warp_sum(squares[token]);
+      squares = warp_sum(squares);
       if (lane() == 0) {
-        shared.squares[token * kWarps + warp()] = sum;
+        shared.squares()[token * kMostRuns + item % runs] = squares;
       }
     }
-  }
-  if (threadIdx.x < kTokens * kMostPaths) {
-    shared.totals[threadIdx.x] = 0;
   }
   __syncthreads();
 }
@@ -377,7 +361,7 @@ __device__ __forceinline__ void make_operand(const DecodeArgs& args, Product pro
   if ((product == kQkv || product == kGateUp) && job.leads != 0 && threadIdx.x < kTokens) {
     const int token = static_cast<int>(threadIdx.x), which = product == kQkv ? 0 : 1;
     args.squares[(which * kMostSplits + job.split) * kMostDecodeTokens + token] =
-        block_squares(shared, token);
+        block_squares(shared, token, (job.column_end - job.column_begin) * kTileColumns / kRun);
   }
   __syncthreads();
 }

@@ -157,7 +157,12 @@ Result<DecodePlan> plan_decode(const Sizes& sizes, const std::vector<Block>& blo
           shared.product == kHead ? 1 : std::min({columns, grid, int32_t{kMostSplits}});
       chosen = std::min(most, splits[shared.product]);
       double best = std::numeric_limits<double>::infinity();
-      for (int32_t s = 1; s <= most && splits[shared.product] == 0; ++s) {
+      const int32_t fewest = ceil_divide(columns * kTileColumns, kMostJobColumns);
+      if (fewest > most) {
+        return Error{"the kernel for whole tokens takes products of at most " +
+                     std::to_string(most * kMostJobColumns) + " columns here"};
+      }
+      for (int32_t s = fewest; s <= most && splits[shared.product] == 0; ++s) {
         if (const double time = estimate(share(shared, grid, s), s, tokens); time < best) {
           best = time;
           chosen = s;

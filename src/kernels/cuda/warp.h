@@ -74,18 +74,16 @@ __device__ __forceinline__ int warp_sum(int value) {
 #endif
 }
 
-/// Of values that are not negative; infinities and NaN win.
-__device__ __forceinline__ float warp_max_magnitude(float value) {
-  uint32_t bits = as_bits(value);
+__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  return as_float(__reduce_max_sync(kAllLanes, bits));
+  return __reduce_max_sync(kAllLanes, value);
 #else
 #pragma unroll
   for (int step = 16; step >= 1; step /= 2) {
-    const uint32_t other = __shfl_xor_sync(kAllLanes, bits, step);
-    bits = other > bits ? other : bits;
+    const uint32_t other = __shfl_xor_sync(kAllLanes, value, step);
+    value = other > value ? other : value;
   }
-  return as_float(bits);
+  return value;
 #endif
 }
 
