@@ -137,15 +137,71 @@ ModelConfig two_layers(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_
 TEST_F(Engine, ATokenAllocatesNothing) {
   const ModelConfig config = two_layers(8, 4, 128, 2816);
   ASSERT_TRUE(write_random_model(path("model.gguf"), config, 2));
-  const std::vector<int32_t> tokens = rabit::random_tokens(100, 3, config.vocab_size);
+  const std::vector<int32_t> tokens =
+      rabit::random_tokens(kPartPositions + 10, 3, config.vocab_size);
   for (const int threads : {1, 2, 5}) {
     for (const bool small_cache : {false, true}) {
-      const auto some = session(path("model.gguf"), 128, {threads, false, "", small_cache});
+      const auto some = session(path("model.gguf"), 500, {threads, false, "", small_cache});
       const int64_t before = g_allocations;
       ASSERT_GT(before, 0);
       ASSERT_TRUE(some->forward(std::span(tokens).first(90)));
       ASSERT_TRUE(some->forward(std::span(tokens).subspan(90, 1)));
+      ASSERT_TRUE(some->forward(std::span(tokens).subspan(91)));  // more than a part of positions
+      ASSERT_TRUE(some->forward(std::span(tokens).first(1)));
       EXPECT_EQ(g_allocations, before) << threads;
+    }
+  }
+}
+
+// Attention of few tokens is cut over positions: bit for bit the same for any number of threads,
+// and up to rounding that of many tokens, which is not cut.
+TEST_F(Engine, PositionsInPartsAreTheSameForAnyNumberOfThreads) {
+  const SmallModel small(17, true, 2, {.width = 128, .heads = 4, .kv_heads = 2, .context = 1200});
+  small.write(path("model.gguf"));
+  const std::vector<int32_t> tokens = random_tokens(2 * kPartPositions + 30, 8);
+  const auto capacity = static_cast<int64_t>(tokens.size());
+  const std::vector<Floats> whole = all_logits(*session(path("model.gguf"), capacity), tokens);
+  std::vector<std::string> tables = {"reference"};
+  for (const KernelTable* table : cpu_kernels()) {
+    tables.emplace_back(table->name);
+  }
+  for (const std::string& table : tables) {
+    for (const auto& [as_f32, small_cache] :
+         {std::pair{true, false}, {false, false}, {false, true}}) {
+      if (table == "reference" && !as_f32) {
+        continue;  // as F32, only slower
+      }
+      SCOPED_TRACE(table + (as_f32 ? " F32" : small_cache ? " Q8_0" : " F16"));
+      std::vector<Floats> want;
+      for (const int threads : {1, 2, 3, 4, 5}) {
+        if (table == "reference" && threads % 2 == 1 && threads > 1) {
+          continue;
+        }
+        const auto s = session(path("model.gguf"), capacity, {threads, as_f32, table, small_cache});
+        ASSERT_TRUE(s->forward(std::span(tokens).first(kPartPositions - 2)));
+        std::vector<Floats> got;
+        const auto add = [&](int64_t count) {
+          const auto next = s->forward(std::span(tokens).subspan(s->position(), count));
+          ASSERT_TRUE(next);
+          got.emplace_back(next->begin(), next->end());
+          if (as_f32) {
+            EXPECT_LE(relative_error(*next, whole[s->position() - 1]), 2e-5) << s->position();
+          }
+        };
+        for (int i = 0; i < 4; ++i) {
+          add(1);
+        }
+        add(2);
+        ASSERT_TRUE(s->forward(
+            std::span(tokens).subspan(s->position(), 2 * kPartPositions - 1 - s->position())));
+        for (const int64_t count : {1, 1, 1, 20}) {
+          add(count);
+        }
+        if (want.empty()) {
+          want = got;
+        }
+        EXPECT_EQ(got, want) << threads;
+      }
     }
   }
 }
