@@ -299,7 +299,8 @@ void LoadedSession::multiply_group(const float* all, int64_t first, int64_t toke
 }
 
 /// What the products read beside x, in each thread some tokens, or of few tokens a part of the
-/// columns, where that is worth it.
+/// columns, where that is worth it. Each of those that share columns looks for the largest of all of
+/// them: half a microsecond for 4096 of them, about what one more barrier would take.
 void LoadedSession::prepare(const float* x, int64_t tokens, const Products& products) {
   constexpr int64_t kWorthwhile = 256;  // words
   const KernelTable& table = *model_->table;
