@@ -14,6 +14,7 @@
 
 #include "base/interrupt.h"
 #include "engine/model.h"
+#include "few_stacks.h"
 #include "kernels/api/kernels.h"
 #include "model/random_model.h"
 #include "tiny_model.h"
@@ -499,6 +500,12 @@ TEST_F(Engine, RefusesBadOptionsAndFiles) {
   EXPECT_EQ((*model)->vocab_size(), kVocab);
   EXPECT_EQ((*model)->context_length(), 64);
   EXPECT_EQ((*model)->threads(), 1);
+  {
+    const FewStacks few;
+    const auto crowded = Model::load(path("model.gguf"), {.threads = 1000});
+    ASSERT_FALSE(crowded);
+    EXPECT_NE(crowded.error().message.find(" of 1000 threads can be started"), std::string::npos);
+  }
   EXPECT_FALSE(Session::create(*model, 0));
   EXPECT_FALSE(Session::create(*model, int64_t{1} << 60));
   EXPECT_FALSE(Session::create(nullptr, 8));

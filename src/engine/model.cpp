@@ -302,6 +302,11 @@ Result<const KernelTable*> choose_kernels(std::string name) {
 
 }  // namespace
 
+Status Model::check_kernels(const std::string& kernels) {
+  RABIT_CHECK(choose_kernels(kernels));
+  return {};
+}
+
 Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
                                            const EngineOptions& options) {
   constexpr int kMostThreads = 1024;
@@ -327,8 +332,12 @@ Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
   model->cache = options.dense_as_f32 ? CacheFormat::kF32
                  : options.cache_q8_0 ? CacheFormat::kQ8_0
                                       : CacheFormat::kF16;
-  model->pool =
-      std::make_unique<ThreadPool>(options.threads == 0 ? usable_threads() : options.threads);
+  const int threads = options.threads == 0 ? usable_threads() : options.threads;
+  model->pool = std::make_unique<ThreadPool>(threads);
+  if (const int started = model->pool->size(); started < threads) {
+    return Error{"only " + std::to_string(started) + " of " + std::to_string(threads) +
+                 " threads can be started here; take fewer"};
+  }
 
   const bool as_f32 = options.dense_as_f32;
   RABIT_ASSIGN(model->embedding,

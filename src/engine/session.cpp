@@ -1,7 +1,7 @@
-// The forward pass. A call is cut into chunks of at most kChunk tokens; each chunk goes through all
-// blocks and leaves its keys and values in the cache, (layers, kv_heads, capacity, head_dim), so
-// the next chunk sees them. All memory is taken when the session is made (that of forward_all's
-// logits at its first call).
+// The forward pass. A call is cut into chunks of at most kMostTogether tokens; each chunk goes
+// through all blocks and leaves its keys and values in the cache, (layers, kv_heads, capacity,
+// head_dim), so the next chunk sees them. All memory is taken when the session is made (that of
+// forward_all's logits at its first call).
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,7 +17,6 @@
 namespace rabit {
 namespace {
 
-constexpr int64_t kChunk = 512;        // tokens that go through the blocks together
 constexpr int64_t kLogitsChunk = 256;  // tokens whose logits are in memory at once
 
 constexpr int64_t kMostProducts = 3;  // that share an input
@@ -58,7 +57,7 @@ class LoadedSession : public Session {
       : model_(std::move(model)),
         config_(model_->config),
         capacity_(capacity),
-        chunk_(std::min(capacity, kChunk)) {}
+        chunk_(std::min(capacity, kMostTogether)) {}
 
   Status allocate();
   Status forward_all(std::span<const int32_t> tokens, const LogitSink& sink) override;
@@ -299,8 +298,8 @@ void LoadedSession::multiply_group(const float* all, int64_t first, int64_t toke
 }
 
 /// What the products read beside x, in each thread some tokens, or of few tokens a part of the
-/// columns, where that is worth it. Each of those that share columns looks for the largest of all of
-/// them: half a microsecond for 4096 of them, about what one more barrier would take.
+/// columns, where that is worth it. Each of those that share columns looks for the largest of all
+/// of them: half a microsecond for 4096 of them, about what one more barrier would take.
 void LoadedSession::prepare(const float* x, int64_t tokens, const Products& products) {
   constexpr int64_t kWorthwhile = 256;  // words
   const KernelTable& table = *model_->table;
