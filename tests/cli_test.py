@@ -92,6 +92,16 @@ class WithoutModel(CliTest):
         self.fails("bench", "-m", "x", "-p", "0", "-n", "0", code=USAGE, says="nothing to measure")
         self.fails("bench", "-m", "x", "-o", "xml", code=USAGE, says="xml")
         self.fails("run", "-m", "x", "-p", "a", "-n", "1", "-n", "2", code=USAGE)
+        # An option without its value does not take the next option for it.
+        for arguments, says in ((("run", "-m", "--predict", "5"), "--model: needs a value before --predict"),
+                                (("run", "-m", "x", "-p", "-n", "5"), "--prompt: needs a value before -n"),
+                                (("run", "-m", "x", "-p", "a", "--temp", "-s", "1"), "--temp: needs a value before -s"),
+                                (("run", "-m", "x", "-p", "a", "-n", "--json"), "--predict: needs a value before --json"),
+                                (("eval", "-m", "x", "--ppl", "--ctx", "64"), "--ppl: needs a value before --ctx"),
+                                (("bench", "-m", "x", "-t", "-o", "json"), "--threads: needs a value before -o")):
+            self.fails(*arguments, code=USAGE, says=says)
+        # Both names, for either may have been written.
+        self.fails("run", "-m", "x", "-p", "a", "--predict", "many", code=USAGE, says="-n,--predict: 'many' is not")
 
     def test_bad_numbers(self):
         start = {

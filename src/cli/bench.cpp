@@ -317,11 +317,11 @@ Status bench(const BenchOptions& options) {
     throw CLI::RequiredError("-m or --shape");
   }
   if (options.prompt == 0 && options.generate == 0) {
-    throw CLI::ValidationError("-p, -n", "0 and 0 leave nothing to measure");
+    throw CLI::ValidationError("-p,--n-prompt and -n,--n-gen", "0 and 0 leave nothing to measure");
   }
   RABIT_CHECK(Model::check_kernels(options.engine.kernels));  // before a model is made for it
-  const std::vector<int64_t> threads = parse_list("-t", options.threads, 1024);
-  const std::vector<int64_t> depths = parse_list("-d", options.depths, 1 << 20);
+  const std::vector<int64_t> threads = parse_list("-t,--threads", options.threads, 1024);
+  const std::vector<int64_t> depths = parse_list("-d,--depth", options.depths, 1 << 20);
   std::filesystem::path path = options.model;
   std::optional<TemporaryFolder> temporary;
   if (!options.shape.empty()) {

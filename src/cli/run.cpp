@@ -143,8 +143,9 @@ Status report(const RunOptions& options, const GgufFile& file, const Model& mode
   if (!options.json) {
     note(
         fmt::format("prompt {} tokens, {:.2f} tokens/s; generation {} tokens, {:.2f} tokens/s; "
-                    "stopped by {}; seed {}, {} threads, {} kernels",
-                    prompt_tokens, prompt_rate, outcome.generated, rate, outcome.stop_reason, seed,
+                    "{}; seed {}, {} threads, {} kernels",
+                    prompt_tokens, prompt_rate, outcome.generated, rate,
+                    outcome.interrupted ? "interrupted" : "stopped by " + outcome.stop_reason, seed,
                     model.threads(), model.kernels()));
     return {};
   }
