@@ -143,7 +143,8 @@ TEST_F(Engine, ATokenAllocatesNothing) {
       rabit::random_tokens(kPartPositions + 10, 3, config.vocab_size);
   for (const int threads : {1, 2, 5}) {
     for (const bool small_cache : {false, true}) {
-      const auto some = session(path("model.gguf"), 500, {threads, false, "", small_cache});
+      const auto some =
+          session(path("model.gguf"), kPartPositions + 20, {threads, false, "", small_cache});
       const int64_t before = g_allocations;
       ASSERT_GT(before, 0);
       ASSERT_TRUE(some->forward(std::span(tokens).first(90)));
@@ -158,7 +159,7 @@ TEST_F(Engine, ATokenAllocatesNothing) {
 // Attention of few tokens is cut over positions: bit for bit the same for any number of threads,
 // and up to rounding that of many tokens, which is not cut.
 TEST_F(Engine, PositionsInPartsAreTheSameForAnyNumberOfThreads) {
-  const SmallModel small(17, true, 2, {.width = 128, .heads = 4, .kv_heads = 2, .context = 1200});
+  const SmallModel small(17, true, 2, {.width = 64, .heads = 2, .kv_heads = 1, .context = 2000});
   small.write(path("model.gguf"));
   const std::vector<int32_t> tokens = random_tokens(2 * kPartPositions + 30, 8);
   const auto capacity = static_cast<int64_t>(tokens.size());
@@ -176,8 +177,8 @@ TEST_F(Engine, PositionsInPartsAreTheSameForAnyNumberOfThreads) {
       SCOPED_TRACE(table + (as_f32 ? " F32" : small_cache ? " Q8_0" : " F16"));
       std::vector<Floats> want;
       for (const int threads : {1, 2, 3, 4, 5}) {
-        if (table == "reference" && threads % 2 == 1 && threads > 1) {
-          continue;
+        if (table == "reference" && threads > 2) {
+          break;
         }
         const auto s = session(path("model.gguf"), capacity, {threads, as_f32, table, small_cache});
         ASSERT_TRUE(s->forward(std::span(tokens).first(kPartPositions - 2)));

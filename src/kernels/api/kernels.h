@@ -63,7 +63,7 @@ struct PlaceInPairs {
 inline constexpr int64_t kMaxHeadDim = 256;
 
 /// Positions that are best for one part of an attention.
-inline constexpr int64_t kPartPositions = 384;
+inline constexpr int64_t kPartPositions = 768;
 
 /// Type of the KV cache. F32 keeps the logits at float accuracy (with F32 weights, within 1e-4 of
 /// their norm). Q8_0: blocks of 32 as GGUF has them, head_dim a multiple of 32.
