@@ -32,16 +32,22 @@ struct EngineOptions {
   std::string device;
 };
 
+/// Tokens that go through a model on the CPU together at most; longer inputs are split inside. A
+/// GPU takes more.
+inline constexpr int64_t kMostTogether = 512;
+
 /// A model in memory with its thread pool. Sessions on one model must not run at the same time.
 class Model {
  public:
   /// Errors: what the file reader refuses, an unknown architecture, a missing tensor, a tensor type
   /// that cannot be used where it stands, a weight or scale that is not finite (or, dense as F16,
-  /// too large for it), an unknown kernel table, a bad number of threads, a cache of Q8_0 for heads
-  /// that are not a multiple of 32 wide; a device that is not known, not there, too small, or not
-  /// in this build.
+  /// too large for it), an unknown kernel table, a bad number of threads or more than can be
+  /// started, a cache of Q8_0 for heads that are not a multiple of 32 wide; a device that is not
+  /// known, not there, too small, or not in this build.
   static Result<std::shared_ptr<Model>> load(const std::filesystem::path& path,
                                              const EngineOptions& options);
+  /// Whether load() would find these kernels (see EngineOptions). Errors: an unknown kernel table.
+  static Status check_kernels(const std::string& kernels);
   virtual ~Model() = default;
 
   virtual int64_t vocab_size() const = 0;

@@ -46,6 +46,7 @@ struct Row {
   uint64_t weight_bytes = 0;      // of a token
   std::vector<double> samples;    // tokens per second, by repetition
   std::vector<double> bandwidth;  // bytes per second that could be read before each
+  int64_t caches = 0;             // bytes, see last_level_caches(); 0 on a GPU
 
   double mean() const {
     return std::accumulate(samples.begin(), samples.end(), 0.0) /
@@ -64,6 +65,8 @@ struct Row {
     return std::sqrt(sum / static_cast<double>(samples.size() - 1));
   }
   double weights_per_second() const { return mean() * static_cast<double>(weight_bytes); }  // bytes
+  /// Whether the caches may hold all that a token reads of the weights.
+  bool in_cache() const { return weight_bytes <= static_cast<uint64_t>(caches); }
   /// Of what could be read, the mean over repetitions.
   double share_of_read() const {
     double sum = 0;
@@ -141,11 +144,10 @@ Status measure_depth(const BenchOptions& options, const Model& model, const Row&
                      std::vector<Row>& rows) {
   session.truncate(0);
   if (depth > 0) {
-    constexpr int64_t kStep = 512;  // that the runtime takes at once
     const std::vector<int32_t> before = filler_tokens(depth, model.vocab_size());
     Progress progress("bench, positions before on " + where(loaded));
-    for (int64_t at = 0; at < depth; at += kStep) {
-      const auto part = static_cast<size_t>(std::min(kStep, depth - at));
+    for (int64_t at = 0; at < depth; at += kMostTogether) {
+      const auto part = static_cast<size_t>(std::min(kMostTogether, depth - at));
       RABIT_CHECK(session.forward(std::span(before).subspan(static_cast<size_t>(at), part)));
       progress.update(at + static_cast<int64_t>(part), depth, "");
     }
@@ -190,7 +192,8 @@ Status measure(const BenchOptions& options, const std::filesystem::path& path,
                         .on_gpu = model->on_gpu(),
                         .load_seconds = now_seconds() - started,
                         .load_memory = peak_memory(),
-                        .weight_bytes = model->weight_bytes()};
+                        .weight_bytes = model->weight_bytes(),
+                        .caches = model->on_gpu() ? 0 : last_level_caches()};
     RABIT_ASSIGN(const auto session,
                  Session::create(model, deepest + std::max(options.prompt, options.generate)));
     std::optional<ReadBandwidth> host;
@@ -210,6 +213,19 @@ Status measure(const BenchOptions& options, const std::filesystem::path& path,
   return {};
 }
 
+/// In MiB, from 1024 of them on in GiB; as llama-bench has it.
+std::string size_text(uint64_t bytes) {
+  const double mib = static_cast<double>(bytes) / 1048576.0;
+  return mib < 1024 ? fmt::format("{:.2f} MiB", mib) : fmt::format("{:.2f} GiB", mib / 1024);
+}
+
+/// In millions, from 1000 of them on in billions.
+std::string count_text(int64_t count) {
+  const double millions = static_cast<double>(count) / 1e6;
+  return millions < 1000 ? fmt::format("{:.2f} M", millions)
+                         : fmt::format("{:.2f} B", millions / 1000);
+}
+
 std::string to_markdown(const ModelConfig& config, const SizeReport& size,
                         const std::vector<Row>& rows) {
   const std::vector<std::string> head = {"model", "size", "params", "backend", "threads",
@@ -217,14 +233,14 @@ std::string to_markdown(const ModelConfig& config, const SizeReport& size,
   std::vector<std::vector<std::string>> cells;
   for (const Row& row : rows) {
     cells.push_back(
-        {model_label(config, size),
-         fmt::format("{:.2f} MiB", static_cast<double>(size.tensor_bytes) / 1048576.0),
-         fmt::format("{:.2f} M", static_cast<double>(size.parameters) / 1e6),
+        {model_label(config, size), size_text(size.tensor_bytes), count_text(size.parameters),
          row.on_gpu ? "CUDA, " + row.device : row.kernels,
          row.on_gpu ? "" : std::to_string(row.threads), row.test,
          fmt::format("{:.2f} ± {:.2f}", row.mean(), row.stddev()),
          row.generated == 0 ? "" : fmt::format("{:.2f}", row.weights_per_second() / 1e9),
-         row.generated == 0 ? "" : fmt::format("{:.0f} %", 100 * row.share_of_read())});
+         row.generated == 0 ? ""
+         : row.in_cache()   ? "in cache"
+                            : fmt::format("{:.0f} %", 100 * row.share_of_read())});
   }
   std::string line = "|", rule = "|", body;
   std::vector<size_t> widths;
@@ -266,6 +282,7 @@ Json to_json(const BenchOptions& options, const GgufFile& file, const ModelConfi
               {"device", rows.front().device},
               {"kernels", rows.front().kernels},
               {"weight_bytes_per_token", rows.front().weight_bytes},
+              {"last_level_cache_bytes", rows.front().caches},
               {"dense_weights", dense_type(options.engine)},
               {"kv_cache", cache_type(options.engine)},
               {"repetitions", options.repetitions}};
@@ -326,10 +343,13 @@ Status bench(const BenchOptions& options) {
     throw CLI::RequiredError("-m or --shape");
   }
   if (options.prompt == 0 && options.generate == 0) {
-    throw CLI::ValidationError("-p, -n", "0 and 0 leave nothing to measure");
+    throw CLI::ValidationError("-p,--n-prompt and -n,--n-gen", "0 and 0 leave nothing to measure");
   }
-  const std::vector<int64_t> threads = parse_list("-t", options.threads, 1024);
-  const std::vector<int64_t> depths = parse_list("-d", options.depths, 1 << 20);
+  if (options.engine.device.empty() || options.engine.device == "cpu") {
+    RABIT_CHECK(Model::check_kernels(options.engine.kernels));  // before a model is made for it
+  }
+  const std::vector<int64_t> threads = parse_list("-t,--threads", options.threads, 1024);
+  const std::vector<int64_t> depths = parse_list("-d,--depth", options.depths, 1 << 20);
   std::filesystem::path path = options.model;
   std::optional<TemporaryFolder> temporary;
   if (!options.shape.empty()) {

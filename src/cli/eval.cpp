@@ -126,10 +126,8 @@ Status eval(const EvalOptions& options) {
                                  {"kernels", model->kernels()},
                                  {"device", model->device()},
                                  {"dense_weights", dense_type(options.engine)},
-                                 {"kv_cache", cache_type(options.engine)}};
-  if (options.together > 0) {
-    told["together"] = options.together;
-  }
+                                 {"kv_cache", cache_type(options.engine)},
+                                 {"together", source->together()}};
   if (teacher) {
     told["teacher"] = {{"model", options.teacher},
                        {"model_sha256", teacher_file->sha256()},

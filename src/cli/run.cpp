@@ -143,8 +143,9 @@ Status report(const RunOptions& options, const GgufFile& file, const Model& mode
   if (!options.json) {
     note(
         fmt::format("prompt {} tokens, {:.2f} tokens/s; generation {} tokens, {:.2f} tokens/s; "
-                    "stopped by {}; seed {}, {}",
-                    prompt_tokens, prompt_rate, outcome.generated, rate, outcome.stop_reason, seed,
+                    "{}; seed {}, {}",
+                    prompt_tokens, prompt_rate, outcome.generated, rate,
+                    outcome.interrupted ? "interrupted" : "stopped by " + outcome.stop_reason, seed,
                     runs_on(model)));
     return {};
   }

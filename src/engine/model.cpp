@@ -324,6 +324,11 @@ Result<std::optional<int32_t>> choose_gpu(const std::string& name) {
 
 }  // namespace
 
+Status Model::check_kernels(const std::string& kernels) {
+  RABIT_CHECK(choose_kernels(kernels));
+  return {};
+}
+
 Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
                                            const EngineOptions& options) {
   RABIT_ASSIGN(const std::optional<int32_t> gpu, choose_gpu(options.device));
@@ -367,8 +372,12 @@ Result<std::shared_ptr<LoadedModel>> load_on_host(const std::filesystem::path& p
   model->cache = options.dense_as_f32 ? CacheFormat::kF32
                  : options.cache_q8_0 ? CacheFormat::kQ8_0
                                       : CacheFormat::kF16;
-  model->pool =
-      std::make_unique<ThreadPool>(options.threads == 0 ? usable_threads() : options.threads);
+  const int threads = options.threads == 0 ? usable_threads() : options.threads;
+  model->pool = std::make_unique<ThreadPool>(threads);
+  if (const int started = model->pool->size(); started < threads) {
+    return Error{"only " + std::to_string(started) + " of " + std::to_string(threads) +
+                 " threads can be started here; take fewer"};
+  }
 
   const bool as_f32 = options.dense_as_f32;
   RABIT_ASSIGN(model->embedding,
