@@ -1,7 +1,7 @@
 // After cuda_emulator.h: the tensor cores and the libraries of CUDA that the runtime uses, as far
 // as it uses them. Device memory is the host's, filled with NaN, of a size that tests set; a
 // product of cuBLAS is three loops that obey its strides. There are two devices, the second one too
-// old.
+// old; the first has three multiprocessors.
 #pragma once
 
 #include <chrono>
@@ -77,6 +77,11 @@ inline std::map<void*, size_t>& allocations() {
   static std::map<void*, size_t> all;
   return all;
 }
+/// Whether blocks may wait for each other.
+inline bool& cooperative() {
+  static bool may = true;
+  return may;
+}
 inline size_t memory_used() {
   size_t used = 0;
   for (const auto& [at, bytes] : allocations()) {
@@ -90,7 +95,8 @@ inline size_t memory_used() {
 struct cudaDeviceProp {
   char name[256];
   int major, minor, multiProcessorCount;
-  size_t totalGlobalMem;
+  size_t totalGlobalMem, sharedMemPerBlockOptin;
+  int cooperativeLaunch;
 };
 struct cudaFuncAttributes {};
 enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaStreamNonBlocking };
@@ -100,7 +106,9 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int devic
   std::strcpy(properties->name, device == 0 ? "an emulated GPU" : "an old GPU");
   properties->major = device == 0 ? 9 : 7;
   properties->minor = 0;
-  properties->multiProcessorCount = 1;
+  properties->multiProcessorCount = 3;
+  properties->sharedMemPerBlockOptin = 227 << 10;
+  properties->cooperativeLaunch = rabit::emulator::cooperative() ? 1 : 0;
   properties->totalGlobalMem = rabit::emulator::memory_size();
   return cudaSuccess;
 }

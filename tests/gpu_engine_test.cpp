@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 
 #include "base/interrupt.h"
@@ -199,6 +200,81 @@ TEST_F(GpuEngine, TruncateForgets) {
   EXPECT_EQ(all_logits(*one, tokens, vocab), want) << "the same work, the same bits";
 }
 
+// Sizes that the kernel for whole tokens takes, and how many tokens a test runs so: each takes the
+// emulator a second.
+const TinySizes kWhole = {.width = 64, .heads = 4, .kv_heads = 2, .hidden = 96};
+#ifdef RABIT_CUDA_EMULATOR
+constexpr int64_t kWholeSteps = 4;
+#else
+constexpr int64_t kWholeSteps = 64;
+#endif
+
+/// Whether the first GPU runs whole tokens.
+bool runs_whole_tokens() {
+  const auto info = gpu::use_device(0);
+  return info && info->major >= 8 && info->cooperative;
+}
+
+TEST_F(GpuEngine, WholeTokens) {
+  for (const auto& [tied, paths] : {std::pair{true, 0}, {false, 1}, {true, 2}, {false, 4}}) {
+    SCOPED_TRACE((tied ? "tied, paths " : "paths ") + std::to_string(paths));
+    SmallModel(3, tied, paths, kWhole).write(path("model.gguf"));
+    const std::vector<int32_t> tokens = random_tokens(kWholeSteps, 4, kWhole.vocab);
+    const std::vector<Floats> want =
+        all_logits(*session(path("model.gguf"), kWholeSteps, kExact), tokens, kWhole.vocab);
+    const auto one = session(path("model.gguf"), kWholeSteps);
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      const auto got = one->forward(std::span(tokens).subspan(i, 1));
+      ASSERT_TRUE(got) << got.error().message;
+      EXPECT_LE(relative_error(*got, want[i]), kBound) << "position " << i;
+      EXPECT_EQ(one->position(), static_cast<int64_t>(i) + 1);
+    }
+    EXPECT_EQ(whole_tokens(*one), runs_whole_tokens() ? kWholeSteps : 0);
+  }
+}
+
+// Each way leaves in the cache what the other reads; positions and refusals are the same.
+TEST_F(GpuEngine, WholeTokensBetweenOthers) {
+  SmallModel(13, true, 2, kWhole).write(path("model.gguf"));
+  const std::vector<int32_t> tokens = random_tokens(90, 4, kWhole.vocab);
+  const std::vector<Floats> want =
+      all_logits(*session(path("model.gguf"), 90, kExact), tokens, kWhole.vocab);
+  const auto one = session(path("model.gguf"), 90);
+  const auto forward = [&](size_t first, size_t count) {
+    const auto got = one->forward(std::span(tokens).subspan(first, count));
+    ASSERT_TRUE(got) << got.error().message;
+    EXPECT_LE(relative_error(*got, want[first + count - 1]), kBound) << first << ", " << count;
+  };
+  const auto forward_all = [&](size_t first, size_t count) {
+    expect_near(all_logits(*one, std::span(tokens).subspan(first, count), kWhole.vocab),
+                {want.begin() + static_cast<int64_t>(first),
+                 want.begin() + static_cast<int64_t>(first + count)});
+  };
+  forward(0, 1), forward(1, 70), forward(71, 1), forward_all(72, 1), forward_all(73, 4);
+  forward(77, 1), forward(78, 11), forward_all(89, 1);
+  EXPECT_EQ(one->position(), 90);
+  EXPECT_FALSE(one->forward(std::vector<int32_t>{1}));
+  one->truncate(40);
+  EXPECT_FALSE(one->forward(std::vector<int32_t>{static_cast<int32_t>(kWhole.vocab)}));
+  set_interrupted(true);
+  const auto interrupted = one->forward(std::vector<int32_t>{1});
+  set_interrupted(false);
+  EXPECT_TRUE(!interrupted && interrupted.error().interrupted);
+  EXPECT_EQ(one->position(), 40);
+  forward(40, 1), forward_all(41, 1), forward(42, 30), forward(72, 1);
+  EXPECT_EQ(whole_tokens(*one), runs_whole_tokens() ? 8 : 0);
+
+  one->truncate(0);
+  const auto first = one->forward(std::span(tokens).first(1));
+  ASSERT_TRUE(first);
+  const Floats before(first->begin(), first->end());
+  one->truncate(0);
+  const auto again = one->forward(std::span(tokens).first(1));
+  ASSERT_TRUE(again);
+  EXPECT_TRUE(std::equal(again->begin(), again->end(), before.begin()))
+      << "the same work, the same bits";
+}
+
 TEST_F(GpuEngine, TwoSessionsOfAModel) {
   const SmallModel small(9, true, 2);
   small.write(path("model.gguf"));
@@ -256,12 +332,15 @@ void expect_same_text(const Greedy& got, const Greedy& want) {
 }
 
 TEST_F(GpuEngine, GreedyTextOfSmallModels) {
+  const auto compare = [&](const TinySizes& sizes, int64_t paths, int64_t count) {
+    SmallModel(21, false, paths, sizes).write(path("model.gguf"));
+    const std::vector<int32_t> prompt = random_tokens(9, 5, sizes.vocab);
+    expect_same_text(generate(*session(path("model.gguf"), 80), prompt, count),
+                     generate(*session(path("model.gguf"), 80, kExact), prompt, count));
+  };
   for (const int64_t paths : {0, 2}) {
-    const SmallModel small(21, false, paths);
-    small.write(path("model.gguf"));
-    const std::vector<int32_t> prompt = random_tokens(9, 5, small.sizes.vocab);
-    expect_same_text(generate(*session(path("model.gguf"), 80), prompt, 64),
-                     generate(*session(path("model.gguf"), 80, kExact), prompt, 64));
+    compare(TinySizes(), paths, 64);
+    compare(kWhole, paths, kWholeSteps);
   }
 }
 
@@ -329,15 +408,19 @@ TEST_F(GpuEngine, GreedyTextOfARealModel) {
 #ifdef RABIT_CUDA_EMULATOR
   GTEST_SKIP() << "takes an emulator too long";
 #endif
-  if (!std::filesystem::exists(RABIT_MODEL)) {
-    GTEST_SKIP() << RABIT_MODEL << " is missing, run scripts/setup.sh";
+  // Where this runs need not be where it was built.
+  const char* const given = std::getenv("RABIT_MODEL");
+  const std::filesystem::path model = given != nullptr && *given != 0 ? given : RABIT_MODEL;
+  if (!std::filesystem::exists(model)) {
+    GTEST_SKIP() << model << " is missing, run scripts/setup.sh or name one by RABIT_MODEL";
   }
   const std::vector<int32_t> prompt = {504, 3575, 282, 4649, 314};
-  expect_same_text(generate(*session(RABIT_MODEL, 80), prompt, 64),
-                   generate(*session(RABIT_MODEL, 80, kExact), prompt, 64));
+  const auto one = session(model, 80);
+  expect_same_text(generate(*one, prompt, 64), generate(*session(model, 80, kExact), prompt, 64));
+  EXPECT_EQ(whole_tokens(*one), runs_whole_tokens() ? 63 : 0);
   const std::vector<int32_t> tokens = random_tokens(300, 8, 49152);
-  const std::vector<Floats> got = all_logits(*session(RABIT_MODEL, 300), tokens, 49152);
-  const std::vector<Floats> want = all_logits(*session(RABIT_MODEL, 300, kExact), tokens, 49152);
+  const std::vector<Floats> got = all_logits(*session(model, 300), tokens, 49152);
+  const std::vector<Floats> want = all_logits(*session(model, 300, kExact), tokens, 49152);
   ASSERT_EQ(got.size(), want.size());
   for (size_t i = 0; i < want.size(); ++i) {  // thirty blocks: as engine_test has it of F16
     ASSERT_LE(relative_error(got[i], want[i]), 2e-2) << "position " << i;
@@ -345,6 +428,22 @@ TEST_F(GpuEngine, GreedyTextOfARealModel) {
 }
 
 #ifdef RABIT_CUDA_EMULATOR
+TEST_F(GpuEngine, AGpuWhereBlocksMayNotWaitForEachOther) {
+  SmallModel(3, true, 2, kWhole).write(path("model.gguf"));
+  emulator::cooperative() = false;
+  const auto one = session(path("model.gguf"), 4);
+  emulator::cooperative() = true;
+  const auto whole = session(path("model.gguf"), 4);
+  for (const int32_t token : random_tokens(2, 4, kWhole.vocab)) {
+    const auto got = one->forward(std::span(&token, 1)),
+               same = whole->forward(std::span(&token, 1));
+    ASSERT_TRUE(got && same);
+    EXPECT_LE(relative_error(*got, *same), kBound);
+  }
+  EXPECT_EQ(whole_tokens(*one), 0);
+  EXPECT_EQ(whole_tokens(*whole), 2);
+}
+
 TEST_F(GpuEngine, ADeviceThatIsTooOldOrTooSmall) {
   const SmallModel small(12, true, 2);
   small.write(path("model.gguf"));

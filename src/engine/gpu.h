@@ -18,6 +18,9 @@ Result<std::shared_ptr<Model>> load_on_gpu(const std::filesystem::path& path,
 /// model: of load_on_gpu(). Errors: of Session::create.
 Result<std::unique_ptr<Session>> create_gpu_session(std::shared_ptr<Model> model, int64_t capacity);
 
+/// How many tokens the session has run as one kernel each. For tests: results do not show it.
+int64_t whole_tokens(const Session& session);
+
 /// Bytes a second at which the model's GPU reads memory that no cache holds, measured now. Errors:
 /// memory that cannot be had.
 Result<double> gpu_read_speed(const Model& model);

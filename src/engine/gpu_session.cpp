@@ -1,11 +1,14 @@
 // The forward pass on a GPU. A call is cut into chunks; each goes through all blocks and leaves its
 // keys and values in the cache, (layers, kv_heads, capacity, head_dim) in F16. The residual stream
 // is F32, products read F16. Packed weights become an F16 matrix for the time of a product: for
-// many tokens that is a small part of the work. All device memory is taken when the session is
-// made, but for what forward_all's logits need more.
+// many tokens that is a small part of the work. A call of one token, as when text is generated, is
+// one kernel that reads packed weights as they lie (kernels/api/gpu_decode.h), where the sizes and
+// the GPU allow it. All device memory is taken when the session is made, but for what forward_all's
+// logits need more.
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <optional>
 
 #include "base/interrupt.h"
 #include "engine/gpu_model.h"
@@ -16,6 +19,7 @@ namespace {
 
 constexpr int64_t kChunk = 1024;      // tokens that go through the blocks together
 constexpr int64_t kLogitsChunk = 64;  // tokens whose logits are in memory at once
+constexpr int32_t kWholeMajor = 8;    // compute capability that whole tokens need
 
 class GpuSession : public Session {
  public:
@@ -32,9 +36,13 @@ class GpuSession : public Session {
   void truncate(int64_t position) override {
     position_ = std::clamp<int64_t>(position, 0, position_);
   }
+  int64_t whole_tokens() const { return whole_tokens_; }
 
  private:
   Status fill_turns();
+  void plan_whole();
+  Status prepare_whole();
+  Result<bool> run_whole(int32_t token);
   Status run_blocks(std::span<const int32_t> tokens);
   Status run_block(int64_t layer, int64_t tokens);
   Status multiply(std::initializer_list<const gpu::Linear*> linears, const uint16_t* x,
@@ -66,6 +74,18 @@ class GpuSession : public Session {
   int64_t logits_rows_ = 0;
   gpu::HostMemory host_logits_;  // (host_rows_, vocab)
   int64_t host_rows_ = 0;
+
+  // Of whole tokens.
+  std::optional<gpu::DecodePlan> plan_;  // none: the sizes or the GPU do not allow them
+  gpu::DecodeArgs args_;
+  gpu::Job* jobs_ = nullptr;  // as in the plan, and the next
+  int32_t* first_ = nullptr;
+  float* work_ = nullptr;  // of bind_decode()
+  uint32_t* barrier_ = nullptr;
+  int32_t* next_ = nullptr;    // (2): a token and its position
+  gpu::HostMemory host_next_;  // as next_
+  int64_t whole_tokens_ = 0;
+
   gpu::Queue queue_;  // last: what it still does ends before the memory goes
 };
 
@@ -73,6 +93,42 @@ class GpuSession : public Session {
 int64_t stride_of(const gpu::Linear& w) { return (int64_t{w.d_in} + 7) / 8 * 8; }
 
 bool is_packed(const gpu::Linear& w) { return w.format == gpu::Format::kResidualBinary; }
+
+/// The plan of whole tokens, if there can be one, once for the session.
+void GpuSession::plan_whole() {
+  const gpu::DeviceInfo& info = model_->info;
+  if (info.major < kWholeMajor || !info.cooperative) {
+    return;
+  }
+  if (auto plan = gpu::plan_decode(sizes_, model_->blocks, model_->head, model_->output_norm,
+                                   info.multiprocessors, 1, info.block_bytes, {})) {
+    plan_ = std::move(*plan);
+  }
+}
+
+/// Fills what whole tokens need, once it has its place.
+Status GpuSession::prepare_whole() {
+  gpu::bind_decode(sizes_, *plan_, work_, args_);
+  args_.jobs = jobs_;
+  args_.first = first_;
+  args_.output_norm = model_->output_norm;
+  args_.embedding = model_->embedding;
+  args_.cos_sin = turns_;
+  args_.keys = keys_;
+  args_.values = values_;
+  args_.sequence_stride = int64_t{sizes_.layers} * d_kv() * capacity_;
+  args_.capacity = static_cast<int32_t>(capacity_);
+  args_.tokens = next_;
+  args_.positions = next_ + 1;
+  args_.logits = logits_;
+  args_.barrier = barrier_;
+  const uint32_t zero = 0;
+  RABIT_CHECK(queue_.upload(barrier_, &zero, sizeof zero));
+  RABIT_CHECK(queue_.upload(jobs_, plan_->jobs.data(), plan_->jobs.size() * sizeof(gpu::Job)));
+  RABIT_CHECK(queue_.upload(first_, plan_->first.data(), plan_->first.size() * sizeof(int32_t)));
+  RABIT_ASSIGN(host_next_, gpu::HostMemory::make(2 * sizeof(int32_t), "a token"));
+  return {};
+}
 
 Status GpuSession::allocate() {
   RABIT_CHECK(gpu::activate(model_->info.index));
@@ -111,6 +167,14 @@ Status GpuSession::allocate() {
   parts.add(hidden_, chunk_ * sizes_.d_ff);
   parts.add(unpacked_, unpacked);
   parts.add(logits_, logits_rows_ * sizes_.vocab);
+  plan_whole();
+  if (plan_) {
+    parts.add(jobs_, static_cast<int64_t>(plan_->jobs.size()));
+    parts.add(first_, static_cast<int64_t>(plan_->first.size()));
+    parts.add(work_, gpu::bind_decode(sizes_, *plan_, nullptr, args_));
+    parts.add(barrier_, 1);
+    parts.add(next_, 2);
+  }
   RABIT_ASSIGN(const gpu::DeviceInfo now, gpu::use_device(model_->info.index));
   if (parts.bytes() > now.free_bytes) {
     Error error = too_little_memory(what, parts.bytes(), now);
@@ -123,6 +187,9 @@ Status GpuSession::allocate() {
   host_rows_ = 1;
   RABIT_ASSIGN(host_logits_, gpu::HostMemory::make(
                                  static_cast<uint64_t>(sizes_.vocab) * sizeof(float), "logits"));
+  if (plan_) {
+    RABIT_CHECK(prepare_whole());
+  }
   return fill_turns();
 }
 
@@ -218,14 +285,37 @@ Status GpuSession::run_blocks(std::span<const int32_t> tokens) {
   const auto count = static_cast<int64_t>(tokens.size());
   RABIT_CHECK(gpu::activate(model_->info.index));
   RABIT_CHECK(queue_.upload(tokens_, tokens.data(), tokens.size_bytes()));
-  // A kernel that takes few tokens through the whole decoder would go here, in place of the rest:
-  // it reads model_->blocks, the cache, turns_ and tokens_.
   RABIT_CHECK(gpu::embed(model_->embedding, tokens_, count, sizes_.d_model, x_, queue_.stream()));
   for (int64_t layer = 0; layer < sizes_.layers; ++layer) {
     RABIT_CHECK(check_interrupt());
     RABIT_CHECK(run_block(layer, count));
   }
   return {};
+}
+
+/// A token through all blocks and the head as one kernel, its logits on the host when this returns:
+/// one copy there, one back, one wait. The position is not moved. false: nothing was done.
+Result<bool> GpuSession::run_whole(int32_t token) {
+  if (!plan_) {
+    return false;
+  }
+  RABIT_CHECK(check_interrupt());
+  RABIT_CHECK(gpu::activate(model_->info.index));
+  auto* const next = host_next_.as<int32_t>();
+  next[0] = token;
+  next[1] = static_cast<int32_t>(position_);
+  RABIT_CHECK(queue_.upload(next_, host_next_, 2 * sizeof(int32_t)));
+  if (!gpu::start_decode(args_, *plan_, queue_)) {
+    plan_.reset();  // this session does without
+    return false;
+  }
+  args_.barrier_start +=
+      static_cast<uint32_t>(plan_->blocks) * static_cast<uint32_t>(gpu::decode_phases(sizes_) - 1);
+  RABIT_CHECK(
+      queue_.download(host_logits_, logits_, static_cast<uint64_t>(sizes_.vocab) * sizeof(float)));
+  RABIT_CHECK(queue_.wait());
+  ++whole_tokens_;
+  return true;
 }
 
 /// Logits of tokens [first, first + tokens) of the chunk, on the host when this returns.
@@ -251,6 +341,14 @@ Status GpuSession::forward_all(std::span<const int32_t> tokens, const LogitSink&
   }
   const int64_t start = position_;
   const auto run = [&]() -> Status {
+    if (total == 1) {
+      RABIT_ASSIGN(const bool done, run_whole(tokens[0]));
+      if (done) {
+        sink(0, 1, host_logits_.as<float>());
+        ++position_;
+        return {};
+      }
+    }
     for (int64_t first = 0; first < total; first += chunk_) {
       const int64_t count = std::min(chunk_, total - first);
       RABIT_CHECK(run_blocks(tokens.subspan(first, count)));
@@ -273,6 +371,13 @@ Result<std::span<const float>> GpuSession::forward(std::span<const int32_t> toke
   const auto total = static_cast<int64_t>(tokens.size());
   const int64_t start = position_;
   const auto run = [&]() -> Status {
+    if (total == 1) {
+      RABIT_ASSIGN(const bool done, run_whole(tokens[0]));
+      if (done) {
+        ++position_;
+        return {};
+      }
+    }
     int64_t count = 0;
     for (int64_t first = 0; first < total; first += count) {
       count = std::min(chunk_, total - first);
@@ -302,6 +407,11 @@ Result<std::unique_ptr<Session>> create_gpu_session(std::shared_ptr<Model> model
   auto session = std::make_unique<GpuSession>(std::move(on_gpu), capacity);
   RABIT_CHECK(session->allocate());
   return std::unique_ptr<Session>(std::move(session));
+}
+
+int64_t whole_tokens(const Session& session) {
+  const auto* on_gpu = dynamic_cast<const GpuSession*>(&session);
+  return on_gpu == nullptr ? 0 : on_gpu->whole_tokens();
 }
 
 }  // namespace rabit

@@ -21,6 +21,8 @@ Result<std::unique_ptr<Session>> create_gpu_session(std::shared_ptr<Model> /*mod
   return without_cuda();
 }
 
+int64_t whole_tokens(const Session& /*session*/) { return 0; }
+
 Result<double> gpu_read_speed(const Model& /*model*/) { return without_cuda(); }
 
 }  // namespace rabit

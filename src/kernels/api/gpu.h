@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/api/gpu_decode.h"
 #include "kernels/api/gpu_weights.h"
 #include "kernels/api/kernels.h"
 #include "rabit/result.h"
@@ -26,6 +27,8 @@ struct DeviceInfo {
   std::string name;              // "NVIDIA H200"
   int32_t major = 0, minor = 0;  // compute capability
   int32_t multiprocessors = 0;
+  bool cooperative = false;  // blocks of a kernel may wait for each other
+  int64_t block_bytes = 0;   // of shared memory that one block may have
   uint64_t total_bytes = 0, free_bytes = 0;
 
   std::string label() const { return "cuda:" + std::to_string(index) + " (" + name + ")"; }
@@ -87,6 +90,8 @@ class Queue {
   Stream stream() const;
   /// From ordinary memory of the host, which may change again when this returns.
   Status upload(void* to, const void* from, uint64_t bytes) const;
+  /// The memory may change again after wait().
+  Status upload(void* to, const HostMemory& from, uint64_t bytes) const;
   /// Done after wait().
   Status download(HostMemory& to, const void* from, uint64_t bytes) const;
   /// Until all is done. Errors: what went wrong on the device since the last wait.
@@ -112,6 +117,10 @@ class Queue {
   };
   std::unique_ptr<State, Free> state_;
 };
+
+/// Starts launch_decode() on the queue; false: the GPU does not take it now, say because others use
+/// it, too, and nothing was queued.
+bool start_decode(const DecodeArgs& args, const DecodePlan& plan, const Queue& queue);
 
 /// 32-bit words of the signs of a layer in tiles.
 int64_t sign_words(int64_t d_out, int64_t d_in, int64_t paths);

@@ -47,6 +47,8 @@ Result<std::vector<DeviceInfo>> devices() {
                    .major = properties.major,
                    .minor = properties.minor,
                    .multiprocessors = properties.multiProcessorCount,
+                   .cooperative = properties.cooperativeLaunch != 0,
+                   .block_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin),
                    .total_bytes = properties.totalGlobalMem});
   }
   return all;
@@ -148,6 +150,10 @@ Status Queue::upload(void* to, const void* from, uint64_t bytes) const {
                  "copied to");
 }
 
+Status Queue::upload(void* to, const HostMemory& from, uint64_t bytes) const {
+  return upload(to, from.as<void>(), bytes);
+}
+
 Status Queue::download(HostMemory& to, const void* from, uint64_t bytes) const {
   return checked(
       cudaMemcpyAsync(to.as<void>(), from, bytes, cudaMemcpyDeviceToHost, state_->stream),
@@ -170,6 +176,14 @@ Status Queue::multiply(const Product& p) const {
                  " tokens: status " + std::to_string(static_cast<int>(status))};
   }
   return {};
+}
+
+bool start_decode(const DecodeArgs& args, const DecodePlan& plan, const Queue& queue) {
+  if (launch_decode(args, plan, queue.stream()) == cudaSuccess) {
+    return true;
+  }
+  cudaGetLastError();  // what is wrong with more than this kernel, the next call tells again
+  return false;
 }
 
 Result<double> read_speed(const Queue& queue, const Memory& memory) {
