@@ -252,6 +252,7 @@ inline float __fsub_rn(float a, float b) {
   volatile float out = a - b;
   return out;
 }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1.0F / std::sqrt(x); }
 

@@ -18,7 +18,10 @@ struct CUstream_st;
 namespace rabit::gpu {
 
 inline constexpr int32_t kDecodeWarps = 16;
-inline constexpr int32_t kMostDecodeTokens = 8;
+inline constexpr int32_t kMostDecodeTokens = 4;
+/// Kilobytes of weights that a warp asks for ahead, and on GPUs of little shared memory.
+inline constexpr int32_t kDecodeStages = 8;
+inline constexpr int32_t kFewDecodeStages = 4;
 inline constexpr int32_t kMostSplits = 16;
 /// Columns that a block takes of a product at most.
 inline constexpr int32_t kMostJobColumns = 8192;
@@ -33,7 +36,7 @@ enum Product : int32_t { kQkv, kOutput, kGateUp, kDown, kHead, kProducts };
 
 /// Some row tiles and column tiles of a matrix: what one block does of a product.
 struct alignas(16) Job {
-  const void* weights = nullptr;
+  const void* weights = nullptr;  // of the first of its columns in the first row (tile)
   const uint16_t* row_scale = nullptr;
   const uint16_t* col_scale = nullptr;
   const float* norm = nullptr;  // (d_in) of the norm before the product; null: none
@@ -44,9 +47,11 @@ struct alignas(16) Job {
   int16_t column_begin = 0, column_end = 0;  // tiles of kTileColumns
   int16_t split = 0;                         // which of the column ranges this is
   int16_t leads = 0;                         // 1: the job that also keeps the stream of its columns
+  int32_t row_bytes = 0;  // from a row to the next; of packed weights, from a row tile
+  int32_t pieces = 0;     // of 512 bytes, of a row tile
 };
 
-static_assert(sizeof(Job) == 64);
+static_assert(sizeof(Job) == 80);
 
 /// How a decoder is shared out over a grid: made once for each number of tokens.
 struct DecodePlan {
@@ -56,7 +61,7 @@ struct DecodePlan {
   int32_t widths[kProducts] = {};  // floats of a token's output
   int32_t most_jobs = 0;           // of a block
   int64_t most_input = 0;          // bytes that a block makes of a job's inputs
-  int32_t stages = 0;              // pieces of 512 bytes that a warp asks for ahead
+  int32_t stages = 0;              // kilobytes of weights that a warp asks for ahead
   int64_t shared_bytes = 0;        // of a block
   std::vector<Job> jobs;           // by block, then in the order of products
   std::vector<int32_t> first;      // (blocks, products + 1) into `jobs`
@@ -77,6 +82,7 @@ struct DecodeArgs {
   Sizes sizes;
   int32_t splits[kProducts], widths[kProducts];
   int32_t products = 0;
+  int32_t fetch_bytes = 8 << 10;           // that a warp asks to be brought nearer, a phase ahead
   int32_t phase_begin = 0, phase_end = 0;  // of phases(); one launch: all
   uint32_t barrier_start = 0;              // the counter's value before the launch
   const Job* jobs = nullptr;

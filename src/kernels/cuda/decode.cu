@@ -6,9 +6,9 @@
 // all columns, sum_c s_c q_c = 2 sum_{s_c = +1} q_c - Q: integers, exact; then the row's scale, and
 // the step of the input's rounding, max |h x| / 32767 over the columns of a job.
 //
-// Every warp copies its own pieces of weights to its own ring in shared memory, always `stages` - 1
-// ahead, over the ends of rows, matrices and phases: memory is read while blocks wait for each
-// other.
+// Every warp copies its own pieces of weights to its own ring in shared memory, always as far ahead
+// as the ring holds, over the ends of rows, matrices and phases: memory is read while blocks wait
+// for each other.
 #include "kernels/api/gpu_decode.h"
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/decode_attention.h"
@@ -17,100 +17,75 @@
 namespace rabit::gpu {
 namespace {
 
-/// The pieces of weights that a warp reads in this launch, in order. What is to come next lies in
-/// shared memory between phases, so that no register is held for it.
+/// The weights that a warp reads in this launch, two pieces of 512 bytes at a time. What is to come
+/// next lies in shared memory between phases, so that no register is held for it.
+template <int kStages>
 class Weights {
  public:
-  __device__ __forceinline__ Weights(const Shared& shared, int stages, int count)
+  __device__ __forceinline__ Weights(const Shared& shared, int count)
       : jobs_(shared.jobs()),
         end_(count),
-        stages_(stages),
-        ring_(shared.ring() + warp() * stages * 32 + lane()),
+        ring_(shared.ring() + warp() * kStages * 64 + lane()),
         kept_(shared.kept() + warp() * kKept) {}
 
-  /// Asks for the first pieces.
+  /// Asks for as much as the ring holds.
   __device__ __forceinline__ void start() {
-    job_ = 0, row_ = 0, write_ = 0, read_ = 0;
+    job_ = 0, row_ = 0, slot_ = 0;
     if (job_ < end_) {
       row_ = jobs_[job_].row_begin + first_row(job_);
     }
     seek();
 #pragma unroll 1
-    for (int i = 1; i < stages_; ++i) {
-      issue();
+    for (int i = 0; i < kStages; ++i) {
+      ask();
     }
-    next_ = read();
   }
   __device__ __forceinline__ void keep() const {
     if (lane() == 0) {
-      kept_[0] = job_, kept_[1] = row_, kept_[2] = inner_left_, kept_[3] = outer_left_;
-      kept_[4] = write_, kept_[5] = read_;
+      kept_[0] = job_, kept_[1] = row_, kept_[2] = left_, kept_[3] = slot_;
     }
     __syncwarp();
   }
   __device__ __forceinline__ void go_on() {
-    job_ = kept_[0], row_ = kept_[1], write_ = kept_[4], read_ = kept_[5];
+    job_ = kept_[0], row_ = kept_[1], slot_ = kept_[3];
+    const int left = kept_[2];
     if (job_ < end_) {
       begin_row();
-      outer_ += (outer_left_ - kept_[3]) * outer_stride_;
-      at_ = outer_ + (inner_ - kept_[2]) * inner_stride_;
-      inner_left_ = kept_[2], outer_left_ = kept_[3];
+      at_ += int64_t{left_ - left} * step_;
+      left_ = left;
     }
-    // Nobody has written there since it was read.
-    next_ = ring_[(read_ == 0 ? stages_ - 1 : read_ - 1) * 32];
     __syncwarp();
   }
 
   /// The rows of a job that the first warp takes before others change from job to job.
   static __device__ __forceinline__ int first_row(int job) { return (warp() + 7 * job) % kWarps; }
 
-  /// This lane's 16 bytes of the next piece.
-  __device__ __forceinline__ uint4 take() {
-    const uint4 piece = next_;
-    next_ = read();
-    return piece;
+  /// Until this lane's part of the next kCount times two pieces is there.
+  template <int kCount>
+  __device__ __forceinline__ void await() const {
+    await_copies<kStages - kCount>();
   }
-
- private:
-  __device__ __forceinline__ uint4 read() {
-    issue();
-    switch (stages_) {
-      case 16:
-        await_copies<15>();
-        break;
-      case 8:
-        await_copies<7>();
-        break;
-      case 4:
-        await_copies<3>();
-        break;
-      default:
-        await_copies<1>();
-        break;
-    }
-    const uint4 piece = ring_[read_ * 32];
-    read_ = read_ + 1 == stages_ ? 0 : read_ + 1;
-    return piece;
+  /// This lane's 16 bytes of piece `which` of the stage that is `ahead` of the next.
+  __device__ __forceinline__ uint4 piece(int ahead, int which) const {
+    return ring_[(slot_ + ahead) % kStages * 64 + which * 32];
   }
-
-  __device__ __forceinline__ void issue() {
+  /// The next stage has been used: its place is for what comes after all that was asked for.
+  __device__ __forceinline__ void ask() {
     if (job_ < end_) {
-      copy_16(ring_ + write_ * 32, at_);
-      at_ += inner_stride_;
-      if (--inner_left_ == 0) {
-        inner_left_ = inner_;
-        outer_ += outer_stride_;
-        at_ = outer_;
-        if (--outer_left_ == 0) {
-          row_ += kWarps;
-          seek();
-        }
+      const bool half = left_ == 1 && odd_;
+      copy_16(ring_ + slot_ * 64, at_);
+      copy_16(ring_ + slot_ * 64 + 32, at_ + (half ? 0 : second_));
+      at_ += step_;
+      if (--left_ == 0) {
+        row_ += kWarps;
+        seek();
       }
     }
     end_copies();
-    write_ = write_ + 1 == stages_ ? 0 : write_ + 1;
+    slot_ = (slot_ + 1) % kStages;
   }
 
+ private:
   /// To this row tile, or that of the next job that has one for this warp.
   __device__ __forceinline__ void seek() {
 #pragma unroll 1
@@ -127,37 +102,24 @@ class Weights {
   __device__ __forceinline__ void begin_row() {
     const Job& job = jobs_[job_];
     const auto* base = static_cast<const char*>(job.weights);
+    left_ = (job.pieces + 1) / 2;
+    odd_ = job.pieces % 2 != 0;
     if (job.format == static_cast<int>(Format::kResidualBinary)) {
-      const int tiles = (job.d_in + kTileColumns - 1) / kTileColumns;
-      outer_ = base + (int64_t{row_} * tiles + job.column_begin) * (job.paths * 512) + lane() * 16;
-      inner_ = job.column_end - job.column_begin;
-      inner_stride_ = job.paths * 512;
-      outer_left_ = job.paths;
-      outer_stride_ = 512;
+      at_ = base + int64_t{row_} * job.row_bytes + lane() * 16;
+      second_ = 512, step_ = 1024;
     } else {
       // 8 rows of 32 columns, then the 8 below; rows beyond the last are the last.
       const int low = row_ * kTileRows + lane() / 4, last = job.d_out - 1;
       const int first = low < last ? low : last, second = low + 8 < last ? low + 8 : last;
-      const int columns =
-          job.column_end * kTileColumns < job.d_in ? job.column_end * kTileColumns : job.d_in;
-      outer_ = base + (int64_t{first} * job.d_in + job.column_begin * kTileColumns) * 2 +
-               lane() % 4 * 16;
-      inner_ = 2;
-      inner_stride_ = (second - first) * job.d_in * 2;
-      outer_left_ = (columns - job.column_begin * kTileColumns) / 32;
-      outer_stride_ = 64;
+      at_ = base + int64_t{first} * job.row_bytes + lane() % 4 * 16;
+      second_ = (second - first) * job.row_bytes, step_ = 64;
     }
-    at_ = outer_;
-    inner_left_ = inner_;
   }
 
   const Job* jobs_;
-  int job_ = 0, end_, row_ = 0, inner_ = 0, inner_left_ = 0, outer_left_ = 0;
-  int inner_stride_ = 0, outer_stride_ = 0;
+  int job_ = 0, end_, row_ = 0, left_ = 0, second_ = 0, step_ = 0, slot_ = 0;
+  bool odd_ = false;
   const char* at_ = nullptr;
-  const char* outer_ = nullptr;
-  int stages_, read_ = 0, write_ = 0;
-  uint4 next_;  // read before it is asked for
   uint4* ring_;
   int* kept_;
 };
@@ -170,67 +132,68 @@ struct Output {
   float factor[kTokens];
 };
 
-template <int kTokens>
+template <int kTokens, int kPaths, int kStages>
 __device__ __forceinline__ void packed_rows(const Job& job, int index, const Shared& shared,
-                                            Weights& weights, const Output<kTokens>& output) {
-  const int tiles = job.column_end - job.column_begin, paths = job.paths;
+                                            Weights<kStages>& weights,
+                                            const Output<kTokens>& output) {
+  // Column tiles that come in whole stages, and those stages.
+  constexpr int kTiles = kPaths % 2 == 0 ? 1 : 2, kUsed = kTiles * kPaths / 2;
+  const int tiles = job.column_end - job.column_begin;
   const int group = lane() / 4, quad = lane() % 4;
   // Of token 0, column tile 0 and path 0, where this lane's bits are.
   const uint4* const bits = shared.bits<kTokens>(job) + group * 4 + (quad ^ ((group >> 1) & 3));
-  for (int tile = job.row_begin + Weights::first_row(index); tile < job.row_end; tile += kWarps) {
+#pragma unroll 1
+  for (int tile = job.row_begin + Weights<kStages>::first_row(index); tile < job.row_end;
+       tile += kWarps) {
     const int row = tile * kTileRows + group + 8 * (quad & 1);
     const int scaled = row < job.d_out ? row : job.d_out - 1;
-    float sums[kTokens] = {};
+    uint16_t row_scales[kPaths];
+#pragma unroll
+    for (int path = 0; path < kPaths; ++path) {
+      row_scales[path] = job.row_scale[path * int64_t{job.d_out} + scaled];
+    }
+    int low[kPaths][kTokens][4] = {}, high[kPaths][kTokens][4] = {};
+    const uint4* input = bits;
 #pragma unroll 1
-    for (int path = 0; path < paths; ++path) {
-      const float row_scale = from_half(job.row_scale[path * int64_t{job.d_out} + scaled]);
-      int low[kTokens][4] = {}, high[kTokens][4] = {};
-      const uint4* input = bits + path * 32;
-      const int next = paths * 32, other = tiles * next;  // column tile, token
-      if constexpr (kTokens == 1) {
-        // Sums of two tiles, so that each waits less for the last.
-        int low2[4] = {}, high2[4] = {};
-#pragma unroll 1
-        for (int column = 0; column < tiles; column += 2) {
-          const int count = column + 1 < tiles ? 2 : 1;
-          uint4 signs = make_uint4(0, 0, 0, 0), signs2 = signs;
-#pragma unroll 1
-          for (int i = 0; i < count; ++i) {
-            signs = signs2;
-            signs2 = weights.take();
-          }
-          const uint4 x = input[0], x2 = input[count == 2 ? next : 0];
-          input += 2 * next;
-          multiply_bits(low[0], signs, x.x, x.y, lane());
-          multiply_bits(high[0], signs, x.z, x.w, lane());
-          multiply_bits(low2, signs2, x2.x, x2.y, lane());
-          multiply_bits(high2, signs2, x2.z, x2.w, lane());
+    for (int column = 0; column < tiles; column += kTiles) {
+      weights.template await<kUsed>();
+#pragma unroll
+      for (int i = 0; i < kTiles * kPaths; ++i) {
+        const int path = i % kPaths, next = i / kPaths;
+        uint4 signs = weights.piece(i / 2, i % 2);
+        const bool there = next == 0 || column + next < tiles;
+        if (!there) {
+          signs = make_uint4(0, 0, 0, 0);
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          low[0][i] += low2[i], high[0][i] += high2[i];
-        }
-      } else {
-#pragma unroll 1
-        for (int column = 0; column < tiles; ++column) {
-          const uint4 signs = weights.take();
-#pragma unroll
-          for (int token = 0; token < kTokens; ++token) {
-            const uint4 x = input[token * other];
-            multiply_bits(low[token], signs, x.x, x.y, lane());
-            multiply_bits(high[token], signs, x.z, x.w, lane());
-          }
-          input += next;
+        for (int token = 0; token < kTokens; ++token) {
+          const uint4 x = input[((token * tiles + (there ? next : 0)) * kPaths + path) * 32];
+          multiply_bits(low[path][token], signs, x.x, x.y, lane());
+          multiply_bits(high[path][token], signs, x.z, x.w, lane());
         }
       }
+      const int used = kPaths == 3 && column + 1 == tiles ? 2 : kUsed;  // stages that there are
+#pragma unroll
+      for (int i = 0; i < kUsed; ++i) {
+        if (i < used) {
+          weights.ask();
+        }
+      }
+      input += kTiles * kPaths * 32;
+    }
+    float sums[kTokens] = {};
+#pragma unroll
+    for (int path = 0; path < kPaths; ++path) {
+      const float row_scale = from_half(row_scales[path]);
 #pragma unroll
       for (int token = 0; token < kTokens; ++token) {
         // Planes 2 quad and 2 quad + 1, and those 8 above; plane 15 counts -2^15.
+        const int(&l)[4] = low[path][token];
+        const int(&h)[4] = high[path][token];
         const auto place = [&](int l0, int l1, int h0, int h1) {
           return ((l0 + 2 * l1) + 256 * (h0 + (quad == 3 ? -2 : 2) * h1)) * (1 << 2 * quad);
         };
-        const int upper = place(low[token][0], low[token][1], high[token][0], high[token][1]);
-        const int lower = place(low[token][2], low[token][3], high[token][2], high[token][3]);
+        const int upper = place(l[0], l[1], h[0], h[1]), lower = place(l[2], l[3], h[2], h[3]);
         int sum = (quad & 1) != 0 ? lower : upper;
         sum += __shfl_xor_sync(kAllLanes, (quad & 1) != 0 ? upper : lower, 1);
         sum += __shfl_xor_sync(kAllLanes, sum, 2);
@@ -248,59 +211,54 @@ __device__ __forceinline__ void packed_rows(const Job& job, int index, const Sha
   }
 }
 
-template <int kTokens>
+template <int kTokens, int kStages>
 __device__ __forceinline__ void dense_rows(const Job& job, int index, const Shared& shared,
-                                           Weights& weights, const Output<kTokens>& output) {
-  constexpr bool kSplit = kTokens <= 4;  // each token two columns: its halves, and what they left
-  constexpr int kUsed = kSplit ? 2 * kTokens : kTokens;
+                                           Weights<kStages>& weights,
+                                           const Output<kTokens>& output) {
+  // Each token has two columns of the fragment: its halves, and what they left.
   const int columns = (job.column_end - job.column_begin) * kTileColumns;
-  const int end =
-      job.column_end * kTileColumns < job.d_in ? job.column_end * kTileColumns : job.d_in;
-  const int steps = (end - job.column_begin * kTileColumns) / 32;
   const int group = lane() / 4, quad = lane() % 4;
   const uint16_t* const input =
-      shared.halves<kTokens>(job) + (group < kUsed ? group : 0) * (columns + 32) + quad * 8;
-  for (int tile = job.row_begin + Weights::first_row(index); tile < job.row_end; tile += kWarps) {
+      shared.halves<kTokens>(job) + (group < 2 * kTokens ? group : 0) * (columns + 32) + quad * 8;
+#pragma unroll 1
+  for (int tile = job.row_begin + Weights<kStages>::first_row(index); tile < job.row_end;
+       tile += kWarps) {
     float even[4] = {}, odd[4] = {};
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      uint4 upper = make_uint4(0, 0, 0, 0), lower = upper;
-#pragma unroll 1
-      for (int i = 0; i < 2; ++i) {
-        upper = lower;
-        lower = weights.take();
-      }
+#pragma unroll 2
+    for (int step = 0; step < job.pieces / 2; ++step) {
+      weights.template await<1>();
+      const uint4 upper = weights.piece(0, 0), lower = weights.piece(0, 1);
       const uint4 x = *reinterpret_cast<const uint4*>(input + step * 32);
       multiply_halves(even, upper.x, lower.x, upper.y, lower.y, x.x, x.y, lane());
       multiply_halves(odd, upper.z, lower.z, upper.w, lower.w, x.z, x.w, lane());
+      weights.ask();
     }
     const int row = tile * kTileRows + group;
+    if (quad < kTokens) {
+      const float scale = shared.scales()[quad * kMostPaths];
+      float factor = 0;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float a = even[2 * half] + odd[2 * half], b = even[2 * half + 1] + odd[2 * half + 1];
-      if (row + 8 * half < job.d_out) {
-        float* const to = output.out + row + 8 * half;
-#pragma unroll
-        for (int token = 0; token < kTokens; ++token) {
-          const float scale = output.factor[token] * shared.scales()[token * kMostPaths];
-          if (kSplit && quad == token) {
-            to[token * output.stride] = scale * (a + b);
-          } else if (!kSplit && quad == token / 2) {
-            to[token * output.stride] = scale * (token % 2 == 0 ? a : b);
-          }
-        }
+      for (int token = 0; token < kTokens; ++token) {
+        factor = quad == token ? output.factor[token] : factor;
+      }
+      float* const to = output.out + quad * output.stride + row;
+      if (row < job.d_out) {
+        to[0] = factor * scale * ((even[0] + odd[0]) + (even[1] + odd[1]));
+      }
+      if (row + 8 < job.d_out) {
+        to[8] = factor * scale * ((even[2] + odd[2]) + (even[3] + odd[3]));
       }
     }
   }
 }
 
 /// A job, once the values of its columns lie in shared memory.
-template <int kTokens>
+template <int kTokens, int kStages>
 __device__ __forceinline__ void multiply(const DecodeArgs& args, Product product, int index,
-                                         const Shared& shared, int stages) {
+                                         const Shared& shared) {
   const Job& job = shared.jobs()[index];
   make_operand<kTokens>(args, product, job, shared);
-  Weights weights(shared, stages, shared.first()[args.products]);
+  Weights<kStages> weights(shared, shared.first()[args.products]);
   weights.go_on();
   Output<kTokens> output;
   const bool head = product == kHead;
@@ -313,10 +271,16 @@ __device__ __forceinline__ void multiply(const DecodeArgs& args, Product product
     output.factor[token] =
         head ? reciprocal_root(block_squares(shared, token, runs), args.sizes) : 1.0F;
   }
-  if (job.format == static_cast<int>(Format::kResidualBinary)) {
-    packed_rows<kTokens>(job, index, shared, weights, output);
-  } else {
+  if (job.format != static_cast<int>(Format::kResidualBinary)) {
     dense_rows<kTokens>(job, index, shared, weights, output);
+  } else if (job.paths == 2) {
+    packed_rows<kTokens, 2>(job, index, shared, weights, output);
+  } else if (job.paths == 1) {
+    packed_rows<kTokens, 1>(job, index, shared, weights, output);
+  } else if (job.paths == 3) {
+    packed_rows<kTokens, 3>(job, index, shared, weights, output);
+  } else {
+    packed_rows<kTokens, 4>(job, index, shared, weights, output);
   }
   weights.keep();
 }
@@ -354,9 +318,36 @@ __device__ __forceinline__ void fetch_scales(const Shared& shared, int product) 
   }
 }
 
+/// Brings nearer the first weights of a product, of the block's jobs `most` bytes of each warp.
+__device__ __forceinline__ void fetch_weights(const Shared& shared, int product, int most) {
+  constexpr int kLine = 128;
+#pragma unroll 1
+  for (int index = shared.first()[product]; index < shared.first()[product + 1]; ++index) {
+    const Job& job = shared.jobs()[index];
+    const bool packed = job.format == static_cast<int>(Format::kResidualBinary);
+    const int lines = packed ? job.pieces * 4 : job.pieces / 4;  // of a row tile, or a row
+    int row = job.row_begin + (warp() + 7 * index) % kWarps, last = job.row_end, step = kWarps;
+    if (!packed) {
+      row *= kTileRows, step = 1;
+      last = last * kTileRows < job.d_out ? last * kTileRows : job.d_out;
+      last = row + kTileRows < last ? row + kTileRows : last;
+    }
+#pragma unroll 1
+    for (; row < last && most > 0; row += step, most -= lines * kLine) {
+      const char* const at = static_cast<const char*>(job.weights) + int64_t{row} * job.row_bytes;
+#pragma unroll 1
+      for (int line = lane(); line < lines; line += 32) {
+        fetch_ahead(at + line * kLine);
+      }
+    }
+  }
+}
+
 /// All blocks have come here, and what they wrote can be read.
-__device__ __forceinline__ void wait_for_grid(uint32_t* counter, uint32_t goal) {
+__device__ __forceinline__ void wait_for_grid(const Shared& shared, uint32_t* counter,
+                                              uint32_t goal) {
   __syncthreads();
+  clear_sums(shared);
 #if defined(__CUDA_ARCH__)
   if (threadIdx.x == 0) {
 #if __CUDA_ARCH__ >= 700
@@ -373,11 +364,11 @@ __device__ __forceinline__ void wait_for_grid(uint32_t* counter, uint32_t goal) 
 #endif
 }
 
-template <int kTokens>
+template <int kTokens, int kStages>
 __global__ void __launch_bounds__(kThreads, 1)
-    decode_kernel(const __grid_constant__ DecodeArgs args, int stages, int most_jobs) {
+    decode_kernel(const __grid_constant__ DecodeArgs args, int most_jobs) {
   RABIT_DYNAMIC_SHARED(memory);
-  const Shared shared(memory, stages, most_jobs, args.products);
+  const Shared shared(memory, kStages, most_jobs, args.products);
   const Sizes& sizes = args.sizes;
   const auto product_of = [&](int phase) {  // or of the next phase that has one
     return phase / 5 * 4 + (phase % 5 < 2 ? phase % 5 : phase % 5 - 1);
@@ -393,6 +384,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = threadIdx.x; i <= args.products; i += kThreads) {
     shared.first()[i] = (first[i] < end ? first[i] : end) - begin;
   }
+  clear_sums(shared);
   if (const int token = threadIdx.x; token < kTokens) {
     shared.tokens()[token] = args.tokens[token];
     shared.positions()[token] = args.positions[token];
@@ -400,7 +392,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   {
-    Weights weights(shared, stages, shared.first()[args.products]);
+    Weights<kStages> weights(shared, shared.first()[args.products]);
     weights.start();
     weights.keep();
   }
@@ -417,6 +409,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         fetch_cache<kTokens>(args, layer, shared);
       }
       fetch_scales(shared, product_of(phase + 1));
+      // The product after attention comes soon after the one before it.
+      if (part != 2) {
+        fetch_weights(shared,
+                      product_of(phase + 1) + (part == 1 && !(layer == sizes.layers) ? 1 : 0),
+                      args.fetch_bytes);
+      }
     }
     const bool head = layer == sizes.layers;
     if (part == 1 && !head) {
@@ -428,6 +426,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         const Job& job = shared.jobs()[index];
         if (index > from) {
           __syncthreads();  // the last job's input has been read
+          clear_sums(shared);
+          __syncthreads();
         }
         if (product == kOutput) {
           read_values<kTokens>(job, shared, AttendedInput<kTokens>(args, shared));
@@ -437,11 +437,12 @@ __global__ void __launch_bounds__(kThreads, 1)
           read_values<kTokens>(job, shared,
                                StreamInput<kTokens>(args, shared, phase == 0, product));
         }
-        multiply<kTokens>(args, product, index, shared, stages);
+        multiply<kTokens, kStages>(args, product, index, shared);
       }
     }
     if (phase + 1 < args.phase_end) {
-      wait_for_grid(args.barrier, args.barrier_start + (phase - args.phase_begin + 1) * gridDim.x);
+      wait_for_grid(shared, args.barrier,
+                    args.barrier_start + (phase - args.phase_begin + 1) * gridDim.x);
     }
     if (watched) {
       args.clocks[phase + 1] = clock64();
@@ -449,19 +450,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <int kTokens>
+template <int kTokens, int kStages>
 int launch(const DecodeArgs& args, const DecodePlan& plan, CUstream_st* stream) {
 #ifdef RABIT_CUDA_EMULATOR
-  // Blocks run one after the other: each phase in a launch of its own.
-  for (int phase = args.phase_begin; phase < args.phase_end; ++phase) {
+  // Blocks run one after the other: if there are several, each phase in a launch of its own.
+  const int together = plan.blocks == 1 ? args.phase_end - args.phase_begin : 1;
+  for (int phase = args.phase_begin; phase < args.phase_end; phase += together) {
     DecodeArgs one = args;
-    one.phase_begin = phase, one.phase_end = phase + 1;
-    RABIT_LAUNCH(decode_kernel<kTokens>, dim3(plan.blocks), dim3(kThreads), stream, one,
-                 plan.stages, plan.most_jobs);
+    one.phase_begin = phase, one.phase_end = phase + together;
+    const auto kernel = decode_kernel<kTokens, kStages>;
+    RABIT_LAUNCH(kernel, dim3(plan.blocks), dim3(kThreads), stream, one, plan.most_jobs);
   }
   return 0;
 #else
-  const auto kernel = decode_kernel<kTokens>;
+  const auto kernel = decode_kernel<kTokens, kStages>;
   const auto bytes = static_cast<int>(plan.shared_bytes);
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -469,27 +471,26 @@ int launch(const DecodeArgs& args, const DecodePlan& plan, CUstream_st* stream) 
     return status;
   }
   DecodeArgs copy = args;
-  int stages = plan.stages, most_jobs = plan.most_jobs;
-  void* parameters[] = {&copy, &stages, &most_jobs};
+  int most_jobs = plan.most_jobs;
+  void* parameters[] = {&copy, &most_jobs};
   return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(plan.blocks),
                                      dim3(kThreads), parameters, static_cast<size_t>(bytes),
                                      stream);
 #endif
 }
 
+template <int kStages>
+int launch_tokens(const DecodeArgs& args, const DecodePlan& plan, CUstream_st* stream) {
+  return plan.tokens == 1   ? launch<1, kStages>(args, plan, stream)
+         : plan.tokens == 2 ? launch<2, kStages>(args, plan, stream)
+                            : launch<4, kStages>(args, plan, stream);
+}
+
 }  // namespace
 
 int launch_decode(const DecodeArgs& args, const DecodePlan& plan, CUstream_st* stream) {
-  switch (plan.tokens) {
-    case 1:
-      return launch<1>(args, plan, stream);
-    case 2:
-      return launch<2>(args, plan, stream);
-    case 4:
-      return launch<4>(args, plan, stream);
-    default:
-      return launch<8>(args, plan, stream);
-  }
+  return plan.stages == kDecodeStages ? launch_tokens<kDecodeStages>(args, plan, stream)
+                                      : launch_tokens<kFewDecodeStages>(args, plan, stream);
 }
 
 }  // namespace rabit::gpu

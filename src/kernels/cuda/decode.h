@@ -13,14 +13,15 @@ constexpr int kMostRuns = kMostJobColumns / kRun;
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
 
-/// A block's shared memory. `input` is, for a product: values (tokens, columns) in F32, then bits
-/// (tokens, column tiles, paths, 32 lanes) of 16 bytes, or halves (columns of the fragment, columns
+/// A block's shared memory. `input` is, for a product: values (tokens, paths, columns) in F32, then
+/// bits (tokens, column tiles, paths, 32 lanes) of 16 bytes, or halves (columns of the fragment,
+/// columns
 /// + 32).
 class Shared {
  public:
   __device__ __forceinline__ Shared(unsigned char* memory, int stages, int most_jobs, int products)
       : memory_(memory),
-        jobs_(kDecodeSmall + kWarps * stages * 512),
+        jobs_(kDecodeSmall + kWarps * stages * 1024),
         first_(jobs_ + most_jobs * static_cast<int>(sizeof(Job))),
         input_(first_ + (products / 4 + 1) * 16) {}
 
@@ -40,7 +41,7 @@ class Shared {
   __device__ __forceinline__ int* kept() const { return at<int>(kPlaces); }
   __device__ __forceinline__ uint4* ring() const {
     return at<uint4>(kDecodeSmall);
-  }  // (warps, stages, 32)
+  }  // (warps, stages, 2, 32)
   /// Those of this block, and (products + 1) where each product's begin.
   __device__ __forceinline__ Job* jobs() const { return at<Job>(jobs_); }
   __device__ __forceinline__ int* first() const { return at<int>(first_); }
@@ -48,8 +49,8 @@ class Shared {
 
   template <int kTokens>
   __device__ __forceinline__ uint4* bits(const Job& job) const {
-    return reinterpret_cast<uint4*>(input() +
-                                    kTokens * (job.column_end - job.column_begin) * kTileColumns);
+    return reinterpret_cast<uint4*>(
+        input() + kTokens * job.paths * (job.column_end - job.column_begin) * kTileColumns);
   }
   template <int kTokens>
   __device__ __forceinline__ uint16_t* halves(const Job& job) const {

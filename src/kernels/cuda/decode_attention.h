@@ -85,10 +85,27 @@ __device__ __forceinline__ void turn(const DecodeArgs& args, const Unit& unit, f
     const int column = head < group
                            ? (unit.kv * group + head) * d + at
                            : (sizes.heads + (head - group) * sizes.kv_heads + unit.kv) * d + at;
+    constexpr int kAhead = 4;
     const float cosine = angles[at], sine = angles[at + 1];
-    float a = sum_fresh(output + column, args.splits[kQkv], kTokens * width);
-    float b = sum_fresh(output + column + 1, args.splits[kQkv], kTokens * width);
-    const float root = reciprocal_root(grid_squares(args, 0, unit.token), sizes);
+    const int splits = args.splits[kQkv];
+    const float* const squares = args.squares + unit.token;
+    float a = 0, b = 0, all = 0;
+#pragma unroll 1
+    for (int split = 0; split < splits; split += kAhead) {
+      float x[kAhead], y[kAhead], z[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const bool there = split + j < splits;
+        const float* const from = output + (split + j) * kTokens * width + column;
+        x[j] = read_fresh(from, there), y[j] = read_fresh(from + 1, there);
+        z[j] = read_fresh(squares + (split + j) * kMostDecodeTokens, there);
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        a += x[j], b += y[j], all += z[j];
+      }
+    }
+    const float root = reciprocal_root(all, sizes);
     a *= root, b *= root;
     if (head <= group) {
       const float turned = a * cosine - b * sine;
@@ -115,12 +132,11 @@ struct Softmax {
   float most[kHeads], sum[kHeads], values[kHeads][8];
 };
 
-template <int kHeads>
+template <int kHeads, int kAhead>
 __device__ __forceinline__ void attend_positions(const DecodeArgs& args, const Unit& unit,
                                                  int width, const float* queries, int heads,
                                                  const uint16_t* key, const uint16_t* value,
                                                  Softmax<kHeads>& softmax) {
-  constexpr int kAhead = 2;
   const int d = args.sizes.head_dim;
   const int each = 32 / width, sub = lane() / width, at = lane() % width * 8;
   const bool active = at < d;
@@ -231,9 +247,36 @@ __device__ __forceinline__ void attend_positions(const DecodeArgs& args, const U
   }
 }
 
+/// What a warp makes of its positions for query heads [first, first + heads) of the unit's group:
+/// sums (group, warps, d) and states (group, warps, 2).
+template <int kHeads, int kAhead>
+__device__ __forceinline__ void attend_heads(const DecodeArgs& args, const Unit& unit, int width,
+                                             int first, int heads, const float* queries,
+                                             const uint16_t* key, const uint16_t* value,
+                                             float* sums, float* states) {
+  const int d = args.sizes.head_dim, at = lane() * 8;  // of the first group of lanes
+  Softmax<kHeads> softmax;
+  attend_positions<kHeads, kAhead>(args, unit, width, queries + first * d, heads, key, value,
+                                   softmax);
+#pragma unroll
+  for (int head = 0; head < kHeads; ++head) {
+    if (head < heads) {
+      const int row = (first + head) * kWarps + warp();
+      if (at < d && lane() < width) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          sums[row * d + at + j] = softmax.values[head][j];
+        }
+      }
+      if (lane() == 0) {
+        states[2 * row] = softmax.most[head], states[2 * row + 1] = softmax.sum[head];
+      }
+    }
+  }
+}
+
 template <int kTokens>
 __device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const Shared& shared) {
-  constexpr int kHeads = 2;  // query heads that a warp takes at once
   const Sizes& sizes = args.sizes;
   const int d = sizes.head_dim, group = sizes.heads / sizes.kv_heads;
   int width = 1;  // lanes that share a position
@@ -243,8 +286,9 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const 
   float* const queries = shared.input();                               // (group, d)
   auto* const key = reinterpret_cast<uint16_t*>(queries + group * d);  // (d)
   auto* const value = key + 2 * d;
-  float* const sums = queries + (group + 2) * d;    // (group, warps, d)
-  float* const states = sums + group * kWarps * d;  // (group, warps, 2)
+  float* const sums = queries + (group + 2) * d;
+  float* const states = sums + group * kWarps * d;
+#pragma unroll 1
   for (int index = blockIdx.x; index < Unit::count<kTokens>(sizes); index += gridDim.x) {
     const Unit unit = Unit::at<kTokens>(args, layer, shared, index);
     if (unit.begin == unit.end) {
@@ -253,25 +297,13 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const 
     __syncthreads();
     turn<kTokens>(args, unit, queries, key, value);
     __syncthreads();
+    if (group == 1) {
+      attend_heads<1, 4>(args, unit, width, 0, 1, queries, key, value, sums, states);
+    } else {
 #pragma unroll 1
-    for (int first = 0; first < group; first += kHeads) {
-      Softmax<kHeads> softmax;
-      attend_positions(args, unit, width, queries + first * d, group - first, key, value, softmax);
-      const int at = lane() * 8;  // of the first group of lanes
-#pragma unroll
-      for (int head = 0; head < kHeads; ++head) {
-        if (first + head < group) {
-          const int row = (first + head) * kWarps + warp();
-          if (at < d && lane() < width) {
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-              sums[row * d + at + j] = softmax.values[head][j];
-            }
-          }
-          if (lane() == 0) {
-            states[2 * row] = softmax.most[head], states[2 * row + 1] = softmax.sum[head];
-          }
-        }
+      for (int first = 0; first < group; first += 2) {
+        attend_heads<2, 2>(args, unit, width, first, group - first, queries, key, value, sums,
+                           states);
       }
     }
     __syncthreads();

@@ -17,8 +17,8 @@ __device__ __forceinline__ float4 four_halves(uint2 bits) {
 }
 
 /// What the splits of a product gave at four neighbours, first all asked for, then added up.
+template <int kAhead>
 struct Splits {
-  static constexpr int kAhead = 4;
   float4 each[kAhead];
 
   __device__ __forceinline__ void ask(const float* at, int splits, int64_t stride) {
@@ -69,7 +69,7 @@ struct StreamInput {
 
   struct Asked {
     float4 stream, norm;
-    Splits added;
+    Splits<8> added;
   };
   __device__ __forceinline__ void ask(const Job& job, int token, int column, Asked& asked) const {
     const int64_t width = args.sizes.d_model, at = token * width + column;
@@ -171,7 +171,7 @@ struct GatedInput {
   __device__ __forceinline__ explicit GatedInput(const DecodeArgs& a) : args(a) {}
 
   struct Asked {
-    Splits gate, up;
+    Splits<4> gate, up;
   };
   __device__ __forceinline__ void ask(const Job&, int token, int column, Asked& asked) const {
     const int64_t width = args.widths[kGateUp];
@@ -194,47 +194,41 @@ struct GatedInput {
   }
 };
 
-/// Planes of bits of all tokens and paths; a warp takes half a column tile at a time: the words
-/// that two lanes of each four will hold.
+/// Planes of bits of all tokens and paths; a warp takes two words of a column tile at a time, those
+/// that lanes of one number within their four will hold.
 template <int kTokens>
 __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) {
   constexpr float kShift = 12582912.0F;  // 1.5 * 2^23: a float's low bits are then the integer
   constexpr int kShiftBits = 0x4B400000;
   const int tiles = job.column_end - job.column_begin, paths = job.paths;
   const int plane = lane() % 16, group = plane % 8;
-  for (int item = warp(); item < 2 * kTokens * tiles; item += kWarps) {
-    const int half = item % 2, token = item / 2 / tiles, tile = item / 2 % tiles;
-    const float* const values = shared.input() + (token * tiles + tile) * kTileColumns;
-    const int first = (job.column_begin + tile) * kTileColumns;
+#pragma unroll 1
+  for (int item = warp(); item < 4 * kTokens * tiles; item += kWarps) {
+    const int quad = item % 4, tile = item / 4 % tiles, token = item / 4 / tiles;
+    const int at = tile * kTileColumns + quad * 32 + lane();
 #pragma unroll 1
     for (int path = 0; path < paths; path += 2) {
       const bool two = path + 1 < paths;
-      const uint16_t* const scales = job.col_scale + path * int64_t{job.d_in} + first;
-      uint16_t halves[4][2];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = (i / 2 * 4 + half * 2 + i % 2) * 32 + lane();
-        const bool inside = first + at < job.d_in;
-        halves[i][0] = inside ? scales[at] : uint16_t{0};
-        halves[i][1] = inside && two ? scales[job.d_in + at] : uint16_t{0};
-      }
+      const float* const values =
+          shared.input() + (token * paths + path) * tiles * kTileColumns + at;
+      const int place = token * kMostPaths + path;
+      const float most[2] = {as_float(shared.maxima()[place]),
+                             as_float(shared.maxima()[place + 1])};
       float inverse[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int at = token * kMostPaths + (i == 1 && !two ? path : path + i);
-        const float most = as_float(shared.maxima()[at]);
-        inverse[i] = most > 0 ? 32767.0F / most : 0.0F;
-        if (tile == 0 && half == 0 && lane() == 0) {
-          shared.scales()[at] = most / 32767.0F;
-        }
+        inverse[i] = most[i] > 0 ? __fdividef(32767.0F, most[i]) : 0.0F;
       }
-      uint32_t bits[4];
+      if (tile == 0 && quad == 0 && lane() < 2) {
+        shared.scales()[place + lane()] = (lane() == 0 ? most[0] : most[1]) / 32767.0F;
+      }
+      uint32_t bits[2];
       int sums[2] = {0, 0};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float value = values[(i / 2 * 4 + half * 2 + i % 2) * 32 + lane()];
-        const uint32_t q0 = as_bits(value * from_half(halves[i][0]) * inverse[0] + kShift);
-        const uint32_t q1 = as_bits(value * from_half(halves[i][1]) * inverse[1] + kShift);
+      for (int i = 0; i < 2; ++i) {
+        const float value = two ? values[tiles * kTileColumns + 128 * i] : 0.0F;
+        const uint32_t q0 = as_bits(values[128 * i] * inverse[0] + kShift);
+        const uint32_t q1 = as_bits(value * inverse[1] + kShift);
         sums[0] += static_cast<int>(q0) - kShiftBits;
         sums[1] += static_cast<int>(q1) - kShiftBits;
         bits[i] = transpose_bits((q0 & 0xFFFFU) | (q1 << 16), lane());
@@ -243,28 +237,24 @@ __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) 
       for (int i = 0; i < 2; ++i) {
         const int sum = warp_sum(sums[i]);
         if (lane() == 0 && path + i < paths) {
-          atomicAdd(shared.totals() + token * kMostPaths + path + i, sum);
+          atomicAdd(shared.totals() + place + i, sum);
         }
       }
       if (path + lane() / 16 < paths) {
         auto* const to = reinterpret_cast<uint32_t*>(
             shared.bits<kTokens>(job) + ((token * tiles + tile) * paths + path + lane() / 16) * 32);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          uint2 pair;
-          pair.x = bits[i], pair.y = bits[i + 2];
-          *reinterpret_cast<uint2*>(to + group * 16 + 4 * ((half * 2 + i) ^ ((group >> 1) & 3)) +
-                                    plane / 8 * 2) = pair;
-        }
+        uint2 pair;
+        pair.x = bits[0], pair.y = bits[1];
+        *reinterpret_cast<uint2*>(to + group * 16 + 4 * (quad ^ ((group >> 1) & 3)) +
+                                  plane / 8 * 2) = pair;
       }
     }
   }
 }
 
-/// Halves of all tokens, scaled to at most 1; of few tokens also halves of what these leave.
+/// Halves of all tokens, scaled to at most 1, and halves of what these leave.
 template <int kTokens>
 __device__ __forceinline__ void make_halves(const Job& job, const Shared& shared) {
-  constexpr bool kSplit = kTokens <= 4;
   const int columns = (job.column_end - job.column_begin) * kTileColumns;
   uint16_t* const halves = shared.halves<kTokens>(job);
 #pragma unroll
@@ -277,13 +267,17 @@ __device__ __forceinline__ void make_halves(const Job& job, const Shared& shared
     for (int i = threadIdx.x; i < columns; i += kThreads) {
       const float value = shared.input()[token * columns + i] * inverse;
       const uint16_t half = to_half(value);
-      if (kSplit) {
-        halves[2 * token * (columns + 32) + i] = half;
-        halves[(2 * token + 1) * (columns + 32) + i] = to_half(value - from_half(half));
-      } else {
-        halves[token * (columns + 32) + i] = half;
-      }
+      halves[2 * token * (columns + 32) + i] = half;
+      halves[(2 * token + 1) * (columns + 32) + i] = to_half(value - from_half(half));
     }
+  }
+}
+
+/// Before read_values(), and a barrier between them.
+__device__ __forceinline__ void clear_sums(const Shared& shared) {
+  if (threadIdx.x < kMostDecodeTokens * kMostPaths) {
+    shared.maxima()[threadIdx.x] = 0;
+    shared.totals()[threadIdx.x] = 0;
   }
 }
 
@@ -295,15 +289,10 @@ __device__ __forceinline__ void read_values(const Job& job, const Shared& shared
   const bool packed = job.format == static_cast<int>(Format::kResidualBinary);
   const int columns = (job.column_end - job.column_begin) * kTileColumns;
   const int first = job.column_begin * kTileColumns, runs = columns / kRun;
-  for (int i = threadIdx.x; i < kTokens * kMostPaths; i += kThreads) {
-    shared.maxima()[i] = 0;
-    shared.totals()[i] = 0;
-  }
-  __syncthreads();
 #pragma unroll 1
   for (int item = warp(); item < kTokens * runs; item += kWarps) {
     const int token = item / runs, column = first + item % runs * kRun + lane() * 4;
-    float4 x = make_float4(0, 0, 0, 0);
+    float4 scaled[kMostPaths] = {};
     float squares = 0;
     uint32_t most[kMostPaths] = {};
     if (column < job.d_in) {
@@ -318,18 +307,26 @@ __device__ __forceinline__ void read_values(const Job& job, const Shared& shared
               *reinterpret_cast<const uint2*>(job.col_scale + path * int64_t{job.d_in} + column);
         }
       }
-      x = input.value(job, token, column, asked, squares);
+      const float4 x = input.value(job, token, column, asked, squares);
 #pragma unroll
       for (int path = 0; path < kMostPaths; ++path) {
+        const float4 scale = four_halves(halves[path]);
+        scaled[path] = make_float4(x.x * scale.x, x.y * scale.y, x.z * scale.z, x.w * scale.w);
+      }
+    }
+#pragma unroll
+    for (int path = 0; path < kMostPaths; ++path) {
+      if (path < job.paths) {
+        const float4& y = scaled[path];
+        *reinterpret_cast<float4*>(shared.input() + (token * job.paths + path) * columns + column -
+                                   first) = y;
         const auto grow = [&](float value) {
           const uint32_t bits = as_bits(value) & 0x7FFFFFFFU;
           most[path] = bits > most[path] ? bits : most[path];
         };
-        const float4 scale = four_halves(halves[path]);
-        grow(x.x * scale.x), grow(x.y * scale.y), grow(x.z * scale.z), grow(x.w * scale.w);
+        grow(y.x), grow(y.y), grow(y.z), grow(y.w);
       }
     }
-    *reinterpret_cast<float4*>(shared.input() + token * columns + column - first) = x;
 #pragma unroll
     for (int path = 0; path < kMostPaths; ++path) {
       if (path < job.paths) {

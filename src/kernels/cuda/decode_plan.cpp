@@ -35,6 +35,22 @@ std::vector<Shared> all_products(const std::vector<Block>& blocks, const Linear&
   return all;
 }
 
+/// Where the job's weights lie.
+void place_weights(const Linear& linear, Job& job) {
+  const auto* const base = static_cast<const char*>(linear.weights);
+  const int32_t tiles = job.column_end - job.column_begin;
+  if (linear.format == Format::kResidualBinary) {
+    job.weights = base + int64_t{job.column_begin} * linear.paths * 512;
+    job.row_bytes = ceil_divide(linear.d_in, kTileColumns) * linear.paths * 512;
+    job.pieces = tiles * linear.paths;
+  } else {
+    job.weights = base + int64_t{job.column_begin} * kTileColumns * 2;
+    job.row_bytes = linear.d_in * 2;
+    const int32_t begin = job.column_begin * kTileColumns;
+    job.pieces = (std::min(job.column_end * kTileColumns, linear.d_in) - begin) / 16;
+  }
+}
+
 /// The jobs of a product by block: the columns in `splits` ranges, each to grid / splits blocks,
 /// which share out the row tiles by their bytes.
 std::vector<std::vector<Job>> share(const Shared& shared, int32_t grid, int32_t splits) {
@@ -53,7 +69,6 @@ std::vector<std::vector<Job>> share(const Shared& shared, int32_t grid, int32_t 
       for (int32_t tile = 0; tile < tiles;) {
         const auto member = static_cast<int32_t>(before * members / all);
         Job job;
-        job.weights = linear->weights;
         job.row_scale = linear->row_scale;
         job.col_scale = linear->col_scale;
         job.norm = shared.norm;
@@ -71,6 +86,7 @@ std::vector<std::vector<Job>> share(const Shared& shared, int32_t grid, int32_t 
         job.column_begin = static_cast<int16_t>(columns * split / splits);
         job.column_end = static_cast<int16_t>(columns * (split + 1) / splits);
         job.split = static_cast<int16_t>(split);
+        place_weights(*linear, job);
         job.out = out;
         auto& block = jobs[static_cast<size_t>(split * members + member)];
         job.leads = member == 0 && block.empty() ? 1 : 0;
@@ -105,13 +121,13 @@ double estimate(const std::vector<std::vector<Job>>& jobs, int32_t splits, int32
   return slowest + kPerSplit * splits;
 }
 
-/// Values of the input in F32, and what the tensor cores take of them: 16 bits a path, or two
-/// halves of few tokens, one of many, rows 64 bytes apart from a multiple of 128.
+/// Values of the input in F32, of packed weights for each path, and what the tensor cores take of
+/// them: 16 bits a path, or two halves, rows 64 bytes apart from a multiple of 128.
 int64_t input_bytes(const Job& job, int32_t tokens) {
   const int64_t columns = int64_t{job.column_end - job.column_begin} * kTileColumns;
   const bool packed = job.format == static_cast<int16_t>(Format::kResidualBinary);
-  return tokens * columns * 4 + (packed ? tokens * columns * job.paths * 2
-                                        : (tokens <= 4 ? 2 : 1) * tokens * (columns + 32) * 2);
+  return tokens * columns * job.paths * 4 +
+         (packed ? tokens * columns * job.paths * 2 : 2 * tokens * (columns + 32) * 2);
 }
 
 Status check(const Sizes& sizes, const std::vector<Shared>& all) {
@@ -193,10 +209,10 @@ Result<DecodePlan> plan_decode(const Sizes& sizes, const std::vector<Block>& blo
       std::max(plan.most_input,
                ((1 + kDecodeWarps) * group + 2) * sizes.head_dim * 4 + group * kDecodeWarps * 8);
   const int64_t lists = plan.most_jobs * int64_t{sizeof(Job)} + (plan.products() / 4 + 1) * 16;
-  for (const int32_t stages : {16, 8, 4, 2}) {
+  for (const int32_t stages : {kDecodeStages, kFewDecodeStages}) {
     plan.stages = stages;
     plan.shared_bytes =
-        int64_t{kDecodeWarps} * stages * 512 + lists + kDecodeSmall + plan.most_input;
+        int64_t{kDecodeWarps} * stages * 1024 + lists + kDecodeSmall + plan.most_input;
     if (plan.shared_bytes <= shared_limit) {
       return plan;
     }
