@@ -1,6 +1,8 @@
-// Time of every CPU kernel table's products, by shape, format and number of tokens, with weights
-// that come from memory: each iteration takes the next of several copies.
+// Time of every CPU kernel table's products, by shape, format and number of tokens, and of
+// attention, by shape, format of the cache, positions and tokens, with weights and caches that come
+// from memory: each iteration takes the next of several copies.
 //   kernels_bench --benchmark_filter='avx512.*/4096x4096/.*tokens:1$'
+//   kernels_bench --benchmark_filter='avx512-vbmi/attention.*positions:4096/tokens:1$'
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -10,6 +12,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -18,6 +21,8 @@
 
 namespace {
 
+using rabit::AttentionInput;
+using rabit::CacheFormat;
 using rabit::KernelTable;
 using rabit::LinearWeights;
 using rabit::WeightFormat;
@@ -108,6 +113,22 @@ struct Weights {
   }
 };
 
+void fill_with_normals(const Memory& memory, int64_t floats) {
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < floats; ++i) {
+    reinterpret_cast<float*>(memory.get())[i] = normal(random);
+  }
+}
+
+/// Rates of all iterations so far, each of so many bytes and tokens.
+void tell(benchmark::State& state, int64_t bytes, int64_t tokens) {
+  const auto iterations = static_cast<int64_t>(state.iterations());
+  state.SetBytesProcessed(iterations * bytes);
+  state.counters["tokens/s"] =
+      benchmark::Counter(static_cast<double>(iterations * tokens), benchmark::Counter::kIsRate);
+}
+
 void product(benchmark::State& state, const KernelTable& table, const Case& c) {
   const Weights weights(table, c);
   const int64_t group =
@@ -115,11 +136,7 @@ void product(benchmark::State& state, const KernelTable& table, const Case& c) {
   const Memory x = allocate(c.tokens * c.d_in * 4), y = allocate(c.tokens * c.d_out * 4);
   const Memory input = allocate(table.input_bytes(weights.w, group));
   const Memory scratch = allocate(table.matmul_scratch(c.d_in, group, c.paths) * 4);
-  std::mt19937 random(2);
-  std::normal_distribution<float> normal;
-  for (int64_t i = 0; i < c.tokens * c.d_in; ++i) {
-    reinterpret_cast<float*>(x.get())[i] = normal(random);
-  }
+  fill_with_normals(x, c.tokens * c.d_in);
   size_t turn = 0;
   for (auto _ : state) {
     const LinearWeights w = weights.copy(turn++);
@@ -136,10 +153,75 @@ void product(benchmark::State& state, const KernelTable& table, const Case& c) {
     }
     benchmark::ClobberMemory();
   }
-  state.SetBytesProcessed(static_cast<int64_t>(state.iterations()) * weights.bytes);
-  state.counters["tokens/s"] =
-      benchmark::Counter(static_cast<double>(static_cast<int64_t>(state.iterations()) * c.tokens),
-                         benchmark::Counter::kIsRate);
+  tell(state, weights.bytes, c.tokens);
+}
+
+struct Heads {
+  CacheFormat cache;
+  int64_t heads, kv_heads, head_dim, positions, tokens;
+};
+
+/// One layer's attention as the engine asks for it: of few tokens in parts.
+void attention(benchmark::State& state, const KernelTable& table, const Heads& c) {
+  const int64_t outputs = c.tokens * c.heads * c.head_dim;
+  const int64_t values = c.kv_heads * c.positions * c.head_dim;
+  const int64_t bytes = rabit::cache_bytes(c.cache, values);
+  const Memory q = allocate(outputs * 4), out = allocate(outputs * 4),
+               source = allocate(values * 4);
+  fill_with_normals(q, outputs);
+  fill_with_normals(source, values);
+  std::vector<Memory> copies;  // keys, values, keys, ...
+  for (int64_t held = 0; held < kBytes || copies.size() % 2 != 0; held += bytes) {
+    copies.push_back(allocate(bytes));
+    table.to_cache(reinterpret_cast<const float*>(source.get()), values, c.cache,
+                   copies.back().get());
+  }
+  AttentionInput in = {.q = reinterpret_cast<const float*>(q.get()),
+                       .cache = c.cache,
+                       .tokens = c.tokens,
+                       .first_position = c.positions - c.tokens,
+                       .heads = c.heads,
+                       .kv_heads = c.kv_heads,
+                       .head_dim = c.head_dim,
+                       .capacity = c.positions};
+  const int64_t parts = c.tokens <= table.attention_token_grain
+                            ? (c.positions + rabit::kPartPositions - 1) / rabit::kPartPositions
+                            : 1;
+  const Memory outs = allocate(parts * outputs * 4);
+  const Memory states = allocate(parts * c.tokens * c.heads * 2 * 4);
+  const Memory scratch =
+      allocate(4 * table.attention_scratch(c.tokens, c.positions, c.heads, c.kv_heads, c.head_dim));
+  const auto floats = [](const Memory& memory) { return reinterpret_cast<float*>(memory.get()); };
+  size_t turn = 0;
+  for (auto _ : state) {
+    in.k = copies[turn % copies.size()].get();
+    in.v = copies[(turn + 1) % copies.size()].get();
+    turn += 2;
+    if (parts == 1) {
+      table.attention(in, 0, c.heads, 0, c.tokens, floats(scratch), floats(out));
+    } else {
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t begin = part * rabit::kPartPositions;
+        table.attention_part(in, 0, c.heads, begin,
+                             std::min(begin + rabit::kPartPositions, c.positions), floats(scratch),
+                             floats(outs) + part * outputs,
+                             floats(states) + part * c.tokens * c.heads * 2);
+      }
+      table.merge_parts(in, 0, c.heads, parts, floats(outs), floats(states), floats(out));
+    }
+    benchmark::ClobberMemory();
+  }
+  tell(state, 2 * bytes, c.tokens);
+}
+
+void add_attention(const KernelTable& table, const char* cache, const Heads& c) {
+  const std::string name =
+      std::string(table.name) + "/attention-" + cache + "/" + std::to_string(c.heads) + ":" +
+      std::to_string(c.kv_heads) + "x" + std::to_string(c.head_dim) +
+      "/positions:" + std::to_string(c.positions) + "/tokens:" + std::to_string(c.tokens);
+  benchmark::RegisterBenchmark(name.c_str(), [&table, c](benchmark::State& state) {
+    attention(state, table, c);
+  })->Unit(benchmark::kMicrosecond);
 }
 
 void add(const KernelTable& table, const char* format, const Case& c) {
@@ -157,7 +239,7 @@ int main(int argc, char** argv) {
                                                      {4096, 4096}, {11008, 4096}, {4096, 11008}};
   for (const KernelTable* table : rabit::cpu_kernels()) {
     for (const auto& [d_out, d_in] : kShapes) {
-      for (const int64_t tokens : {1, 8, 128}) {
+      for (const int64_t tokens : {1, 8, 32, 128, 512}) {
         for (const int64_t paths : {1, 2, 3, 4}) {
           const std::string format = std::to_string(paths) + "-path";
           add(*table, format.c_str(), {WeightFormat::kResidualBinary, d_out, d_in, paths, tokens});
@@ -165,6 +247,18 @@ int main(int argc, char** argv) {
         add(*table, "Q8_0", {WeightFormat::kQ8_0, d_out, d_in, 0, tokens});
         add(*table, "Q4_0", {WeightFormat::kQ4_0, d_out, d_in, 0, tokens});
         add(*table, "F16", {WeightFormat::kF16, d_out, d_in, 0, tokens});
+      }
+    }
+    for (const auto& [cache, format] : {std::pair{"F16", CacheFormat::kF16},
+                                        {"F32", CacheFormat::kF32},
+                                        {"Q8_0", CacheFormat::kQ8_0}}) {
+      for (const auto& [heads, kv_heads, head_dim] :
+           {std::tuple<int64_t, int64_t, int64_t>{9, 3, 64}, {32, 8, 128}, {32, 32, 128}}) {
+        for (const int64_t positions : {512, 4096}) {
+          for (const int64_t tokens : {1, 8, 32, 128, 512}) {
+            add_attention(*table, cache, {format, heads, kv_heads, head_dim, positions, tokens});
+          }
+        }
       }
     }
   }

@@ -24,6 +24,7 @@
 #include "base/half.h"
 #include "base/interrupt.h"
 #include "base/threads.h"
+#include "few_stacks.h"
 
 namespace rabit {
 namespace {
@@ -433,6 +434,44 @@ TEST_F(UsableThreads, AsManyAsQuotasOfVersion1Allow) {
   file("sys/fs/cgroup/cpu/docker/cpu.cfs_quota_us", "300000\n");  // the link that systems make
   file("sys/fs/cgroup/cpu/docker/cpu.cfs_period_us", "100000\n");
   EXPECT_EQ(threads(eight), 3);
+}
+
+TEST_F(UsableThreads, CachesOfCpusCountOnce) {
+  const auto bytes = [&](const std::vector<int>& cpus) {
+    return last_level_caches(cpus, folder_ / "root");
+  };
+  EXPECT_EQ(bytes({0, 1}), 0);  // nothing is known of them
+  const auto cache = [&](int cpu, int index, int level, const std::string& size,
+                         const std::string& sharers) {
+    const std::string folder = "sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/cache/index" +
+                               std::to_string(index) + "/";
+    file(folder + "level", std::to_string(level) + "\n");
+    file(folder + "size", size + "\n");
+    file(folder + "shared_cpu_list", sharers + "\n");
+  };
+  for (int cpu = 0; cpu < 8; ++cpu) {
+    const std::string alone = std::to_string(cpu);
+    cache(cpu, 0, 1, "48K", alone);
+    cache(cpu, 1, 1, "32K", alone);
+    cache(cpu, 2, 2, "1024K", alone);
+    if (cpu < 6) {
+      cache(cpu, 3, 3, cpu < 4 ? "32768K" : "16M", cpu < 4 ? "0-3" : "4-5");
+    }
+  }
+  EXPECT_EQ(bytes({0}), 32 << 20);
+  EXPECT_EQ(bytes({0, 1, 3}), 32 << 20);
+  EXPECT_EQ(bytes({3, 4, 5}), 48 << 20);
+  EXPECT_EQ(bytes({6, 7}), 2 << 20);
+  EXPECT_GE(last_level_caches(), 0);
+}
+
+TEST(Threads, AsManyAsCanBeStarted) {
+  const FewStacks few;
+  ThreadPool pool(1000);
+  ASSERT_LT(pool.size(), 1000);
+  std::atomic<int64_t> sum{0};
+  pool.parallel_for(4000, 1, [&](int64_t begin, int64_t end, int) { sum += end - begin; });
+  EXPECT_EQ(sum, 4000);
 }
 
 TEST(Threads, ExceptionsReachTheCaller) {

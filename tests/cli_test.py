@@ -92,6 +92,16 @@ class WithoutModel(CliTest):
         self.fails("bench", "-m", "x", "-p", "0", "-n", "0", code=USAGE, says="nothing to measure")
         self.fails("bench", "-m", "x", "-o", "xml", code=USAGE, says="xml")
         self.fails("run", "-m", "x", "-p", "a", "-n", "1", "-n", "2", code=USAGE)
+        # An option without its value does not take the next option for it.
+        for arguments, says in ((("run", "-m", "--predict", "5"), "--model: needs a value before --predict"),
+                                (("run", "-m", "x", "-p", "-n", "5"), "--prompt: needs a value before -n"),
+                                (("run", "-m", "x", "-p", "a", "--temp", "-s", "1"), "--temp: needs a value before -s"),
+                                (("run", "-m", "x", "-p", "a", "-n", "--json"), "--predict: needs a value before --json"),
+                                (("eval", "-m", "x", "--ppl", "--ctx", "64"), "--ppl: needs a value before --ctx"),
+                                (("bench", "-m", "x", "-t", "-o", "json"), "--threads: needs a value before -o")):
+            self.fails(*arguments, code=USAGE, says=says)
+        # Both names, for either may have been written.
+        self.fails("run", "-m", "x", "-p", "a", "--predict", "many", code=USAGE, says="-n,--predict: 'many' is not")
 
     def test_bad_numbers(self):
         start = {
@@ -144,6 +154,14 @@ class WithoutModel(CliTest):
 
     def test_names_with_odd_characters_stay_on_one_line(self):
         self.fails("inspect", str(self.folder / "two\nlines\t.gguf"), says="two lines")
+
+    def test_devices(self):
+        bench = ("bench", "--shape", "smollm2-135m", "--layers", 1, "-p", 1, "-n", 0, "-r", 1)
+        self.assertIn("pp1", self.succeeds(*bench, "--device", "cpu"))
+        for name in ("gpu", "cuda:", "cuda:x", "CUDA"):
+            self.fails(*bench, "--device", name, says=f"no device is called '{name}'; there are cpu, cuda and cuda:N")
+        self.fails(*bench, "--device", "cuda:999",
+                   says="built without CUDA: build it with|no NVIDIA GPU can be used here|there is no device cuda:999")
 
     def test_output_that_cannot_be_written(self):
         with open("/dev/full", "wb") as full:
@@ -296,7 +314,7 @@ class WithModel(CliTest):
         options = ("--ppl", text, "--ctx", 32, "--windows", 2, "--teacher", MODEL, "--json")
         many, one, some, all_of = (json.loads(self.succeeds("eval", "-m", MODEL, *options, *more))
                                    for more in ((), ("--together", 1), ("--together", 5), ("--together", 64)))
-        self.assertEqual((one["together"], some["together"]), (1, 5))
+        self.assertEqual([told["together"] for told in (many, one, some, all_of)], [32, 1, 5, 32])
         for told in (many, one, some, all_of):
             self.assertEqual(told["teacher"]["positions"], 62)
             self.assertLess(told["teacher"]["mean_kl"], 1e-4)
@@ -347,8 +365,15 @@ class WithModel(CliTest):
             self.assertEqual(told["model"], "random smollm2-135m")
             self.assertEqual(told["params"], 49152 * 576 + 2 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536) + 5 * 576)
             self.assertAlmostEqual(told["bits_per_weight"], bits * 1.046, places=3)
+            table = self.succeeds("bench", "--shape", "smollm2-135m", "--layers", 2, "--bits", paths, "-p", 0, "-n", 1, "-r", 1,
+                                  "-t", 1).splitlines()[-1]
+            in_cache = told["weight_bytes_per_token"] <= told["last_level_cache_bytes"]
+            self.assertRegex(table, r"\| in cache \|$" if in_cache else r" \d+ % \|$")
+            self.assertRegex(table, r" \d\d\.\d\d MiB \| 35\.39 M \|")
         self.assertEqual(list(self.folder.glob("*bench*")), [])
         environment["TMPDIR"] = "/none"
+        done = run("bench", "--shape", "llama2-7b", "--kernels", "fast", env=environment)
+        self.assertRegex(done.stderr.decode(), "\\Arabit: no kernels named 'fast' run here[^\n]*\n\\Z")
         done = run("bench", "--shape", "smollm2-135m", env=environment)
         self.assertEqual(done.returncode, FAILURE)
         self.assertIn("cannot make a folder /none/rabit-bench-", done.stderr.decode())

@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -49,6 +50,9 @@ using cudaStream_t = CUstream_st*;
 using cudaError_t = int;
 inline constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "emulated error";
+}
 
 namespace rabit::emulator {
 
@@ -61,6 +65,7 @@ class Block {
       : size(block), block_index(index), body_(body), count_(block.x * block.y * block.z) {
     fibers_.resize(count_);
     slots_.resize(count_);
+    words_.resize(count_);
   }
 
   void run() {
@@ -105,6 +110,16 @@ class Block {
     std::memcpy(&out, &slots_[now_ / kWarp * kWarp + source], sizeof(T));
     wait_warp();
     return out;
+  }
+
+  /// Hands look(lane) -> words of that lane of the warp to `use`, when all have put theirs there.
+  using Words = std::array<uint64_t, 4>;
+  template <typename Use>
+  void exchange_words(const Words& own, const Use& use) {
+    words_[now_] = own;
+    wait_warp();
+    use([this](unsigned lane) -> const Words& { return words_[now_ / kWarp * kWarp + lane]; });
+    wait_warp();
   }
 
   static Block*& current() {
@@ -164,6 +179,7 @@ class Block {
   unsigned count_, now_ = 0;
   std::vector<Fiber> fibers_;
   std::vector<uint64_t> slots_;
+  std::vector<Words> words_;
   Warp warps_[1024 / kWarp];
   unsigned block_arrived_ = 0, block_round_ = 0;
   bool moved_ = false;  // a thread ended or a barrier opened in this round

@@ -26,6 +26,32 @@ TEST_P(Operations, RmsNorm) {
   }
 }
 
+// Squares that a float does not hold.
+TEST_P(Operations, RmsNormOfLargeNumbers) {
+  for (const int64_t d : {1, 17, 64, 4096}) {
+    for (const float size : {1e18F, 1e19F, 3e19F, 1e25F, 1e37F}) {
+      Floats x = normals(d, size), weight = normals(d);
+      x[0] = size == 1e37F ? std::numeric_limits<float>::max() : size;
+      Floats want(static_cast<size_t>(d)), got = guarded(d);
+      reference_kernels().rms_norm(x.data(), weight.data(), 1, d, 1e-5F, want.data());
+      table().rms_norm(x.data(), weight.data(), 1, d, 1e-5F, got.data());
+      EXPECT_TRUE(guards_hold(got));
+      std::vector<double> tolerance;
+      for (const float value : want) {
+        tolerance.push_back(kSafety * kEpsilon * 2 * std::abs(value) + 1e-30);
+      }
+      EXPECT_LE(worst(got.data(), want.data(), tolerance.data(), d), 1) << d << " " << size;
+    }
+  }
+  for (const float value :
+       {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+    Floats x(20, 1.0F), weight(20, 1.0F), y(20);
+    x[17] = value;
+    table().rms_norm(x.data(), weight.data(), 1, 20, 1e-5F, y.data());
+    EXPECT_TRUE(std::isnan(y[17]));
+  }
+}
+
 TEST_P(Operations, Rope) {
   for (const int64_t d : {2, 6, 16, 30, 64, 128}) {
     const int64_t tokens = 3, heads = 2;
@@ -47,60 +73,132 @@ TEST_P(Operations, Rope) {
   }
 }
 
-void check_attention(const KernelTable& table, CacheFormat format, int64_t tokens, int64_t first,
-                     int64_t heads, int64_t kv_heads, int64_t d) {
-  SCOPED_TRACE("tokens " + std::to_string(tokens) + " first " + std::to_string(first) + " heads " +
-               std::to_string(heads) + "/" + std::to_string(kv_heads) + " d " + std::to_string(d));
-  const int64_t positions = first + tokens, capacity = positions + 3;
-  const Floats q = normals(tokens * heads * d, 2.0F);
-  Floats k = normals(kv_heads * capacity * d), v = normals(kv_heads * capacity * d);
-  for (int64_t head = 0; head < kv_heads; ++head) {  // what is not filled must not be used
-    for (int64_t i = positions * d; i < capacity * d; ++i) {
-      k[head * capacity * d + i] = v[head * capacity * d + i] =
-          std::numeric_limits<float>::quiet_NaN();
-    }
-  }
-  const auto cache = [&](const Floats& values) {
-    const auto count = static_cast<int64_t>(values.size());
-    std::vector<std::byte> bytes(static_cast<size_t>(cache_bytes(format, count)));
-    reference_kernels().to_cache(values.data(), count, format, bytes.data());
-    return bytes;
-  };
-  const std::vector<std::byte> keys = cache(k), values = cache(v);
-  const AttentionInput in = {.q = q.data(),
-                             .cache = format,
-                             .k = keys.data(),
-                             .v = values.data(),
-                             .tokens = tokens,
-                             .first_position = first,
-                             .heads = heads,
-                             .kv_heads = kv_heads,
-                             .head_dim = d,
-                             .capacity = capacity};
-  const int64_t count = tokens * heads * d;
-  Floats want(static_cast<size_t>(count)), got = guarded(count), part = guarded(count);
-  Scratch oracle(reference_kernels().attention_scratch(tokens, positions, heads, kv_heads, d));
-  reference_kernels().attention(in, 0, heads, 0, tokens, oracle.data(), want.data());
-  Scratch scratch(table.attention_scratch(tokens, positions, heads, kv_heads, d));
-  table.attention(in, 0, heads, 0, tokens, scratch.data(), got.data());
-  EXPECT_TRUE(guards_hold(got));
+/// Random queries over a random cache, and what the reference makes of them.
+struct AttentionCase {
+  Floats q, want;
+  std::vector<std::byte> keys, values;
+  AttentionInput in;
+  int64_t positions, count;  // of what is seen by the last token, of outputs
   // A score of n terms is off by delta ~ sqrt(d) eps |q||k|/sqrt(d) ~ 8 eps sqrt(d) here; that
   // moves weights by the factor exp(delta), outputs by delta times the largest value.
-  const double tolerance = kSafety * kEpsilon * (16 * std::sqrt(static_cast<double>(d)) + 32);
-  const std::vector<double> tolerances(static_cast<size_t>(count), tolerance);
-  EXPECT_LE(worst(got.data(), want.data(), tolerances.data(), count), 1);
+  double tolerance;
+
+  AttentionCase(CacheFormat format, int64_t tokens, int64_t first, int64_t heads, int64_t kv_heads,
+                int64_t d)
+      : q(normals(tokens * heads * d, 2.0F)),
+        positions(first + tokens),
+        count(tokens * heads * d),
+        tolerance(kSafety * kEpsilon * (16 * std::sqrt(static_cast<double>(d)) + 32)) {
+    const int64_t capacity = positions + 3;
+    const auto cache = [&] {
+      Floats floats = normals(kv_heads * capacity * d);
+      for (int64_t head = 0; head < kv_heads; ++head) {  // what is not filled must not be used
+        std::fill_n(floats.begin() + (head * capacity + positions) * d, 3 * d,
+                    std::numeric_limits<float>::quiet_NaN());
+      }
+      const auto size = static_cast<int64_t>(floats.size());
+      std::vector<std::byte> bytes(static_cast<size_t>(cache_bytes(format, size)));
+      reference_kernels().to_cache(floats.data(), size, format, bytes.data());
+      return bytes;
+    };
+    keys = cache();
+    values = cache();
+    in = {.q = q.data(),
+          .cache = format,
+          .k = keys.data(),
+          .v = values.data(),
+          .tokens = tokens,
+          .first_position = first,
+          .heads = heads,
+          .kv_heads = kv_heads,
+          .head_dim = d,
+          .capacity = capacity};
+    want.resize(static_cast<size_t>(count));
+    Scratch oracle(scratch_floats(reference_kernels()));
+    reference_kernels().attention(in, 0, heads, 0, tokens, oracle.data(), want.data());
+  }
+  AttentionCase(const AttentionCase&) = delete;
+
+  int64_t scratch_floats(const KernelTable& table) const {
+    return table.attention_scratch(in.tokens, positions, in.heads, in.kv_heads, in.head_dim);
+  }
+  std::vector<double> tolerances() const {
+    return std::vector<double>(static_cast<size_t>(count), tolerance);
+  }
+  std::string name() const {
+    return "tokens " + std::to_string(in.tokens) + " first " + std::to_string(in.first_position) +
+           " heads " + std::to_string(in.heads) + "/" + std::to_string(in.kv_heads) + " d " +
+           std::to_string(in.head_dim);
+  }
+};
+
+void check_attention(const KernelTable& table, CacheFormat format, int64_t tokens, int64_t first,
+                     int64_t heads, int64_t kv_heads, int64_t d) {
+  const AttentionCase c(format, tokens, first, heads, kv_heads, d);
+  SCOPED_TRACE(c.name());
+  Floats got = guarded(c.count), part = guarded(c.count);
+  Scratch scratch(c.scratch_floats(table));
+  table.attention(c.in, 0, heads, 0, tokens, scratch.data(), got.data());
+  EXPECT_TRUE(guards_hold(got));
+  EXPECT_LE(worst(got.data(), c.want.data(), c.tolerances().data(), c.count), 1);
 
   const int64_t h0 = heads / 2, t0 = tokens / 2;
-  table.attention(in, h0, heads, t0, tokens, scratch.data(), part.data());
+  table.attention(c.in, h0, heads, t0, tokens, scratch.data(), part.data());
   EXPECT_TRUE(guards_hold(part));
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < c.count; ++i) {
     const bool mine = i / d % heads >= h0 && i / d / heads >= t0;
     if (mine) {
-      ASSERT_NEAR(part[i], want[i], tolerance);
+      ASSERT_NEAR(part[i], c.want[i], c.tolerance);
     } else {
       ASSERT_EQ(part[i], kGuard);
     }
   }
+}
+
+/// Parts that end at `cuts`, the last of which is all positions: each against the reference's, and
+/// put together, heads apart, against the whole.
+void check_parts(const KernelTable& table, const AttentionCase& c,
+                 const std::vector<int64_t>& cuts) {
+  SCOPED_TRACE(c.name() + " parts " + std::to_string(cuts.size()));
+  const AttentionInput& in = c.in;
+  const auto parts = static_cast<int64_t>(cuts.size()), rows = in.tokens * in.heads;
+  Floats outs = guarded(parts * c.count), states = guarded(parts * rows * 2);
+  Scratch scratch(c.scratch_floats(table)), oracle(c.scratch_floats(reference_kernels()));
+  int64_t begin = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    float *out = outs.data() + part * c.count, *state = states.data() + part * rows * 2;
+    for (const auto& [first, last] :
+         {std::pair<int64_t, int64_t>{0, in.heads / 2}, {in.heads / 2, in.heads}}) {
+      table.attention_part(in, first, last, begin, cuts[part], scratch.data(), out, state);
+    }
+    Floats want(static_cast<size_t>(c.count)), want_states(static_cast<size_t>(rows * 2));
+    reference_kernels().attention_part(in, 0, in.heads, begin, cuts[part], oracle.data(),
+                                       want.data(), want_states.data());
+    ASSERT_LE(worst(out, want.data(), c.tolerances().data(), c.count), 1) << part;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t seen = std::min(cuts[part], in.first_position + row / in.heads + 1);
+      if (seen <= begin) {
+        ASSERT_EQ(state[2 * row], -std::numeric_limits<float>::infinity());
+        ASSERT_EQ(state[2 * row + 1], 0);
+      } else {
+        ASSERT_NEAR(state[2 * row], want_states[2 * row], c.tolerance);
+        const double total = want_states[2 * row + 1];
+        ASSERT_NEAR(state[2 * row + 1], total, 2 * c.tolerance * total);
+      }
+    }
+    begin = cuts[part];
+  }
+  EXPECT_TRUE(guards_hold(outs));
+  EXPECT_TRUE(guards_hold(states));
+  Floats got = guarded(c.count);
+  const int64_t half = in.heads / 2;
+  table.merge_parts(in, 0, half, parts, outs.data(), states.data(), got.data());
+  for (int64_t i = 0; i < c.count; ++i) {
+    ASSERT_EQ(got[i] == kGuard, i / in.head_dim % in.heads >= half);
+  }
+  table.merge_parts(in, half, in.heads, parts, outs.data(), states.data(), got.data());
+  EXPECT_TRUE(guards_hold(got));
+  EXPECT_LE(worst(got.data(), c.want.data(), c.tolerances().data(), c.count), 1);
 }
 
 TEST_P(Operations, Attention) {
@@ -120,6 +218,57 @@ TEST_P(Operations, Attention) {
     check_attention(table(), CacheFormat::kQ8_0, 1, 390, 6, 2, d);
     check_attention(table(), CacheFormat::kQ8_0, 2, 5, 3, 3, d);
     check_attention(table(), CacheFormat::kQ8_0, 60, 400, 9, 3, d);
+  }
+}
+
+// Parts as the engine cuts them, around their bounds and those of blocks; with several tokens the
+// first of them may see nothing of the last part.
+TEST_P(Operations, AttentionInParts) {
+  const auto parts_of = [](int64_t positions) {
+    std::vector<int64_t> cuts;
+    for (int64_t end = kPartPositions; end < positions; end += kPartPositions) {
+      cuts.push_back(end);
+    }
+    cuts.push_back(positions);
+    return cuts;
+  };
+  for (const CacheFormat format : {CacheFormat::kF16, CacheFormat::kF32, CacheFormat::kQ8_0}) {
+    for (const int64_t tokens : {1, 2, 5}) {
+      for (const int64_t positions : {kPartPositions - 1, kPartPositions, kPartPositions + 1,
+                                      2 * kPartPositions, 2 * kPartPositions + 1}) {
+        check_parts(table(), {format, tokens, positions - tokens, 2, 1, 32}, parts_of(positions));
+      }
+    }
+    check_parts(table(), {format, 48, kPartPositions - 20, 2, 1, 32},
+                parts_of(kPartPositions + 28));
+    check_parts(table(), {format, 1, 4 * kPartPositions + 100, 3, 3, 64},
+                parts_of(4 * kPartPositions + 101));
+    check_parts(table(), {format, 5, 500, 4, 1, 96}, {1, 2, 17, 18, 400, 501, 503, 505});
+  }
+  for (const int64_t d : {2, 6, 34, 80, 256}) {
+    check_parts(table(), {CacheFormat::kF16, 2, 40, 4, 2, d}, {7, 41, 42});
+    check_parts(table(), {CacheFormat::kF16, 7, 40, 4, 2, d}, {7, 41, 47});
+  }
+}
+
+// A value that is not a number is not lost on the way, wherever it is.
+TEST_P(Operations, PartsThatAreNotFinite) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  const int64_t d = 16, positions = 20;
+  for (const int64_t place : {0, 9, 10, 19}) {
+    for (const bool in_keys : {false, true}) {
+      Floats q(d, 1.0F), k(positions * d, 1.0F), v(positions * d, 1.0F), outs(2 * d), states(4),
+          out(d);
+      (in_keys ? k : v)[place * d + 3] = kNaN;
+      const AttentionInput in = {
+          q.data(), CacheFormat::kF32, k.data(), v.data(), 1, positions - 1, 1, 1, d, positions};
+      Scratch scratch(table().attention_scratch(1, positions, 1, 1, d));
+      table().attention_part(in, 0, 1, 0, 10, scratch.data(), outs.data(), states.data());
+      table().attention_part(in, 0, 1, 10, 20, scratch.data(), outs.data() + d, states.data() + 2);
+      table().merge_parts(in, 0, 1, 2, outs.data(), states.data(), out.data());
+      EXPECT_TRUE(std::isnan(out[3])) << place;
+      EXPECT_EQ(std::isnan(out[4]), in_keys) << place;
+    }
   }
 }
 
@@ -197,6 +346,16 @@ TEST_P(Operations, AttentionOfExtremeScores) {
         q.data(), CacheFormat::kF32, k.data(), v.data(), 1, positions - 1, 1, 1, d, positions};
     Scratch scratch(table().attention_scratch(1, positions, 1, 1, d));
     table().attention(in, 0, 1, 0, 1, scratch.data(), out.data());
+    for (int64_t i = 0; i < d; ++i) {
+      EXPECT_EQ(out[i], -7.0F);
+    }
+    Floats outs(3 * d), states(6);
+    for (int64_t part = 0; part < 3; ++part) {
+      table().attention_part(in, 0, 1, 300 * part, 300 * part + 300, scratch.data(),
+                             outs.data() + part * d, states.data() + 2 * part);
+    }
+    table().merge_parts(in, 0, 1, 3, outs.data(), states.data(), out.data());
+    EXPECT_TRUE(guards_hold(out));
     for (int64_t i = 0; i < d; ++i) {
       EXPECT_EQ(out[i], -7.0F);
     }
@@ -284,6 +443,17 @@ TEST(Reference, OtherOperations) {
   EXPECT_FLOAT_EQ(out[1], 8);
   EXPECT_NEAR(out[2], 1, 1e-6);
   EXPECT_NEAR(out[3], 5, 1e-6);
+
+  // The second token's two positions apart: scores 0 and ln 3 of one value each.
+  Floats outs(8), states(8), merged(4);
+  table.attention_part(in, 0, 1, 0, 1, scratch.data(), outs.data(), states.data());
+  table.attention_part(in, 0, 1, 1, 2, scratch.data(), outs.data() + 4, states.data() + 4);
+  EXPECT_EQ(outs, (Floats{4, 8, 4, 8, 0, 0, 0, 4}));
+  const float none = -std::numeric_limits<float>::infinity();
+  EXPECT_EQ(states, (Floats{0, 1, 0, 1, none, 0, states[6], 1}));
+  EXPECT_FLOAT_EQ(states[6], std::log(3.0F));
+  table.merge_parts(in, 0, 1, 2, outs.data(), states.data(), merged.data());
+  EXPECT_EQ(merged, out);
 }
 
 }  // namespace

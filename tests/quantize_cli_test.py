@@ -334,6 +334,10 @@ class QuantizeTest(QuantizeCase):
         Path(checkpoint).unlink()
         self.fails("quantize", self.model, "-o", self.folder / ("x" * 300) / "out.gguf", "--data",
                    self.text, says="no such folder: .*too long")
+        self.fails("quantize", self.model, "-o", self.out, "--data", "--dry-run", code=USAGE,
+                   says="--data: needs a value before --dry-run")
+        self.fails(*self.start("--sample-prompt", "--batch", 3), code=USAGE,
+                   says="--sample-prompt: needs a value before --batch")
         self.fails(*self.start("--calib-tokens", 31), code=USAGE, says="less than one window of 32")
         self.fails(*self.start("--minutes", 0.1), code=USAGE, says="too short")
         self.fails(*self.start("--method", "onebit"), code=USAGE, says="give --bits 1")

@@ -1,5 +1,6 @@
-// The runtime: load a GGUF model, packed or ordinary, and run it on the CPU. Token ids in, logits
-// out; text is the tokenizer's business. No torch, no CUDA, no intrinsics behind this header.
+// The runtime: load a GGUF model, packed or ordinary, and run it on the CPU or on a GPU. Token ids
+// in, logits out; text is the tokenizer's business. No torch, no CUDA, no intrinsics in this
+// header.
 #pragma once
 
 #include <cstdint>
@@ -25,22 +26,35 @@ struct EngineOptions {
   /// The KV cache in blocks of 32 bytes and a scale (Q8_0) instead of F16: half the memory, and
   /// half of what a token reads of it. Not with dense_as_f32.
   bool cache_q8_0 = false;
+  /// "" or "cpu"; "cuda" or "cuda:N": an NVIDIA GPU, the first or that of this number, in a build
+  /// with CUDA. There dense weights and the KV cache are F16, and so is what products read, with
+  /// sums in F32; the options above but `threads` are the CPU's alone.
+  std::string device;
 };
+
+/// Tokens that go through a model on the CPU together at most; longer inputs are split inside. A
+/// GPU takes more.
+inline constexpr int64_t kMostTogether = 512;
 
 /// A model in memory with its thread pool. Sessions on one model must not run at the same time.
 class Model {
  public:
   /// Errors: what the file reader refuses, an unknown architecture, a missing tensor, a tensor type
   /// that cannot be used where it stands, a weight or scale that is not finite (or, dense as F16,
-  /// too large for it), an unknown kernel table, a bad number of threads, a cache of Q8_0 for heads
-  /// that are not a multiple of 32 wide.
+  /// too large for it), an unknown kernel table, a bad number of threads or more than can be
+  /// started, a cache of Q8_0 for heads that are not a multiple of 32 wide; a device that is not
+  /// known, not there, too small, or not in this build.
   static Result<std::shared_ptr<Model>> load(const std::filesystem::path& path,
                                              const EngineOptions& options);
+  /// Whether load() would find these kernels (see EngineOptions). Errors: an unknown kernel table.
+  static Status check_kernels(const std::string& kernels);
   virtual ~Model() = default;
 
   virtual int64_t vocab_size() const = 0;
   virtual int64_t context_length() const = 0;  ///< positions it was trained for
-  virtual int threads() const = 0;
+  virtual int threads() const = 0;             ///< of the host
+  virtual bool on_gpu() const = 0;
+  virtual std::string device() const = 0;     ///< "CPU", or the GPU's name
   virtual std::string kernels() const = 0;    ///< name of the kernel table in use
   virtual uint64_t weight_bytes() const = 0;  ///< bytes of weights read for one token
 };

@@ -4,16 +4,17 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <exception>
 #include <fstream>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <numeric>
 #include <set>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -21,9 +22,9 @@
 namespace rabit {
 namespace {
 
-// Workers look for the next loop this many times before they sleep: products of one token follow
-// each other within microseconds. Where there are more workers than CPUs they sleep at once.
-constexpr int kSpins = 4000;
+// Workers look for the next loop so long before they sleep: products of one token follow each other
+// within microseconds. Where there are more workers than CPUs they sleep at once.
+constexpr std::chrono::microseconds kSpin{100};
 
 void relax() {
 #if defined(__x86_64__)
@@ -31,6 +32,22 @@ void relax() {
 #elif defined(__aarch64__)
   asm volatile("isb");  // the hint `yield` does nothing on most of them
 #endif
+}
+
+/// Looks until done() holds, for about as long as `most`: how long a turn takes differs between
+/// processors.
+template <typename Done>
+void spin_until(std::chrono::microseconds most, const Done& done) {
+  constexpr int kTurns = 64;  // between looks at the clock
+  std::chrono::steady_clock::time_point started;
+  for (int turn = 0; most.count() > 0 && !done(); ++turn) {
+    relax();
+    if (turn == 0) {
+      started = std::chrono::steady_clock::now();
+    } else if (turn % kTurns == 0 && std::chrono::steady_clock::now() - started > most) {
+      return;
+    }
+  }
 }
 
 /// CPUs worth of time that a quota file allows: "QUOTA PERIOD" in microseconds, "max PERIOD" or, of
@@ -110,6 +127,41 @@ int usable_threads(const std::vector<int>& cpus, const std::filesystem::path& ro
   return static_cast<int>(std::clamp(std::ceil(cpu_quota(root)), 1.0, count));
 }
 
+int64_t last_level_caches() { return last_level_caches(allowed_cpus(), "/"); }
+
+int64_t last_level_caches(const std::vector<int>& cpus, const std::filesystem::path& root) {
+  std::map<std::string, int64_t> caches;  // by the CPUs that share them
+  for (const int cpu : cpus) {
+    const std::string name = "cpu" + std::to_string(cpu);
+    int last = 0;
+    int64_t bytes = 0;
+    std::string sharers;
+    for (int index = 0;; ++index) {
+      const std::filesystem::path cache =
+          root / "sys/devices/system/cpu" / name / "cache" / ("index" + std::to_string(index));
+      std::ifstream levels(cache / "level"), sizes(cache / "size"),
+          lists(cache / "shared_cpu_list");
+      int level = 0;
+      int64_t size = 0;
+      char unit = 0;
+      if (!(levels >> level && sizes >> size)) {
+        break;
+      }
+      sizes >> unit;
+      if (level > last) {
+        last = level;
+        bytes = std::clamp<int64_t>(size, 0, int64_t{1} << 40) * (unit == 'M'   ? 1 << 20
+                                                                  : unit == 'K' ? 1 << 10
+                                                                                : 1);
+        sharers = std::getline(lists, sharers) ? sharers : name;
+      }
+    }
+    caches[sharers] = bytes;
+  }
+  return std::accumulate(caches.begin(), caches.end(), int64_t{0},
+                         [](int64_t sum, const auto& cache) { return sum + cache.second; });
+}
+
 struct ThreadPool::State {
   std::vector<std::thread> workers;
   std::mutex mutex;
@@ -121,18 +173,15 @@ struct ThreadPool::State {
   const LoopBody* body = nullptr;
   int64_t count = 0, chunk = 0;
   std::exception_ptr failure;  // of a worker, under the mutex
-  int spins = kSpins;
+  std::chrono::microseconds spin = kSpin;
 };
 
 ThreadPool::ThreadPool(int threads) : state_(new State) {
   const auto work = [state = state_.get()](int thread) {
     uint64_t seen = 0;
     for (;;) {
-      for (int spin = 0;
-           spin < state->spins && state->generation.load(std::memory_order_acquire) == seen;
-           ++spin) {
-        relax();
-      }
+      spin_until(state->spin,
+                 [&] { return state->generation.load(std::memory_order_acquire) != seen; });
       if (state->generation.load(std::memory_order_acquire) == seen) {
         std::unique_lock lock(state->mutex);
         state->wake.wait(lock, [&] { return state->generation.load() != seen; });
@@ -156,14 +205,15 @@ ThreadPool::ThreadPool(int threads) : state_(new State) {
   };
   if (threads > 1 &&
       threads > std::min(static_cast<double>(allowed_cpus().size()), std::ceil(cpu_quota("/")))) {
-    state_->spins = 0;
+    state_->spin = {};
   }
+  state_->workers.reserve(static_cast<size_t>(std::max(threads, 1)));
   try {
     for (int thread = 1; thread < threads; ++thread) {
       state_->workers.emplace_back(work, thread);
     }
-  } catch (const std::system_error&) {
-    // The system gives no more threads: those that started do the work.
+  } catch (const std::exception&) {
+    // The system gives no more threads or no more memory: those that started do the work.
   }
 }
 
@@ -206,12 +256,10 @@ void ThreadPool::parallel_for(int64_t count, int64_t grain, LoopBody body) {
   } catch (...) {  // the workers still read the loop's state
     failure = std::current_exception();
   }
-  for (int spin = 0; state_->pending.load(std::memory_order_acquire) != 0; ++spin) {
-    if (spin < state_->spins) {
-      relax();
-    } else {
-      std::this_thread::yield();
-    }
+  const auto all_done = [&] { return state_->pending.load(std::memory_order_acquire) == 0; };
+  spin_until(state_->spin, all_done);
+  while (!all_done()) {
+    std::this_thread::yield();
   }
   if (failure == nullptr) {
     failure = std::exchange(state_->failure, nullptr);

@@ -15,6 +15,11 @@ int usable_threads();
 /// The same for these CPUs, with /proc and /sys found in `root`.
 int usable_threads(const std::vector<int>& cpus, const std::filesystem::path& root);
 
+/// Bytes of the last-level caches of the CPUs of the process's affinity, each once; 0: not known.
+int64_t last_level_caches();
+/// The same for these CPUs, with /sys found in `root`.
+int64_t last_level_caches(const std::vector<int>& cpus, const std::filesystem::path& root);
+
 /// A loop's body, (begin, end, thread), where it stands: nothing is copied or allocated.
 class LoopBody {
  public:
@@ -32,8 +37,8 @@ class LoopBody {
   void (*call_)(const void*, int64_t, int64_t, int);
 };
 
-/// The calling thread and `threads - 1` workers (fewer, if the system refuses to start as many: see
-/// size()) run one loop at a time. Not re-entrant.
+/// The calling thread and `threads - 1` workers (fewer, if the system or its memory allows no more:
+/// see size()) run one loop at a time. Not re-entrant.
 class ThreadPool {
  public:
   explicit ThreadPool(int threads);

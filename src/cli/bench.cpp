@@ -20,6 +20,7 @@
 #include "cli/engine_flags.h"
 #include "cli/read_bandwidth.h"
 #include "cli/size_report.h"
+#include "engine/gpu.h"
 #include "model/random_model.h"
 #include "rabit/engine.h"
 
@@ -38,12 +39,14 @@ struct Row {
   std::string test;
   int64_t prompt = 0, generated = 0, depth = 0;
   int threads = 0;
-  std::string kernels;
+  std::string kernels, device;
+  bool on_gpu = false;
   double load_seconds = 0;
   int64_t load_memory = 0;        // bytes that the process held at most until then
   uint64_t weight_bytes = 0;      // of a token
   std::vector<double> samples;    // tokens per second, by repetition
   std::vector<double> bandwidth;  // bytes per second that could be read before each
+  int64_t caches = 0;             // bytes, see last_level_caches(); 0 on a GPU
 
   double mean() const {
     return std::accumulate(samples.begin(), samples.end(), 0.0) /
@@ -62,6 +65,8 @@ struct Row {
     return std::sqrt(sum / static_cast<double>(samples.size() - 1));
   }
   double weights_per_second() const { return mean() * static_cast<double>(weight_bytes); }  // bytes
+  /// Whether the caches may hold all that a token reads of the weights.
+  bool in_cache() const { return weight_bytes <= static_cast<uint64_t>(caches); }
   /// Of what could be read, the mean over repetitions.
   double share_of_read() const {
     double sum = 0;
@@ -113,6 +118,10 @@ Result<double> time_once(Session& session, const Row& row, std::span<const int32
   return now_seconds() - started;
 }
 
+std::string where(const Row& row) {
+  return row.on_gpu ? row.device : fmt::format("{} threads", row.threads);
+}
+
 /// Bytes that the process has held at most since forget_peak_memory(), what it read of mapped files
 /// included; 0: not known.
 int64_t peak_memory() {
@@ -126,17 +135,19 @@ int64_t peak_memory() {
 }
 void forget_peak_memory() { std::ofstream("/proc/self/clear_refs") << "5"; }
 
+/// Bytes a second at which what computes reads its memory, measured when called.
+using Bandwidth = std::function<Result<double>()>;
+
 /// The rows of one depth, prompt first. loaded: what all rows of the model have in common.
 Status measure_depth(const BenchOptions& options, const Model& model, const Row& loaded,
-                     Session& session, ReadBandwidth& bandwidth, int64_t depth,
+                     Session& session, const Bandwidth& bandwidth, int64_t depth,
                      std::vector<Row>& rows) {
   session.truncate(0);
   if (depth > 0) {
-    constexpr int64_t kStep = 512;  // that the runtime takes at once
     const std::vector<int32_t> before = filler_tokens(depth, model.vocab_size());
-    Progress progress(fmt::format("bench, positions before on {} threads", loaded.threads));
-    for (int64_t at = 0; at < depth; at += kStep) {
-      const auto part = static_cast<size_t>(std::min(kStep, depth - at));
+    Progress progress("bench, positions before on " + where(loaded));
+    for (int64_t at = 0; at < depth; at += kMostTogether) {
+      const auto part = static_cast<size_t>(std::min(kMostTogether, depth - at));
       RABIT_CHECK(session.forward(std::span(before).subspan(static_cast<size_t>(at), part)));
       progress.update(at + static_cast<int64_t>(part), depth, "");
     }
@@ -152,10 +163,11 @@ Status measure_depth(const BenchOptions& options, const Model& model, const Row&
     (prompt ? row.prompt : row.generated) = length;
     row.depth = depth;
     const auto tokens = filler_tokens(length, model.vocab_size());
-    Progress progress(fmt::format("bench, {} on {} threads", row.test, row.threads));
+    Progress progress(fmt::format("bench, {} on {}", row.test, where(row)));
     RABIT_CHECK(time_once(session, row, tokens));
     for (int64_t i = 0; i < options.repetitions; ++i) {
-      row.bandwidth.push_back(bandwidth.measure());
+      RABIT_ASSIGN(const double read, bandwidth());
+      row.bandwidth.push_back(read);
       RABIT_ASSIGN(const double seconds, time_once(session, row, tokens));
       row.samples.push_back(static_cast<double>(length) / std::max(seconds, 1e-9));
       progress.update(i + 1, options.repetitions, fmt::format("{:.2f} t/s", row.mean()));
@@ -176,17 +188,42 @@ Status measure(const BenchOptions& options, const std::filesystem::path& path,
     RABIT_ASSIGN(const auto model, load_model(path, options.engine, count));
     const Row loaded = {.threads = model->threads(),
                         .kernels = model->kernels(),
+                        .device = model->device(),
+                        .on_gpu = model->on_gpu(),
                         .load_seconds = now_seconds() - started,
                         .load_memory = peak_memory(),
-                        .weight_bytes = model->weight_bytes()};
+                        .weight_bytes = model->weight_bytes(),
+                        .caches = model->on_gpu() ? 0 : last_level_caches()};
     RABIT_ASSIGN(const auto session,
                  Session::create(model, deepest + std::max(options.prompt, options.generate)));
-    RABIT_ASSIGN(ReadBandwidth bandwidth, ReadBandwidth::make(model->threads()));
+    std::optional<ReadBandwidth> host;
+    if (!model->on_gpu()) {
+      RABIT_ASSIGN(host, ReadBandwidth::make(model->threads()));
+    }
+    const Bandwidth bandwidth = [&]() -> Result<double> {
+      return host ? Result<double>(host->measure()) : gpu_read_speed(*model);
+    };
     for (const int64_t depth : depths) {
       RABIT_CHECK(measure_depth(options, *model, loaded, *session, bandwidth, depth, rows));
     }
+    if (model->on_gpu()) {
+      break;  // it computes no faster with more threads of the host
+    }
   }
   return {};
+}
+
+/// In MiB, from 1024 of them on in GiB; as llama-bench has it.
+std::string size_text(uint64_t bytes) {
+  const double mib = static_cast<double>(bytes) / 1048576.0;
+  return mib < 1024 ? fmt::format("{:.2f} MiB", mib) : fmt::format("{:.2f} GiB", mib / 1024);
+}
+
+/// In millions, from 1000 of them on in billions.
+std::string count_text(int64_t count) {
+  const double millions = static_cast<double>(count) / 1e6;
+  return millions < 1000 ? fmt::format("{:.2f} M", millions)
+                         : fmt::format("{:.2f} B", millions / 1000);
 }
 
 std::string to_markdown(const ModelConfig& config, const SizeReport& size,
@@ -196,13 +233,14 @@ std::string to_markdown(const ModelConfig& config, const SizeReport& size,
   std::vector<std::vector<std::string>> cells;
   for (const Row& row : rows) {
     cells.push_back(
-        {model_label(config, size),
-         fmt::format("{:.2f} MiB", static_cast<double>(size.tensor_bytes) / 1048576.0),
-         fmt::format("{:.2f} M", static_cast<double>(size.parameters) / 1e6), row.kernels,
-         std::to_string(row.threads), row.test,
+        {model_label(config, size), size_text(size.tensor_bytes), count_text(size.parameters),
+         row.on_gpu ? "CUDA, " + row.device : row.kernels,
+         row.on_gpu ? "" : std::to_string(row.threads), row.test,
          fmt::format("{:.2f} ± {:.2f}", row.mean(), row.stddev()),
          row.generated == 0 ? "" : fmt::format("{:.2f}", row.weights_per_second() / 1e9),
-         row.generated == 0 ? "" : fmt::format("{:.0f} %", 100 * row.share_of_read())});
+         row.generated == 0 ? ""
+         : row.in_cache()   ? "in cache"
+                            : fmt::format("{:.0f} %", 100 * row.share_of_read())});
   }
   std::string line = "|", rule = "|", body;
   std::vector<size_t> widths;
@@ -240,9 +278,11 @@ Json to_json(const BenchOptions& options, const GgufFile& file, const ModelConfi
               {"params", size.parameters},
               {"bits_per_weight", size.bits_per_weight()},
               {"file_bits_per_weight", size.file_bits_per_weight()},
-              {"backend", "CPU"},
+              {"backend", rows.front().on_gpu ? "CUDA" : "CPU"},
+              {"device", rows.front().device},
               {"kernels", rows.front().kernels},
               {"weight_bytes_per_token", rows.front().weight_bytes},
+              {"last_level_cache_bytes", rows.front().caches},
               {"dense_weights", dense_type(options.engine)},
               {"kv_cache", cache_type(options.engine)},
               {"repetitions", options.repetitions}};
@@ -258,6 +298,9 @@ Json to_json(const BenchOptions& options, const GgufFile& file, const ModelConfi
                            {"stddev", row.stddev()},
                            {"samples", row.samples},
                            {"read_bytes_per_second", row.bandwidth}});
+    if (row.on_gpu) {
+      out["rows"].back().erase("threads");
+    }
   }
   return out;
 }
@@ -300,10 +343,13 @@ Status bench(const BenchOptions& options) {
     throw CLI::RequiredError("-m or --shape");
   }
   if (options.prompt == 0 && options.generate == 0) {
-    throw CLI::ValidationError("-p, -n", "0 and 0 leave nothing to measure");
+    throw CLI::ValidationError("-p,--n-prompt and -n,--n-gen", "0 and 0 leave nothing to measure");
   }
-  const std::vector<int64_t> threads = parse_list("-t", options.threads, 1024);
-  const std::vector<int64_t> depths = parse_list("-d", options.depths, 1 << 20);
+  if (options.engine.device.empty() || options.engine.device == "cpu") {
+    RABIT_CHECK(Model::check_kernels(options.engine.kernels));  // before a model is made for it
+  }
+  const std::vector<int64_t> threads = parse_list("-t,--threads", options.threads, 1024);
+  const std::vector<int64_t> depths = parse_list("-d,--depth", options.depths, 1 << 20);
   std::filesystem::path path = options.model;
   std::optional<TemporaryFolder> temporary;
   if (!options.shape.empty()) {
@@ -367,7 +413,8 @@ Command add_bench(CLI::App& app) {
       "  rabit bench -m model.gguf\n"
       "  rabit bench -m model.gguf -p 64 -n 8 -r 2 -t 1,2\n"
       "  rabit bench -m model.gguf -p 0 -n 8 -r 2 -d 0,64 -o json\n"
-      "  rabit bench --shape llama2-7b --layers 4");
+      "  rabit bench --shape llama2-7b --layers 4\n"
+      "  rabit bench -m model.gguf --device cpu -p 512 -n 16");
   return {sub, [options] { return bench(*options); }};
 }
 

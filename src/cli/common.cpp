@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <set>
 
 namespace rabit::cli {
 namespace {
@@ -141,11 +142,10 @@ int64_t parse_integer(const std::string& option, const std::string& text, int64_
 
 CLI::Option* add_integer(CLI::App* app, const std::string& names, int64_t& value, int64_t low,
                          int64_t high, const std::string& help) {
-  const std::string label = names.substr(0, names.find(','));
   CLI::Option* option = app->add_option_function<std::string>(
       names,
-      [&value, low, high, label](const std::string& text) {
-        value = parse_integer(label, text, low, high);
+      [&value, low, high, names](const std::string& text) {
+        value = parse_integer(names, text, low, high);
       },
       help);
   return option->default_str(std::to_string(value))->type_name("N");
@@ -153,21 +153,44 @@ CLI::Option* add_integer(CLI::App* app, const std::string& names, int64_t& value
 
 CLI::Option* add_number(CLI::App* app, const std::string& names, double& value, double low,
                         double high, const std::string& help) {
-  const std::string label = names.substr(0, names.find(','));
   CLI::Option* option = app->add_option_function<std::string>(
       names,
-      [&value, low, high, label](const std::string& text) {
+      [&value, low, high, names](const std::string& text) {
         double parsed = 0;
         const char* end = text.data() + text.size();
         const auto [stop, status] = std::from_chars(text.data(), end, parsed);
         if (status != std::errc() || stop != end || !(parsed >= low && parsed <= high)) {
           throw CLI::ValidationError(
-              label, fmt::format("'{}' is not a number from {} to {}", one_line(text), low, high));
+              names, fmt::format("'{}' is not a number from {} to {}", one_line(text), low, high));
         }
         value = parsed;
       },
       help);
   return option->default_str(fmt::format("{}", value))->type_name("X");
+}
+
+void refuse_options_as_values(CLI::App* app) {
+  std::set<std::string> names;
+  std::vector<CLI::Option*> all = app->get_options();
+  for (CLI::App* group : app->get_subcommands([](const CLI::App*) { return true; })) {
+    const auto more = group->get_options();
+    all.insert(all.end(), more.begin(), more.end());
+  }
+  for (const CLI::Option* option : all) {
+    for (const std::string& name : option->get_snames()) {
+      names.insert("-" + name);
+    }
+    for (const std::string& name : option->get_lnames()) {
+      names.insert("--" + name);
+    }
+  }
+  for (CLI::Option* option : all) {
+    if (option->get_expected_max() > 0) {
+      option->check([names](const std::string& value) {
+        return names.contains(value) ? "needs a value before " + value : std::string();
+      });
+    }
+  }
 }
 
 CLI::Option* add_threads(CLI::App* app, int64_t& value) {

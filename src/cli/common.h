@@ -74,6 +74,10 @@ CLI::Option* add_number(CLI::App* app, const std::string& names, double& value, 
 int64_t parse_integer(const std::string& option, const std::string& text, int64_t low,
                       int64_t high);
 
+/// Makes an error of a value that is the name of an option: one that was given without its value
+/// would take the next option as such.
+void refuse_options_as_values(CLI::App* app);
+
 /// `-t/--threads`, 0 meaning all that the process may use.
 CLI::Option* add_threads(CLI::App* app, int64_t& value);
 

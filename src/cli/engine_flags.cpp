@@ -7,6 +7,10 @@
 namespace rabit::cli {
 
 void add_engine_flags(CLI::App* app, EngineFlags& flags) {
+  app->add_option("--device", flags.device,
+                  "What computes: cpu; cuda or cuda:N, an NVIDIA GPU, in a build with CUDA")
+      ->type_name("NAME")
+      ->capture_default_str();
   CLI::Option* exact =
       app->add_flag("--dense-f32", flags.dense_f32,
                     "Hold dense weights and the cache in F32, and sum floats throughout");
@@ -27,18 +31,26 @@ Result<std::shared_ptr<Model>> load_model(const std::filesystem::path& path,
   RABIT_ASSIGN(auto model, Model::load(path, {.threads = static_cast<int>(threads),
                                               .dense_as_f32 = flags.dense_f32,
                                               .kernels = flags.kernels,
-                                              .cache_q8_0 = flags.cache_type == "q8_0"}));
+                                              .cache_q8_0 = flags.cache_type == "q8_0",
+                                              .device = flags.device}));
   if (flags.verbose) {
-    note(
-        fmt::format("{}: kernels {}, {} threads, dense weights {}, KV cache {}; loaded in {:.2f} s",
-                    path.string(), model->kernels(), model->threads(), dense_type(flags),
-                    cache_type(flags), now_seconds() - started));
+    note(fmt::format(
+        "{}: {}, dense weights {}, KV cache {}; loaded in {:.2f} s", path.string(),
+        model->on_gpu() ? model->device()
+                        : fmt::format("kernels {}, {} threads", model->kernels(), model->threads()),
+        dense_type(flags), cache_type(flags), now_seconds() - started));
   }
   return model;
 }
 
+std::string runs_on(const Model& model) {
+  return model.on_gpu() ? model.device()
+                        : fmt::format("{} threads, {} kernels", model.threads(), model.kernels());
+}
+
 std::string dense_type(const EngineFlags& flags) {
-  return flags.dense_f32 ? "F32" : "as in the file, or F16";
+  const bool gpu = !flags.device.empty() && flags.device != "cpu";
+  return flags.dense_f32 ? "F32" : gpu ? "F16" : "as in the file, or F16";
 }
 
 std::string cache_type(const EngineFlags& flags) {

@@ -1,5 +1,5 @@
 // Losses from the runtime's logits, with the same kernels and as many threads as the model runs
-// with.
+// with; of a GPU's logits, with the best kernels of the CPU.
 #include "cli/engine_logits.h"
 
 #include <algorithm>
@@ -30,7 +30,8 @@ Result<std::unique_ptr<EngineLogitSource>> EngineLogitSource::create(
     std::shared_ptr<Model> teacher) {
   RABIT_ASSIGN(std::unique_ptr<Session> session, Session::create(model, capacity));
   constexpr int64_t kCompared = 32;
-  const int64_t step = together > 0 ? std::min(together, capacity) : teacher ? kCompared : capacity;
+  const int64_t step = std::min(
+      {together > 0 ? together : (teacher ? kCompared : kMostTogether), capacity, kMostTogether});
   std::unique_ptr<State> state(new State{.model = model,
                                          .session = std::move(session),
                                          .together = step,
@@ -46,7 +47,7 @@ Result<std::unique_ptr<EngineLogitSource>> EngineLogitSource::create(
   }
   const std::string name = model->kernels();
   for (const KernelTable* table : cpu_kernels()) {
-    if (table->name == name) {
+    if (table->name == name || (model->on_gpu() && table == cpu_kernels().front())) {
       state->table = table;
     }
   }
@@ -103,6 +104,8 @@ Status EngineLogitSource::score(std::span<const int32_t> tokens, std::span<doubl
   }
   return {};
 }
+
+int64_t EngineLogitSource::together() const { return state_->together; }
 
 const DivergenceResult& EngineLogitSource::divergence() const { return state_->divergence; }
 

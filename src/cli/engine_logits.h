@@ -11,9 +11,9 @@ namespace rabit::cli {
 
 class EngineLogitSource : public LogitSource {
  public:
-  /// Contexts of at most `capacity` tokens, which go through the model `together` at a time; 0: as
-  /// many as the runtime takes, or 32 beside a teacher. teacher: a model to compare with, of the
-  /// same vocabulary, or null. Errors: of Session::create, another vocabulary.
+  /// Contexts of at most `capacity` tokens, which go through the model `together` at a time, at
+  /// most kMostTogether; 0: as many as that, or 32 beside a teacher. teacher: a model to compare
+  /// with, of the same vocabulary, or null. Errors: of Session::create, another vocabulary.
   static Result<std::unique_ptr<EngineLogitSource>> create(std::shared_ptr<Model> model,
                                                            int64_t capacity, int64_t together = 0,
                                                            std::shared_ptr<Model> teacher = {});
@@ -21,6 +21,9 @@ class EngineLogitSource : public LogitSource {
 
   int64_t vocab_size() const override;
   Status score(std::span<const int32_t> tokens, std::span<double> nll) override;
+
+  /// Tokens that go through the model at once, at most.
+  int64_t together() const;
 
   /// From the teacher, over all positions that were scored.
   const DivergenceResult& divergence() const;

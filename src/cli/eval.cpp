@@ -124,11 +124,10 @@ Status eval(const EvalOptions& options) {
                                  {"tokens_per_second", rate},
                                  {"threads", model->threads()},
                                  {"kernels", model->kernels()},
+                                 {"device", model->device()},
                                  {"dense_weights", dense_type(options.engine)},
-                                 {"kv_cache", cache_type(options.engine)}};
-  if (options.together > 0) {
-    told["together"] = options.together;
-  }
+                                 {"kv_cache", cache_type(options.engine)},
+                                 {"together", source->together()}};
   if (teacher) {
     told["teacher"] = {{"model", options.teacher},
                        {"model_sha256", teacher_file->sha256()},

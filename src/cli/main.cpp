@@ -104,6 +104,7 @@ int run_program(int argc, char** argv) {
                                add_run(app),      add_bench(app),    add_inspect(app)};
   for (const Command& command : commands) {
     command.app->get_formatter()->column_width(34);
+    refuse_options_as_values(command.app);
   }
 
   try {

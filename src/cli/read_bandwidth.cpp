@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -13,9 +14,9 @@
 namespace rabit::cli {
 namespace {
 
-constexpr int64_t kBytes = int64_t{512} << 20, kHugePage = int64_t{2} << 20;
+constexpr int64_t kLeastBytes = int64_t{512} << 20;
 constexpr int64_t kLine = 64;
-constexpr int64_t kBlock = int64_t{4} << 20;  // that a thread reads at a time
+constexpr int64_t kBlock = int64_t{4} << 20;  // that a thread reads at a time, whole huge pages
 // The fastest of the ways that were tried, on machines with one and with two threads: streams side
 // by side, and requests for what comes this much later in each.
 constexpr int kStreams = 4;
@@ -52,13 +53,16 @@ void ReadBandwidth::Free::operator()(void* p) const { std::free(p); }
 
 Result<ReadBandwidth> ReadBandwidth::make(int threads) {
   ReadBandwidth bandwidth;
-  bandwidth.data_.reset(static_cast<std::byte*>(std::aligned_alloc(kHugePage, kBytes)));
+  const int64_t blocks = (4 * last_level_caches() + kBlock - 1) / kBlock;
+  bandwidth.bytes_ = std::max(kLeastBytes, blocks * kBlock);
+  const auto bytes = static_cast<size_t>(bandwidth.bytes_);
+  bandwidth.data_.reset(static_cast<std::byte*>(std::aligned_alloc(kBlock, bytes)));
   if (bandwidth.data_ == nullptr) {
     return Error{"not enough memory to measure how fast it is read"};
   }
-  ::madvise(bandwidth.data_.get(), kBytes, MADV_HUGEPAGE);  // advice: may fail harmlessly
+  ::madvise(bandwidth.data_.get(), bytes, MADV_HUGEPAGE);  // advice: may fail harmlessly
   bandwidth.pool_ = std::make_unique<ThreadPool>(threads);
-  bandwidth.pool_->parallel_for(kBytes, kBlock, [&](int64_t begin, int64_t end, int) {
+  bandwidth.pool_->parallel_for(bandwidth.bytes_, kBlock, [&](int64_t begin, int64_t end, int) {
     std::memset(bandwidth.data_.get() + begin, 1, static_cast<size_t>(end - begin));
   });
   return bandwidth;
@@ -71,14 +75,14 @@ double ReadBandwidth::measure() {
   std::atomic<int64_t> next{0};
   pool_->parallel_for(pool_->size(), 1, [&](int64_t, int64_t, int) {
     uint64_t sum = 0;
-    for (int64_t at = next.fetch_add(kBlock); at < kBytes; at = next.fetch_add(kBlock)) {
+    for (int64_t at = next.fetch_add(kBlock); at < bytes_; at = next.fetch_add(kBlock)) {
       sum += read(data_.get() + at, kBlock);
     }
     sink += sum;
   });
   const double seconds = now_seconds() - started;
-  constexpr uint64_t kAllOnes = kBytes / 8 * 0x0101010101010101U;  // every byte was read once
-  return sink.load() == kAllOnes && seconds > 0 ? static_cast<double>(kBytes) / seconds : 0;
+  const uint64_t once = static_cast<uint64_t>(bytes_) / 8 * 0x0101010101010101U;  // every byte
+  return sink.load() == once && seconds > 0 ? static_cast<double>(bytes_) / seconds : 0;
 }
 
 }  // namespace rabit::cli

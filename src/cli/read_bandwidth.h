@@ -9,7 +9,8 @@
 
 namespace rabit::cli {
 
-/// Half a GiB of memory, more than the caches of most processors, and threads to read it.
+/// Half a GiB of memory, or four times the last-level caches where that is more, and threads to
+/// read it.
 class ReadBandwidth {
  public:
   /// Errors: memory that cannot be had.
@@ -22,6 +23,7 @@ class ReadBandwidth {
   struct Free {
     void operator()(void* p) const;
   };
+  int64_t bytes_ = 0;
   std::unique_ptr<std::byte, Free> data_;
   std::unique_ptr<ThreadPool> pool_;
 };

@@ -143,9 +143,10 @@ Status report(const RunOptions& options, const GgufFile& file, const Model& mode
   if (!options.json) {
     note(
         fmt::format("prompt {} tokens, {:.2f} tokens/s; generation {} tokens, {:.2f} tokens/s; "
-                    "stopped by {}; seed {}, {} threads, {} kernels",
-                    prompt_tokens, prompt_rate, outcome.generated, rate, outcome.stop_reason, seed,
-                    model.threads(), model.kernels()));
+                    "{}; seed {}, {}",
+                    prompt_tokens, prompt_rate, outcome.generated, rate,
+                    outcome.interrupted ? "interrupted" : "stopped by " + outcome.stop_reason, seed,
+                    runs_on(model)));
     return {};
   }
   return write_stdout(json_text({{"prompt", prompt},
@@ -163,6 +164,7 @@ Status report(const RunOptions& options, const GgufFile& file, const Model& mode
                                  {"ctx", ctx},
                                  {"threads", model.threads()},
                                  {"kernels", model.kernels()},
+                                 {"device", model.device()},
                                  {"model", options.model},
                                  {"model_sha256", file.sha256()}}));
 }

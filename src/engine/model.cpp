@@ -5,15 +5,18 @@
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <optional>
 #include <span>
+#include <string_view>
 
 #include "base/half.h"
 #include "base/interrupt.h"
+#include "engine/gpu.h"
 #include "io/dequant.h"
 
 namespace rabit {
@@ -300,17 +303,59 @@ Result<const KernelTable*> choose_kernels(std::string name) {
                std::string(reference.name)};
 }
 
+/// The number of the GPU that a name means; none: the CPU.
+Result<std::optional<int32_t>> choose_gpu(const std::string& name) {
+  if (name.empty() || name == "cpu") {
+    return std::optional<int32_t>();
+  }
+  if (name == "cuda") {
+    return std::optional<int32_t>(0);
+  }
+  constexpr std::string_view kPrefix = "cuda:";
+  const std::string_view digits =
+      name.starts_with(kPrefix) ? std::string_view(name).substr(kPrefix.size()) : "";
+  int32_t number = -1;
+  const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), number);
+  if (error != std::errc() || end != digits.data() + digits.size() || number < 0) {
+    return Error{"no device is called '" + name + "'; there are cpu, cuda and cuda:N"};
+  }
+  return std::optional<int32_t>(number);
+}
+
 }  // namespace
+
+Status Model::check_kernels(const std::string& kernels) {
+  RABIT_CHECK(choose_kernels(kernels));
+  return {};
+}
 
 Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
                                            const EngineOptions& options) {
+  RABIT_ASSIGN(const std::optional<int32_t> gpu, choose_gpu(options.device));
+  if (gpu) {
+    return load_on_gpu(path, options, *gpu);
+  }
+  RABIT_ASSIGN(const KernelTable* table, choose_kernels(options.kernels));
+  RABIT_ASSIGN(auto model, load_on_host(path, options, *table));
+  return std::shared_ptr<Model>(std::move(model));
+}
+
+Result<Linear> load_embedding(const LoadedModel& model) {
+  return load_dense(*model.file, model.embedding->name,
+                    {model.config.vocab_size, model.config.d_model},
+                    model.cache == CacheFormat::kF32, *model.table, *model.pool);
+}
+
+Result<std::shared_ptr<LoadedModel>> load_on_host(const std::filesystem::path& path,
+                                                  const EngineOptions& options,
+                                                  const KernelTable& table) {
   constexpr int kMostThreads = 1024;
   if (options.threads < 0 || options.threads > kMostThreads) {
     return Error{"the number of threads must be 1 to " + std::to_string(kMostThreads) +
                  ", or 0 for all"};
   }
   auto model = std::make_shared<LoadedModel>();
-  RABIT_ASSIGN(model->table, choose_kernels(options.kernels));
+  model->table = &table;
   RABIT_ASSIGN(model->file, GgufFile::open(path));
   const GgufFile& file = *model->file;
   RABIT_ASSIGN(model->config, read_model_config(file));
@@ -327,8 +372,12 @@ Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
   model->cache = options.dense_as_f32 ? CacheFormat::kF32
                  : options.cache_q8_0 ? CacheFormat::kQ8_0
                                       : CacheFormat::kF16;
-  model->pool =
-      std::make_unique<ThreadPool>(options.threads == 0 ? usable_threads() : options.threads);
+  const int threads = options.threads == 0 ? usable_threads() : options.threads;
+  model->pool = std::make_unique<ThreadPool>(threads);
+  if (const int started = model->pool->size(); started < threads) {
+    return Error{"only " + std::to_string(started) + " of " + std::to_string(threads) +
+                 " threads can be started here; take fewer"};
+  }
 
   const bool as_f32 = options.dense_as_f32;
   RABIT_ASSIGN(model->embedding,
@@ -362,7 +411,7 @@ Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
       model->bytes_per_token += linear_bytes(linear.weights);
     }
   }
-  return std::shared_ptr<Model>(std::move(model));
+  return model;
 }
 
 }  // namespace rabit

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
@@ -37,6 +38,8 @@ class LoadedModel : public Model {
   int threads() const override { return pool->size(); }
   std::string kernels() const override { return std::string(table->name); }
   uint64_t weight_bytes() const override { return bytes_per_token; }
+  bool on_gpu() const override { return false; }
+  std::string device() const override { return "CPU"; }
 
   ModelConfig config;
   std::shared_ptr<GgufFile> file;
@@ -49,5 +52,13 @@ class LoadedModel : public Model {
   std::unique_ptr<ThreadPool> pool;
   uint64_t bytes_per_token = 0;
 };
+
+/// Model::load for these kernels, whatever device and kernels the options name.
+Result<std::shared_ptr<LoadedModel>> load_on_host(const std::filesystem::path& path,
+                                                  const EngineOptions& options,
+                                                  const KernelTable& table);
+
+/// The embedding as a matrix that products take, checked as any other. (vocab, d_model)
+Result<Linear> load_embedding(const LoadedModel& model);
 
 }  // namespace rabit

@@ -62,6 +62,9 @@ struct PlaceInPairs {
 /// Largest head_dim that attention takes.
 inline constexpr int64_t kMaxHeadDim = 256;
 
+/// Positions that are best for one part of an attention.
+inline constexpr int64_t kPartPositions = 768;
+
 /// Type of the KV cache. F32 keeps the logits at float accuracy (with F32 weights, within 1e-4 of
 /// their norm). Q8_0: blocks of 32 as GGUF has them, head_dim a multiple of 32.
 enum class CacheFormat { kF16, kF32, kQ8_0 };
@@ -133,6 +136,16 @@ struct KernelTable {
   /// `scratch`: this thread's own, attention_scratch() floats, 64-byte aligned.
   void (*attention)(const AttentionInput& in, int64_t head_begin, int64_t head_end,
                     int64_t token_begin, int64_t token_end, float* scratch, float* out);
+  /// The same for all tokens over positions [position_begin, position_end) alone, and what weighs
+  /// it against other positions. state: (tokens, heads, 2), the largest score and the sum of all
+  /// exp(score - largest); a token that sees none of them has zeros and the state (-infinity, 0).
+  void (*attention_part)(const AttentionInput& in, int64_t head_begin, int64_t head_end,
+                         int64_t position_begin, int64_t position_end, float* scratch, float* out,
+                         float* state);
+  /// attention() of all tokens from parts that are all positions together. outs: (parts, tokens,
+  /// heads, head_dim); states: (parts, tokens, heads, 2).
+  void (*merge_parts)(const AttentionInput& in, int64_t head_begin, int64_t head_end, int64_t parts,
+                      const float* outs, const float* states, float* out);
   /// Floats of scratch for `tokens` tokens whose last query sees `positions` positions.
   int64_t (*attention_scratch)(int64_t tokens, int64_t positions, int64_t heads, int64_t kv_heads,
                                int64_t head_dim);

@@ -4,7 +4,8 @@
 // rather than once per query. The softmax is kept up to date block by block: `largest` and `total`
 // of a row belong to all blocks so far, and the row's output is rescaled when `largest` grows
 // (Milakov and Gimelshein, arXiv 1805.02867).
-// A row is one (token, head) pair, heads of a token next to each other.
+// A row is one (token, head) pair, heads of a token next to each other. A part of the positions
+// ends with the same state, by which parts are put together.
 #pragma once
 
 #include "kernels/cpu/gemm.h"
@@ -60,6 +61,7 @@ void to_cache(const float* from, int64_t count, CacheFormat format, void* to) {
 
 constexpr int64_t kQueryTokens = 48;  // a multiple of every kTile
 static_assert(kQueryTokens % kTile == 0);
+static_assert(kPartPositions % kMaxColumns == 0);  // a part is of whole blocks
 
 // Scratch: q (rows, kTileStride), scores (rows, kTileStride), sums (rows, d), largest (rows),
 // total (rows), one panel of K (d, kPanel), a block of V (kMaxColumns, d); d rounded up to kPanel.
@@ -174,9 +176,19 @@ void few_sums(const Rows& values, int64_t first, int64_t count, int64_t head_dim
   }
 }
 
+/// What is asked for of an attention: heads of one KV head, and where `state` is not null what
+/// attention_part() has beside `out`.
+struct Asked {
+  int64_t head_begin, head_end, token_begin, token_end, position_begin, position_end;
+  float *out, *state;
+};
+
+/// At most kQueryTokens tokens.
 template <typename Rows>
-void attend(const AttentionInput& in, const Rows& keys, const Rows& values, int64_t head_begin,
-            int64_t group, int64_t token_begin, int64_t token_count, float* scratch, float* out) {
+void attend(const AttentionInput& in, const Rows& keys, const Rows& values, const Asked& asked,
+            float* scratch) {
+  const int64_t head_begin = asked.head_begin, group = asked.head_end - head_begin;
+  const int64_t token_begin = asked.token_begin, token_count = asked.token_end - token_begin;
   const int64_t rows = token_count * group, head_dim = in.head_dim;
   const int64_t d = round_up(head_dim, kPanel);
   float* v = scratch;
@@ -198,9 +210,10 @@ void attend(const AttentionInput& in, const Rows& keys, const Rows& values, int6
     total[row] = 0;
   }
   const int64_t first_query = in.first_position + token_begin;
-  const int64_t positions = first_query + token_count;
-  for (int64_t p0 = 0; p0 < positions; p0 += kMaxColumns) {
+  const int64_t positions = smaller(asked.position_end, first_query + token_count);
+  for (int64_t p0 = asked.position_begin; p0 < positions; p0 += kMaxColumns) {
     const int64_t count = smaller(kMaxColumns, positions - p0);
+    const bool add = p0 > asked.position_begin;
     if (few) {
       few_scores(keys, p0, count, head_dim, q, rows, scores);
     }
@@ -216,51 +229,59 @@ void attend(const AttentionInput& in, const Rows& keys, const Rows& values, int6
       const int64_t seen = first_query + row / group + 1 - p0;
       const float shrink = softmax_step(scores + row * kTileStride, smaller(seen, count), count,
                                         scale, largest + row, total + row);
-      if (p0 > 0 && shrink != 1.0F) {
+      if (add && shrink != 1.0F) {
         for (int64_t c = 0; c < d; c += kLanes) {
           store(sums + row * d + c, load(sums + row * d + c) * shrink);
         }
       }
     }
     if (few) {
-      few_sums(values, p0, count, head_dim, d, scores, rows, sums, p0 > 0);
+      few_sums(values, p0, count, head_dim, d, scores, rows, sums, add);
       continue;
     }
     unpack_values(values, p0, count, head_dim, d, v);
     for (int64_t row = 0; row < rows; row += kTile) {
       for (int64_t c = 0; c < d; c += kPanel) {
         panel_product(scores + row * kTileStride, smaller(kTile, rows - row), v + c, d, count,
-                      sums + row * d + c, d, kPanel, p0 > 0);
+                      sums + row * d + c, d, kPanel, add);
       }
     }
   }
   for (int64_t row = 0; row < rows; ++row) {
-    float* to =
-        out + ((token_begin + row / group) * in.heads + head_begin + row % group) * head_dim;
+    const int64_t place = (token_begin + row / group) * in.heads + head_begin + row % group;
+    float* to = asked.out + place * head_dim;
+    if (asked.state != nullptr) {
+      asked.state[2 * place] = largest[row];
+      asked.state[2 * place + 1] = total[row];
+    }
+    const bool none = total[row] == 0;
     const float inverse = 1.0F / total[row];
     int64_t c = 0;
     for (; c + kLanes <= head_dim; c += kLanes) {
-      store(to + c, load(sums + row * d + c) * inverse);
+      store(to + c, none ? Vec{} : load(sums + row * d + c) * inverse);
     }
     for (; c < head_dim; ++c) {
-      to[c] = sums[row * d + c] * inverse;
+      to[c] = none ? 0 : sums[row * d + c] * inverse;
     }
   }
 }
 
-void attention(const AttentionInput& in, int64_t head_begin, int64_t head_end, int64_t token_begin,
-               int64_t token_end, float* scratch, float* out) {
+/// The same for heads of several KV heads and any number of tokens.
+void attend_all(const AttentionInput& in, const Asked& all, float* scratch) {
   const int64_t group = in.heads / in.kv_heads;
   const int64_t cache_head = cache_bytes(in.cache, in.capacity * in.head_dim);
-  for (int64_t t = token_begin; t < token_end; t += kQueryTokens) {
-    const int64_t count = smaller(kQueryTokens, token_end - t);
-    for (int64_t head = head_begin; head < head_end;) {
+  Asked asked = all;
+  for (int64_t t = all.token_begin; t < all.token_end; t += kQueryTokens) {
+    asked.token_begin = t;
+    asked.token_end = smaller(t + kQueryTokens, all.token_end);
+    for (int64_t head = all.head_begin; head < all.head_end; head = asked.head_end) {
       const int64_t kv = head / group;
-      const int64_t last = smaller(head_end, (kv + 1) * group);
+      asked.head_begin = head;
+      asked.head_end = smaller(all.head_end, (kv + 1) * group);
       const auto* k = static_cast<const uint8_t*>(in.k) + kv * cache_head;
       const auto* v = static_cast<const uint8_t*>(in.v) + kv * cache_head;
       const auto run = [&](const auto& keys, const auto& values) {
-        attend(in, keys, values, head, last - head, t, count, scratch, out);
+        attend(in, keys, values, asked, scratch);
       };
       switch (in.cache) {
         case CacheFormat::kF32:
@@ -274,7 +295,54 @@ void attention(const AttentionInput& in, int64_t head_begin, int64_t head_end, i
         case CacheFormat::kQ8_0:
           run(BlockRows<Q8Block>{k, in.head_dim}, BlockRows<Q8Block>{v, in.head_dim});
       }
-      head = last;
+    }
+  }
+}
+
+void attention(const AttentionInput& in, int64_t head_begin, int64_t head_end, int64_t token_begin,
+               int64_t token_end, float* scratch, float* out) {
+  attend_all(in,
+             {head_begin, head_end, token_begin, token_end, 0, in.first_position + token_end, out,
+              nullptr},
+             scratch);
+}
+
+void attention_part(const AttentionInput& in, int64_t head_begin, int64_t head_end,
+                    int64_t position_begin, int64_t position_end, float* scratch, float* out,
+                    float* state) {
+  attend_all(in, {head_begin, head_end, 0, in.tokens, position_begin, position_end, out, state},
+             scratch);
+}
+
+// Parts are weighed by their share of the sum of all exponentials.
+void merge_parts(const AttentionInput& in, int64_t head_begin, int64_t head_end, int64_t parts,
+                 const float* outs, const float* states, float* out) {
+  const int64_t rows = in.tokens * in.heads, d = in.head_dim;
+  for (int64_t t = 0; t < in.tokens; ++t) {
+    for (int64_t head = head_begin; head < head_end; ++head) {
+      const int64_t row = t * in.heads + head;
+      float largest = states[2 * row];
+      for (int64_t part = 1; part < parts; ++part) {
+        const float other = states[2 * (part * rows + row)];
+        largest = other > largest ? other : largest;
+      }
+      Vec sums[kMaxHeadDim / kLanes] = {};
+      float total = 0;
+      for (int64_t part = 0; part < parts; ++part) {
+        const float* state = states + 2 * (part * rows + row);
+        const float weight = exp_of(splat(state[0] - largest))[0] * state[1];
+        const float* from = outs + (part * rows + row) * d;
+        total += weight;
+        for (int64_t c = 0; c < d; c += kLanes) {
+          sums[c / kLanes] +=
+              weight * (c + kLanes <= d ? load(from + c) : load_part(from + c, d - c));
+        }
+      }
+      for (int64_t c = 0; c < d; c += kLanes) {
+        const Vec values = sums[c / kLanes] * (1.0F / total);
+        c + kLanes <= d ? store(out + row * d + c, values)
+                        : store_part(out + row * d + c, values, d - c);
+      }
     }
   }
 }

@@ -1,9 +1,8 @@
-// Tables of lookups (byte_lookup.h) with AVX2, for the files of it that are for x86.
+// Tables of lookups and their sums (byte_lookup.h) for x86, all but what AVX2 and AVX-512 do not
+// have alike.
 #pragma once
 
-#include <immintrin.h>
-
-#include "kernels/cpu/vec.h"
+#include "kernels/cpu/lanes_x86.h"
 
 namespace rabit::RABIT_ISA {
 namespace {
@@ -40,6 +39,52 @@ RABIT_INLINE void tabulate_two(const int16_t* q, uint8_t* tables) {
   auto* to = reinterpret_cast<__m256i*>(tables);
   _mm256_store_si256(to, _mm256_permute2x128_si256(low, high, 0x20));
   _mm256_store_si256(to + 1, _mm256_permute2x128_si256(low, high, 0x31));
+}
+
+constexpr int kBytes = 4 * kLanes;
+typedef uint8_t Bytes __attribute__((vector_size(kBytes), may_alias));
+
+RABIT_INLINE void in_register(Bytes& v) { __asm__("" : "+v"(v)); }
+
+RABIT_INLINE Bytes shuffle(Bytes table, Bytes indices) {
+  return reinterpret_cast<Bytes>(
+      RABIT_SIMD(shuffle_epi8)(reinterpret_cast<Lanes>(table), reinterpret_cast<Lanes>(indices)));
+}
+
+// Rows 0 to 7 of every 16, rows 8 to 15.
+struct Sums {
+  Lanes first, second;
+};
+
+RABIT_INLINE Sums start_sums(int16_t value) {
+  return {RABIT_SIMD(set1_epi16)(value), RABIT_SIMD(set1_epi16)(value)};
+}
+
+RABIT_INLINE Sums add_sums(Sums sums, Bytes low, Bytes high) {
+  const auto a = reinterpret_cast<Lanes>(low), b = reinterpret_cast<Lanes>(high);
+  const Lanes weights = RABIT_SIMD(set1_epi16)(64 * 256 + 1);
+  const auto add = [&](Lanes sum, Lanes pairs) {
+    return RABIT_SIMD(add_epi16)(sum, RABIT_SIMD(maddubs_epi16)(pairs, weights));
+  };
+  return {add(sums.first, RABIT_SIMD(unpacklo_epi8)(a, b)),
+          add(sums.second, RABIT_SIMD(unpackhi_epi8)(a, b))};
+}
+
+// Even rows apart from odd ones: kLanes of the first half's, of its odd ones, of the second's.
+RABIT_INLINE void flush_sums(Sums sums, float scale, float* to) {
+  const auto add = [&](Lanes rows, int place) {
+    float* at = to + place * kLanes;
+    RABIT_SIMD(store_ps)
+    (at,
+     RABIT_SIMD(fmadd_ps)(RABIT_SIMD(cvtepi32_ps)(rows), splat(scale), RABIT_SIMD(load_ps)(at)));
+  };
+  const auto even = [](Lanes half) {
+    return RABIT_SIMD(srai_epi32)(RABIT_SIMD(slli_epi32)(half, 16), 16);
+  };
+  add(even(sums.first), 0);
+  add(RABIT_SIMD(srai_epi32)(sums.first, 16), 1);
+  add(even(sums.second), 2);
+  add(RABIT_SIMD(srai_epi32)(sums.second, 16), 3);
 }
 
 }  // namespace

@@ -3,9 +3,7 @@
 // odd bytes.
 #pragma once
 
-#include <immintrin.h>
-
-#include "kernels/cpu/vec.h"
+#include "kernels/cpu/lanes_x86.h"
 
 namespace rabit::RABIT_ISA {
 namespace {
@@ -14,14 +12,8 @@ constexpr int kLanesAtOnce = 4;
 constexpr int32_t kWeightBias = 128;
 
 #if RABIT_LANES == 16
-typedef __m512i Lanes;
-RABIT_INLINE Lanes every_lane(int32_t value) { return _mm512_set1_epi32(value); }
-#define RABIT_SIMD(operation) _mm512_##operation
 #define RABIT_DOT_BYTES _mm512_dpbusd_epi32
 #else
-typedef __m256i Lanes;
-RABIT_INLINE Lanes every_lane(int32_t value) { return _mm256_set1_epi32(value); }
-#define RABIT_SIMD(operation) _mm256_##operation
 #define RABIT_DOT_BYTES _mm256_dpbusd_avx_epi32
 #endif
 
@@ -46,8 +38,8 @@ struct Dots {
   Lanes upper, lower;
   RABIT_INLINE void add(const uint8_t* weights, int32_t first, int32_t second) {
     const Lanes bytes = *reinterpret_cast<const Lanes*>(weights);
-    upper = RABIT_DOT_BYTES(upper, bytes, every_lane(first));
-    lower = RABIT_DOT_BYTES(lower, bytes, every_lane(second));
+    upper = RABIT_DOT_BYTES(upper, bytes, RABIT_SIMD(set1_epi32)(first));
+    lower = RABIT_DOT_BYTES(lower, bytes, RABIT_SIMD(set1_epi32)(second));
   }
   RABIT_INLINE IntVec sums() const {
     return reinterpret_cast<IntVec>(RABIT_SIMD(add_epi32)(RABIT_SIMD(slli_epi32)(upper, 8), lower));
@@ -67,8 +59,8 @@ struct Dots {
     const Lanes bytes = *reinterpret_cast<const Lanes*>(weights);
     const Lanes low = reinterpret_cast<Lanes>(reinterpret_cast<UintVec>(bytes) & 0x00FF00FFU);
     const Lanes high = RABIT_SIMD(srli_epi16)(bytes, 8);
-    even = RABIT_SIMD(add_epi32)(even, RABIT_SIMD(madd_epi16)(low, every_lane(first)));
-    odd = RABIT_SIMD(add_epi32)(odd, RABIT_SIMD(madd_epi16)(high, every_lane(second)));
+    even = RABIT_SIMD(add_epi32)(even, RABIT_SIMD(madd_epi16)(low, RABIT_SIMD(set1_epi32)(first)));
+    odd = RABIT_SIMD(add_epi32)(odd, RABIT_SIMD(madd_epi16)(high, RABIT_SIMD(set1_epi32)(second)));
   }
   RABIT_INLINE IntVec sums() const {
     return reinterpret_cast<IntVec>(RABIT_SIMD(add_epi32)(even, odd));

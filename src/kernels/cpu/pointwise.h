@@ -6,28 +6,41 @@
 namespace rabit::RABIT_ISA {
 namespace {
 
+/// Mean square of a row times `shrink`.
+RABIT_INLINE double mean_square(const float* x, int64_t d, float shrink) {
+  const int64_t whole = d / kLanes * kLanes;
+  Vec squares = {};
+  for (int64_t c = 0; c < whole; c += kLanes) {
+    const Vec v = load(x + c) * shrink;
+    squares += v * v;
+  }
+  if (whole < d) {
+    const Vec v = load_part(x + whole, d - whole) * shrink;
+    squares += v * v;
+  }
+  return sum_lanes_double(squares) / static_cast<double>(d);
+}
+
 void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t d, float epsilon,
               float* y) {
+  constexpr float kShrink = 0x1p-80F;  // of rows whose squares a float does not hold
   const int64_t whole = d / kLanes * kLanes;
   for (int64_t t = 0; t < tokens; ++t) {
     const float* from = x + t * d;
     float* to = y + t * d;
-    Vec squares = {};
-    for (int64_t c = 0; c < whole; c += kLanes) {
-      const Vec v = load(from + c);
-      squares += v * v;
+    float shrink = 1;
+    double mean = mean_square(from, d, shrink);
+    if (!(mean < __builtin_inf())) {
+      shrink = kShrink;
+      mean = mean_square(from, d, shrink);
     }
-    if (whole < d) {
-      const Vec v = load_part(from + whole, d - whole);
-      squares += v * v;
-    }
-    const double mean = sum_lanes_double(squares) / static_cast<double>(d);
-    const auto scale = static_cast<float>(1.0 / __builtin_sqrt(mean + epsilon));
+    const double small = static_cast<double>(epsilon) * shrink * shrink;
+    const auto scale = static_cast<float>(1.0 / __builtin_sqrt(mean + small));
     for (int64_t c = 0; c < whole; c += kLanes) {
-      store(to + c, load(from + c) * scale * load(weight + c));
+      store(to + c, load(from + c) * shrink * scale * load(weight + c));
     }
     for (int64_t c = whole; c < d; ++c) {
-      to[c] = from[c] * scale * weight[c];
+      to[c] = from[c] * shrink * scale * weight[c];
     }
   }
 }

@@ -23,6 +23,8 @@ consteval KernelTable portable_table() {
           .rope = rope,
           .to_cache = to_cache,
           .attention = attention,
+          .attention_part = attention_part,
+          .merge_parts = merge_parts,
           .attention_scratch = attention_scratch,
           .attention_token_grain = kQueryTokens,
           .swiglu = swiglu,

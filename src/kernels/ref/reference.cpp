@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "base/half.h"
 #include "kernels/api/kernels.h"
@@ -154,35 +155,89 @@ double cache_at(const void* cache, CacheFormat format, int64_t at) {
   return scale_of(block) * block[2 + at % 32];
 }
 
+/// One head of one token over positions [begin, end), at least one; returns the largest score and
+/// the sum of what is relative to it.
+std::pair<float, double> attend(const AttentionInput& in, int64_t token, int64_t head,
+                                int64_t begin, int64_t end, float* scratch, float* out) {
+  const int64_t d = in.head_dim;
+  const int64_t base = head / (in.heads / in.kv_heads) * in.capacity * d;
+  const float* q = in.q + (token * in.heads + head) * d;
+  float largest = -std::numeric_limits<float>::infinity();
+  for (int64_t p = begin; p < end; ++p) {
+    double dot = 0;
+    for (int64_t i = 0; i < d; ++i) {
+      dot += q[i] * cache_at(in.k, in.cache, base + p * d + i);
+    }
+    scratch[p] = static_cast<float>(dot / std::sqrt(static_cast<double>(d)));
+    largest = std::max(largest, scratch[p]);
+  }
+  double total = 0;
+  for (int64_t p = begin; p < end; ++p) {
+    total += std::exp(static_cast<double>(scratch[p]) - largest);
+  }
+  for (int64_t i = 0; i < d; ++i) {
+    double sum = 0;
+    for (int64_t p = begin; p < end; ++p) {
+      sum += std::exp(static_cast<double>(scratch[p]) - largest) *
+             cache_at(in.v, in.cache, base + p * d + i);
+    }
+    out[(token * in.heads + head) * d + i] = static_cast<float>(sum / total);
+  }
+  return {largest, total};
+}
+
 void attention(const AttentionInput& in, int64_t head_begin, int64_t head_end, int64_t token_begin,
                int64_t token_end, float* scratch, float* out) {
-  const int64_t d = in.head_dim;
   for (int64_t token = token_begin; token < token_end; ++token) {
-    const int64_t positions = in.first_position + token + 1;
     for (int64_t head = head_begin; head < head_end; ++head) {
-      const int64_t base = head / (in.heads / in.kv_heads) * in.capacity * d;
-      const float* q = in.q + (token * in.heads + head) * d;
-      float largest = -std::numeric_limits<float>::infinity();
-      for (int64_t p = 0; p < positions; ++p) {
-        double dot = 0;
-        for (int64_t i = 0; i < d; ++i) {
-          dot += q[i] * cache_at(in.k, in.cache, base + p * d + i);
-        }
-        scratch[p] = static_cast<float>(dot / std::sqrt(static_cast<double>(d)));
-        largest = std::max(largest, scratch[p]);
+      attend(in, token, head, 0, in.first_position + token + 1, scratch, out);
+    }
+  }
+}
+
+void attention_part(const AttentionInput& in, int64_t head_begin, int64_t head_end,
+                    int64_t position_begin, int64_t position_end, float* scratch, float* out,
+                    float* state) {
+  for (int64_t token = 0; token < in.tokens; ++token) {
+    const int64_t end = std::min(position_end, in.first_position + token + 1);
+    for (int64_t head = head_begin; head < head_end; ++head) {
+      const int64_t row = token * in.heads + head;
+      state[2 * row] = -std::numeric_limits<float>::infinity();
+      state[2 * row + 1] = 0;
+      std::fill_n(out + row * in.head_dim, in.head_dim, 0.0F);
+      if (position_begin < end) {
+        const auto [largest, total] = attend(in, token, head, position_begin, end, scratch, out);
+        state[2 * row] = largest;
+        state[2 * row + 1] = static_cast<float>(total);
       }
-      double total = 0;
-      for (int64_t p = 0; p < positions; ++p) {
-        total += std::exp(static_cast<double>(scratch[p]) - largest);
+    }
+  }
+}
+
+void merge_parts(const AttentionInput& in, int64_t head_begin, int64_t head_end, int64_t parts,
+                 const float* outs, const float* states, float* out) {
+  const int64_t rows = in.tokens * in.heads, d = in.head_dim;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (row % in.heads < head_begin || row % in.heads >= head_end) {
+      continue;
+    }
+    double largest = -std::numeric_limits<double>::infinity(), total = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+      largest = std::max<double>(largest, states[2 * (part * rows + row)]);
+    }
+    const auto weight = [&](int64_t part) {
+      const float* state = states + 2 * (part * rows + row);
+      return std::exp(state[0] - largest) * state[1];
+    };
+    for (int64_t part = 0; part < parts; ++part) {
+      total += weight(part);
+    }
+    for (int64_t i = 0; i < d; ++i) {
+      double sum = 0;
+      for (int64_t part = 0; part < parts; ++part) {
+        sum += weight(part) * outs[(part * rows + row) * d + i];
       }
-      for (int64_t i = 0; i < d; ++i) {
-        double sum = 0;
-        for (int64_t p = 0; p < positions; ++p) {
-          sum += std::exp(static_cast<double>(scratch[p]) - largest) *
-                 cache_at(in.v, in.cache, base + p * d + i);
-        }
-        out[(token * in.heads + head) * d + i] = static_cast<float>(sum / total);
-      }
+      out[row * d + i] = static_cast<float>(sum / total);
     }
   }
 }
@@ -223,6 +278,8 @@ constexpr KernelTable kReference = {.name = "reference",
                                     .rope = rope,
                                     .to_cache = to_cache,
                                     .attention = attention,
+                                    .attention_part = attention_part,
+                                    .merge_parts = merge_parts,
                                     .attention_scratch = attention_scratch,
                                     .attention_token_grain = 1,
                                     .swiglu = swiglu,

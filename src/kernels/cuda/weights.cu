@@ -1,0 +1,174 @@
+// Weights on their way from a file to products: signs into tiles, and packed or quantized weights
+// as F16 matrices. All go through memory once and are bounded by it.
+
+#include "kernels/api/gpu.h"
+#include "kernels/cuda/device_code.h"
+
+namespace rabit::gpu {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kTileLanes = 32, kLaneWords = 4;
+constexpr int kUnpackWarps = 4;
+constexpr int kHalfRows = kTileRows / 2;
+constexpr int kMostPaths = 4;
+
+struct Words {
+  uint32_t v[4];
+};
+
+__device__ __forceinline__ void store(void* at, const Words& words) {
+  uint4 out;
+  out.x = words.v[0], out.y = words.v[1], out.z = words.v[2], out.w = words.v[3];
+  *reinterpret_cast<uint4*>(at) = out;
+}
+
+/// A thread makes the four words of a lane.
+__global__ void __launch_bounds__(kThreads)
+    tile_signs_kernel(int64_t d_out, int64_t d_in, int64_t paths, const uint32_t* __restrict__ rows,
+                      uint32_t* __restrict__ tiles) {
+  const int64_t words = (d_in + 31) / 32, column_tiles = (d_in + kTileColumns - 1) / kTileColumns;
+  const int64_t row_tiles = (d_out + kTileRows - 1) / kTileRows;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (item >= row_tiles * column_tiles * paths * kTileLanes) {
+    return;
+  }
+  const int64_t lane = item % kTileLanes, tile = item / kTileLanes;
+  const int64_t path = tile % paths, place = tile / paths;
+  const int64_t first_row = place / column_tiles * kTileRows;
+  const int64_t first_word = place % column_tiles * (kTileColumns / 32);
+  const uint32_t last_mask = d_in % 32 == 0 ? 0xFFFFFFFFU : (1U << (d_in % 32)) - 1U;
+  Words out;
+#pragma unroll
+  for (int i = 0; i < kLaneWords; ++i) {
+    const int64_t row = first_row + lane / 4 + 8 * (i % 2);
+    const int64_t word = first_word + lane % 4 + 4 * (i / 2);
+    out.v[i] = 0;
+    if (row < d_out && word < words) {
+      out.v[i] =
+          rows[(path * d_out + row) * words + word] & (word + 1 == words ? last_mask : 0xFFFFFFFFU);
+    }
+  }
+  store(tiles + item * kLaneWords, out);
+}
+
+/// A warp makes eight rows and 256 columns, a lane eight columns, whose scales it keeps; what a
+/// warp writes at a time are 512 bytes of a row.
+template <int kPaths>
+__global__ void __launch_bounds__(32 * kUnpackWarps)
+    unpack_kernel(int64_t d_out, int64_t d_in, const uint32_t* __restrict__ tiles,
+                  const uint16_t* __restrict__ row_scale, const uint16_t* __restrict__ col_scale,
+                  uint16_t* __restrict__ out, int64_t stride) {
+  const int64_t column_tiles = (d_in + kTileColumns - 1) / kTileColumns;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kUnpackWarps + threadIdx.x / 32;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int64_t column_tile = item % column_tiles;
+  const int64_t row_tile = item / column_tiles / 2;
+  const int half = static_cast<int>(item / column_tiles % 2);
+  const int64_t column = column_tile * kTileColumns + lane * 8;
+  if (row_tile * kTileRows >= d_out || column >= stride) {
+    return;
+  }
+  float h[kPaths][8];
+#pragma unroll
+  for (int path = 0; path < kPaths; ++path) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const bool inside = column + j < d_in;
+      h[path][j] = inside ? half_to_float(col_scale[path * d_in + column + j]) : 0.0F;
+    }
+  }
+  const int word = lane / 4;  // of the tile's eight in a row
+  const int shift = lane % 4 * 8;
+  const uint32_t* const tile =
+      tiles + ((row_tile * column_tiles + column_tile) * kPaths) * kTileWords;
+#pragma unroll
+  for (int r = 0; r < kHalfRows; ++r) {
+    const int64_t row = row_tile * kTileRows + half * kHalfRows + r;
+    if (row >= d_out) {
+      return;
+    }
+    float sum[8];
+#pragma unroll
+    for (int path = 0; path < kPaths; ++path) {
+      const float g = half_to_float(row_scale[path * d_out + row]);
+      const uint32_t bits =
+          tile[path * kTileWords + (r * 4 + word % 4) * kLaneWords + half + 2 * (word / 4)] >>
+          shift;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const uint32_t minus = (~bits >> j) << 31;
+        const float term = bits_to_float(float_to_bits(__fmul_rn(g, h[path][j])) ^ minus);
+        sum[j] = path == 0 ? term : __fadd_rn(sum[j], term);
+      }
+    }
+    Words packed;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      packed.v[j] = pack_saturated(sum[2 * j], sum[2 * j + 1]);
+    }
+    store(out + row * stride + column, packed);
+  }
+}
+
+/// A thread makes two neighbouring values: in Q8_0 those of two bytes; in Q4_0 the lower half of a
+/// block are low nibbles.
+__global__ void __launch_bounds__(kThreads)
+    unpack_blocks_kernel(bool bytes, int64_t pairs, const uint8_t* __restrict__ blocks,
+                         uint32_t* __restrict__ out) {
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (item >= pairs) {
+    return;
+  }
+  const int at = static_cast<int>(item % 16) * 2;
+  const uint8_t* const block = blocks + item / 16 * (bytes ? 34 : 18);
+  const float scale = half_to_float(static_cast<uint16_t>(block[0] | block[1] << 8));
+  float value[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int i = at + j;
+    value[j] =
+        static_cast<float>(bytes ? static_cast<int8_t>(block[2 + i])
+                                 : (i < 16 ? block[2 + i] & 15 : block[2 + i - 16] >> 4) - 8);
+  }
+  out[item] = pack_saturated(__fmul_rn(value[0], scale), __fmul_rn(value[1], scale));
+}
+
+dim3 grid_for(int64_t items, int64_t of_block) {
+  return dim3(static_cast<unsigned>(ceil_divide(items, of_block)));
+}
+
+}  // namespace
+
+int64_t sign_words(int64_t d_out, int64_t d_in, int64_t paths) {
+  return ceil_divide(d_out, kTileRows) * ceil_divide(d_in, kTileColumns) * paths * kTileWords;
+}
+
+Status tile_signs(int64_t d_out, int64_t d_in, int64_t paths, const uint32_t* rows, uint32_t* tiles,
+                  Stream stream) {
+  RABIT_LAUNCH(tile_signs_kernel, grid_for(sign_words(d_out, d_in, paths) / kLaneWords, kThreads),
+               dim3(kThreads), stream, d_out, d_in, paths, rows, tiles);
+  return launched("the arrangement of signs");
+}
+
+Status unpack(const Linear& w, uint16_t* out, int64_t stride, Stream stream) {
+  const int64_t warps = ceil_divide(w.d_out, kTileRows) * 2 * ceil_divide(w.d_in, kTileColumns);
+  const auto kernel = w.paths == 1   ? &unpack_kernel<1>
+                      : w.paths == 2 ? &unpack_kernel<2>
+                      : w.paths == 3 ? &unpack_kernel<3>
+                                     : &unpack_kernel<kMostPaths>;
+  RABIT_LAUNCH(kernel, grid_for(warps, kUnpackWarps), dim3(32 * kUnpackWarps), stream,
+               int64_t{w.d_out}, int64_t{w.d_in}, static_cast<const uint32_t*>(w.weights),
+               w.row_scale, w.col_scale, out, stride);
+  return launched("the unpacking of weights");
+}
+
+Status unpack_blocks(WeightFormat format, const void* blocks, int64_t count, uint16_t* out,
+                     Stream stream) {
+  RABIT_LAUNCH(unpack_blocks_kernel, grid_for(count / 2, kThreads), dim3(kThreads), stream,
+               format == WeightFormat::kQ8_0, count / 2, static_cast<const uint8_t*>(blocks),
+               reinterpret_cast<uint32_t*>(out));
+  return launched("the unpacking of blocks");
+}
+
+}  // namespace rabit::gpu

@@ -1,0 +1,464 @@
+// The runtime's operations on a GPU. Signs and weights equal their definitions bit for bit; the
+// others are held to the scalar reference within what rounding to F16 can do. Sizes lie around the
+// edges of tiles and vectors, guards behind every output.
+#include <algorithm>
+
+#include "gpu_test.h"
+#include "io/dequant.h"
+#include "kernel_test.h"
+
+namespace rabit {
+namespace {
+
+using Halves = std::vector<uint16_t>;
+
+constexpr double kHalf = 0x1p-11;       // rounding to F16, relative
+constexpr double kHalfLeast = 0x1p-25;  // and where it has no more digits
+
+std::vector<uint32_t> random_words(int64_t count) {
+  std::vector<uint32_t> words(static_cast<size_t>(count));
+  for (uint32_t& word : words) {
+    word = generator()();
+  }
+  return words;
+}
+
+Floats to_floats(const Halves& halves) {
+  Floats values;
+  for (const uint16_t half : halves) {
+    values.push_back(half_to_float(half));
+  }
+  return values;
+}
+Floats rounded(const Floats& values) { return to_floats(to_halves(values)); }
+
+/// Largest |got - want| over tolerance(i).
+template <typename Tolerance>
+double worst_of(const Floats& got, const Floats& want, const Tolerance& tolerance) {
+  EXPECT_EQ(got.size(), want.size());
+  std::vector<double> tolerances;
+  for (size_t i = 0; i < want.size(); ++i) {
+    tolerances.push_back(tolerance(i));
+  }
+  return worst(got.data(), want.data(), tolerances.data(), static_cast<int64_t>(want.size()));
+}
+double worst_of_halves(const Floats& got, const Floats& want) {
+  return worst_of(got, want,
+                  [&](size_t i) { return 1.01 * kHalf * std::abs(want[i]) + kHalfLeast; });
+}
+
+TEST(GpuComparator, RejectsWhatIsWrong) {
+  const Floats want = {1.0F, -2.0F, 0.5F};
+  EXPECT_EQ(worst_of_halves(want, want), 0);
+  EXPECT_GT(worst_of_halves({0, 0, 0}, want), 100);
+  EXPECT_GT(worst_of_halves({1, 2, 0.5F}, want), 100);
+  EXPECT_GT(worst_of_halves({-2, 1, 0.5F}, want), 100);
+  EXPECT_GT(worst_of_halves({1, NAN, 0.5F}, want), 100);
+}
+
+class GpuKernels : public GpuTest {
+ protected:
+  template <typename T>
+  OnDevice<T> up(const std::vector<T>& values) const {
+    return OnDevice<T>(queue_, values);
+  }
+  template <typename T>
+  OnDevice<T> room(int64_t count) const {
+    return OnDevice<T>(queue_, count);
+  }
+  void expect_ok(const Status& status) const {
+    ASSERT_TRUE(status) << (status ? "" : status.error().message);
+  }
+};
+
+struct Packed {
+  int64_t d_out, d_in, paths;
+  std::vector<uint32_t> signs;  // (k, d_out, words), garbage beyond d_in
+  Halves g, h;
+  int64_t words() const { return (d_in + 31) / 32; }
+  bool plus(int64_t path, int64_t row, int64_t column) const {
+    return (signs[(path * d_out + row) * words() + column / 32] >> (column % 32) & 1U) != 0;
+  }
+};
+
+std::vector<Packed> packed_layers() {
+  std::vector<Packed> all;
+  for (const auto& [d_out, d_in] : {std::pair<int64_t, int64_t>{1, 1},
+                                    {16, 256},
+                                    {17, 257},
+                                    {15, 255},
+                                    {33, 31},
+                                    {8, 513},
+                                    {50, 600},
+                                    {100, 40}}) {
+    for (int64_t paths = 1; paths <= 4; ++paths) {
+      const int64_t words = (d_in + 31) / 32;
+      all.push_back({d_out, d_in, paths, random_words(paths * d_out * words),
+                     to_halves(normals(paths * d_out, 0.2F)),
+                     to_halves(normals(paths * d_in, 1.0F))});
+    }
+  }
+  return all;
+}
+
+TEST_F(GpuKernels, SignsInTiles) {
+  for (const Packed& layer : packed_layers()) {
+    SCOPED_TRACE(std::to_string(layer.d_out) + " by " + std::to_string(layer.d_in) + ", paths " +
+                 std::to_string(layer.paths));
+    const int64_t count = gpu::sign_words(layer.d_out, layer.d_in, layer.paths);
+    const auto rows = up(layer.signs);
+    const auto tiles = room<uint32_t>(count);
+    expect_ok(
+        gpu::tile_signs(layer.d_out, layer.d_in, layer.paths, rows.data(), tiles.data(), stream()));
+    // Every bit from where gpu_weights.h says that it lies.
+    std::vector<uint32_t> want;
+    for (int64_t row = 0; row < layer.d_out; row += gpu::kTileRows) {
+      for (int64_t column = 0; column < layer.d_in; column += gpu::kTileColumns) {
+        for (int64_t path = 0; path < layer.paths; ++path) {
+          for (int64_t lane = 0; lane < 32; ++lane) {
+            for (int64_t i = 0; i < 4; ++i) {
+              const int64_t r = row + lane / 4 + 8 * (i % 2);
+              uint32_t word = 0;
+              for (int64_t j = 0; j < 32; ++j) {
+                const int64_t c = column + 32 * (lane % 4 + 4 * (i / 2)) + j;
+                if (r < layer.d_out && c < layer.d_in && layer.plus(path, r, c)) {
+                  word |= 1U << j;
+                }
+              }
+              want.push_back(word);
+            }
+          }
+        }
+      }
+    }
+    EXPECT_EQ(tiles.read(), want);
+  }
+}
+
+TEST_F(GpuKernels, PackedWeightsAsAMatrix) {
+  for (const Packed& layer : packed_layers()) {
+    SCOPED_TRACE(std::to_string(layer.d_out) + " by " + std::to_string(layer.d_in) + ", paths " +
+                 std::to_string(layer.paths));
+    const auto rows = up(layer.signs);
+    const auto tiles = room<uint32_t>(gpu::sign_words(layer.d_out, layer.d_in, layer.paths));
+    const auto g = up(layer.g), h = up(layer.h);
+    const int64_t stride = (layer.d_in + 7) / 8 * 8;
+    const auto out = room<uint16_t>(layer.d_out * stride);
+    expect_ok(
+        gpu::tile_signs(layer.d_out, layer.d_in, layer.paths, rows.data(), tiles.data(), stream()));
+    expect_ok(gpu::unpack({.format = gpu::Format::kResidualBinary,
+                           .d_out = static_cast<int32_t>(layer.d_out),
+                           .d_in = static_cast<int32_t>(layer.d_in),
+                           .paths = static_cast<int32_t>(layer.paths),
+                           .weights = tiles.data(),
+                           .row_scale = g.data(),
+                           .col_scale = h.data()},
+                          out.data(), stride, stream()));
+    const Halves got = out.read();
+    int64_t wrong = 0;
+    for (int64_t r = 0; r < layer.d_out; ++r) {
+      for (int64_t c = 0; c < stride; ++c) {
+        float want = 0;
+        for (int64_t path = 0; path < layer.paths && c < layer.d_in; ++path) {
+          const float magnitude = half_to_float(layer.g[path * layer.d_out + r]) *
+                                  half_to_float(layer.h[path * layer.d_in + c]);
+          want += layer.plus(path, r, c) ? magnitude : -magnitude;
+        }
+        const uint16_t half = got[r * stride + c];
+        // A sum that cancels is +0 or -0.
+        wrong += half != float_to_half(want) && (half & 0x7FFFU) + std::abs(want) != 0 ? 1 : 0;
+      }
+    }
+    EXPECT_EQ(wrong, 0);
+  }
+}
+
+TEST_F(GpuKernels, BlocksAsAMatrix) {
+  for (const bool bytes : {true, false}) {
+    for (const int64_t blocks : {1, 7, 100}) {
+      const int64_t size = bytes ? 34 : 18;
+      std::vector<uint8_t> data;
+      for (int64_t i = 0; i < blocks * size; ++i) {
+        data.push_back(static_cast<uint8_t>(generator()()));
+      }
+      const Halves scales = to_halves(normals(blocks, 0.01F));
+      for (int64_t block = 0; block < blocks; ++block) {
+        std::memcpy(&data[block * size], &scales[block], 2);
+      }
+      const auto format = bytes ? WeightFormat::kQ8_0 : WeightFormat::kQ4_0;
+      const TensorInfo tensor = {.name = "blocks",
+                                 .type = bytes ? TensorType::kQ8_0 : TensorType::kQ4_0,
+                                 .ne = {32 * blocks},
+                                 .data = std::as_bytes(std::span(data))};
+      const Result<Floats> want = dequantize(tensor);
+      ASSERT_TRUE(want);
+      const auto from = up(data);
+      const auto out = room<uint16_t>(32 * blocks);
+      expect_ok(gpu::unpack_blocks(format, from.data(), 32 * blocks, out.data(), stream()));
+      EXPECT_EQ(out.read(), to_halves(*want));
+    }
+  }
+}
+
+TEST_F(GpuKernels, EmbeddingsOfEveryHalf) {
+  constexpr int64_t kAll = 1 << 16;
+  Halves table;
+  for (int64_t i = 0; i < kAll; ++i) {
+    table.push_back(static_cast<uint16_t>(i));
+  }
+  const auto halves = up(table);
+  const auto id = up(std::vector<int32_t>{0});
+  const auto whole = room<float>(kAll);
+  expect_ok(gpu::embed(halves.data(), id.data(), 1, kAll, whole.data(), stream()));
+  const Floats got = whole.read();
+  for (int64_t i = 0; i < kAll; ++i) {
+    const float want = half_to_float(table[i]);
+    ASSERT_TRUE(got[i] == want || (std::isnan(got[i]) && std::isnan(want))) << i;
+  }
+  const std::vector<int32_t> ids = {5, 0, 9, 9, 1};
+  const auto some_ids = up(ids);
+  for (const int64_t d : {1, 6, 300}) {
+    const auto rows = room<float>(static_cast<int64_t>(ids.size()) * d);
+    expect_ok(gpu::embed(halves.data(), some_ids.data(), static_cast<int64_t>(ids.size()), d,
+                         rows.data(), stream()));
+    Floats want;
+    for (const int32_t row : ids) {
+      for (int64_t i = 0; i < d; ++i) {
+        want.push_back(half_to_float(table[row * d + i]));
+      }
+    }
+    EXPECT_EQ(rows.read(), want);
+  }
+}
+
+TEST_F(GpuKernels, RmsNorm) {
+  for (const int64_t d : {1, 2, 30, 48, 64, 576, 1023, 1024, 4100}) {
+    const int64_t tokens = 3;
+    Floats x = normals(tokens * d, 3.0F);
+    std::fill_n(x.begin(), d, 0.0F);  // a row of zeros stays one
+    const Floats weight = normals(d);
+    Floats want(x.size());
+    reference_kernels().rms_norm(x.data(), weight.data(), tokens, d, 1e-5F, want.data());
+    const auto from = up(x), by = up(weight);
+    const auto out = room<uint16_t>(tokens * d);
+    expect_ok(gpu::rms_norm(from.data(), by.data(), tokens, d, 1e-5F, out.data(), stream()));
+    EXPECT_LE(worst_of_halves(to_floats(out.read()), want), 1) << d;
+  }
+  // What F16 has no room for becomes its largest.
+  const auto from = up(Floats{1, -1, 1, 1}), by = up(Floats{1e6F, 1e6F, -1e6F, 1});
+  const auto out = room<uint16_t>(4);
+  expect_ok(gpu::rms_norm(from.data(), by.data(), 1, 4, 0, out.data(), stream()));
+  EXPECT_EQ(to_floats(out.read()), (Floats{kHalfMax, -kHalfMax, -kHalfMax, 1}));
+}
+
+TEST_F(GpuKernels, RoundingIsToNearestWithTiesToEven) {
+  Floats values;
+  for (int exponent = -28; exponent <= 12; ++exponent) {
+    for (int i = 0; i < 200; ++i) {
+      // Halves, what lies in the middle between two, and what is just beside it.
+      const float half = half_to_float(float_to_half(std::ldexp(normals(1)[0], exponent)));
+      const float unit = std::ldexp(1.0F, std::max(std::ilogb(half), -14) - 11);
+      const float middle = half + unit;
+      for (const float value :
+           {half, middle, std::nextafter(middle, 0.0F), std::nextafter(middle, 1e9F), -middle}) {
+        values.push_back(value);
+      }
+    }
+  }
+  const auto d = static_cast<int64_t>(values.size()) / 2 * 2;
+  values.resize(static_cast<size_t>(d));
+  // A product with 1 and 1 rounds alone: SwiGLU of a large gate is the gate times `up`.
+  Floats gate_up(values.size(), 64.0F);
+  for (const float value : values) {
+    gate_up.push_back(value / 64);
+  }
+  const auto from = up(gate_up);
+  const auto out = room<uint16_t>(d);
+  expect_ok(gpu::swiglu(from.data(), 1, d, out.data(), stream()));
+  const Halves got = out.read();
+  for (size_t i = 0; i < values.size(); ++i) {
+    ASSERT_EQ(got[i], float_to_half(values[i])) << values[i];
+  }
+}
+
+TEST_F(GpuKernels, SwiGlu) {
+  for (const int64_t d : {1, 2, 255, 256, 700}) {
+    for (const int64_t tokens : {1, 3}) {
+      const Floats gate_up = normals(tokens * 2 * d, 4.0F);
+      Floats want;
+      for (int64_t t = 0; t < tokens; ++t) {
+        Floats gate(gate_up.begin() + 2 * t * d, gate_up.begin() + (2 * t + 1) * d);
+        reference_kernels().swiglu(gate.data(), &gate_up[(2 * t + 1) * d], d);
+        want.insert(want.end(), gate.begin(), gate.end());
+      }
+      const auto from = up(gate_up);
+      const auto out = room<uint16_t>(tokens * d);
+      expect_ok(gpu::swiglu(from.data(), tokens, d, out.data(), stream()));
+      EXPECT_LE(worst_of_halves(to_floats(out.read()), want), 1) << d;
+    }
+  }
+}
+
+gpu::Sizes heads_of(int64_t heads, int64_t kv_heads, int64_t d) {
+  return {.heads = static_cast<int32_t>(heads),
+          .kv_heads = static_cast<int32_t>(kv_heads),
+          .head_dim = static_cast<int32_t>(d)};
+}
+
+TEST_F(GpuKernels, RopeAndCache) {
+  for (const int64_t d : {2, 6, 16, 64, 80}) {
+    for (const auto& [heads, kv_heads] : {std::pair<int64_t, int64_t>{1, 1}, {6, 2}}) {
+      const int64_t tokens = 3, first = 4, capacity = 9, width = (heads + 2 * kv_heads) * d;
+      const Floats qkv = normals(tokens * width);
+      Floats turns;
+      for (int64_t i = 0; i < capacity * d / 2; ++i) {
+        turns.push_back(std::cos(static_cast<float>(i)));
+        turns.push_back(std::sin(static_cast<float>(i)));
+      }
+      const auto from = up(qkv), by = up(turns);
+      const auto q = room<uint16_t>(tokens * heads * d);
+      const auto k = room<uint16_t>(kv_heads * capacity * d);
+      const auto v = room<uint16_t>(kv_heads * capacity * d);
+      expect_ok(gpu::rope(heads_of(heads, kv_heads, d), from.data(), tokens, by.data(),
+                          {k.data(), v.data(), capacity, first}, q.data(), stream()));
+      const Halves got_q = q.read(), got_k = k.read(), got_v = v.read();
+      Halves want_k(got_k.size(), 0xFFFF), want_v = want_k;
+      for (int64_t t = 0; t < tokens; ++t) {
+        Floats row(qkv.begin() + t * width, qkv.begin() + (t + 1) * width);
+        const float* turn = &turns[(first + t) * d];
+        reference_kernels().rope(row.data(), turn, 1, heads + kv_heads, d);
+        // A turned pair may be off in its last place before it is rounded to F16.
+        const auto off = [&](uint16_t got, int64_t i) {
+          const double pair = std::hypot(row[i & ~int64_t{1}], row[i | 1]);
+          return std::abs(half_to_float(got) - row[i]) /
+                 (1.01 * kHalf * std::abs(row[i]) + 4 * kEpsilon * pair + kHalfLeast);
+        };
+        for (int64_t i = 0; i < heads * d; ++i) {
+          EXPECT_LE(off(got_q[t * heads * d + i], i), 1) << d << " " << i;
+        }
+        for (int64_t i = 0; i < kv_heads * d; ++i) {
+          const int64_t at = (i / d * capacity + first + t) * d + i % d;
+          EXPECT_LE(off(got_k[at], heads * d + i), 1) << d << " " << i;
+          want_k[at] = got_k[at];
+          want_v[at] = float_to_half(row[(heads + kv_heads) * d + i]);
+        }
+      }
+      EXPECT_EQ(got_k, want_k) << "written at other positions";
+      EXPECT_EQ(got_v, want_v);
+    }
+  }
+}
+
+TEST_F(GpuKernels, Attention) {
+  struct Case {
+    int64_t tokens, first, heads, kv_heads, d;
+  };
+  std::vector<Case> cases = {{1, 0, 1, 1, 2},    {1, 63, 2, 1, 64},   {1, 64, 3, 3, 64},
+                             {1, 200, 8, 2, 16}, {70, 0, 2, 2, 12},   {65, 5, 3, 1, 64},
+                             {16, 130, 9, 3, 6}, {33, 31, 4, 1, 128}, {20, 40, 2, 1, 256},
+                             {2, 70, 16, 1, 130}};
+  for (const int64_t d : {30, 32, 34, 40, 80, 96, 100}) {
+    cases.push_back({5, 66, 2, 1, d});
+  }
+  for (const auto& [tokens, first, heads, kv_heads, d] : cases) {
+    SCOPED_TRACE("tokens " + std::to_string(tokens) + " first " + std::to_string(first) +
+                 " heads " + std::to_string(heads) + "/" + std::to_string(kv_heads) + " d " +
+                 std::to_string(d));
+    const int64_t positions = first + tokens, capacity = positions + 3;
+    const Floats q = rounded(normals(tokens * heads * d, 2.0F));
+    Floats k = normals(kv_heads * capacity * d), v = normals(kv_heads * capacity * d);
+    for (int64_t head = 0; head < kv_heads; ++head) {  // what is not filled must not be used
+      for (int64_t i = positions * d; i < capacity * d; ++i) {
+        k[head * capacity * d + i] = v[head * capacity * d + i] = NAN;
+      }
+    }
+    const Halves keys = to_halves(k);
+    const auto reference = [&](const Halves& values) {
+      const AttentionInput in = {.q = q.data(),
+                                 .cache = CacheFormat::kF16,
+                                 .k = keys.data(),
+                                 .v = values.data(),
+                                 .tokens = tokens,
+                                 .first_position = first,
+                                 .heads = heads,
+                                 .kv_heads = kv_heads,
+                                 .head_dim = d,
+                                 .capacity = capacity};
+      Scratch scratch(reference_kernels().attention_scratch(tokens, positions, heads, kv_heads, d));
+      Floats out(static_cast<size_t>(tokens * heads * d));
+      reference_kernels().attention(in, 0, heads, 0, tokens, scratch.data(), out.data());
+      return out;
+    };
+    const Halves values = to_halves(v);
+    Halves sizes = values;
+    for (uint16_t& half : sizes) {
+      half &= 0x7FFF;
+    }
+    const Floats want = reference(values), mean_size = reference(sizes);
+    const auto queries = up(to_halves(q)), k_cache = up(keys), v_cache = up(values);
+    const auto out = room<uint16_t>(tokens * heads * d);
+    expect_ok(gpu::attention(heads_of(heads, kv_heads, d), queries.data(), tokens,
+                             {k_cache.data(), v_cache.data(), capacity, first}, out.data(),
+                             stream()));
+    // Each weight is rounded to F16, relative to the largest at least that of its subnormals; its
+    // score is a sum of floats, of up to about 40 here.
+    const double bound = kHalf + 100 * kEpsilon;
+    EXPECT_LE(worst_of(to_floats(out.read()), want,
+                       [&](size_t i) {
+                         return bound * mean_size[i] + 1.01 * kHalf * std::abs(want[i]) +
+                                kHalfLeast * static_cast<double>(positions) * 5;
+                       }),
+              1);
+  }
+}
+
+TEST_F(GpuKernels, Products) {
+  for (const auto& [d_out, d_in] :
+       {std::pair<int64_t, int64_t>{1, 8}, {7, 20}, {64, 48}, {33, 256}}) {
+    for (const int64_t tokens : {1, 2, 9}) {
+      for (const bool add : {false, true}) {
+        const int64_t w_stride = (d_in + 7) / 8 * 8, y_stride = d_out + 5;
+        Floats w = rounded(normals(d_out * d_in)), x = rounded(normals(tokens * d_in));
+        Halves wide(static_cast<size_t>(d_out * w_stride), 0xFFFF);
+        for (int64_t i = 0; i < d_out * d_in; ++i) {
+          wide[i / d_in * w_stride + i % d_in] = float_to_half(w[i]);
+        }
+        const LinearWeights weights = {
+            .format = WeightFormat::kF32, .d_out = d_out, .d_in = d_in, .dense = w.data()};
+        Floats sums(static_cast<size_t>(tokens * d_out));
+        reference_kernels().matmul(weights, x.data(), nullptr, tokens, sums.data(), 0, d_out,
+                                   nullptr);
+        Floats want = normals(tokens * y_stride);
+        const auto y = up(want);
+        for (int64_t i = 0; i < tokens * d_out; ++i) {
+          float& at = want[i / d_out * y_stride + i % d_out];
+          at = sums[i] + (add ? at : 0);
+        }
+        const auto on_w = up(wide), on_x = up(to_halves(x));
+        expect_ok(queue_.multiply({.w = on_w.data(),
+                                   .d_out = d_out,
+                                   .d_in = d_in,
+                                   .w_stride = w_stride,
+                                   .x = on_x.data(),
+                                   .tokens = tokens,
+                                   .y = y.data(),
+                                   .y_stride = y_stride,
+                                   .add = add}));
+        // Norms of a row and of an input are about sqrt(d_in).
+        const double tolerance = kSafety * kEpsilon * std::pow(static_cast<double>(d_in), 1.5) * 2;
+        EXPECT_LE(worst_of(y.read(), want, [&](size_t) { return tolerance; }), 1);
+      }
+    }
+  }
+}
+
+TEST_F(GpuKernels, ReadsMemory) {
+  const auto memory = gpu::Memory::make(1 << 20, "a test");
+  ASSERT_TRUE(memory);
+  const auto speed = gpu::read_speed(queue_, *memory);
+  ASSERT_TRUE(speed) << speed.error().message;
+  EXPECT_GT(*speed, 0);
+}
+
+}  // namespace
+}  // namespace rabit
