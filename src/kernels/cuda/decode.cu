@@ -134,9 +134,24 @@ struct Output {
   float factor[kTokens];
 };
 
+/// The row scales of this lane's row of a row tile, asked for before they are used.
+struct RowScales {
+  uint16_t scales[kMostPaths];
+
+  __device__ __forceinline__ void ask(const Job& job, int tile) {
+    const int row = tile * kTileRows + lane() / 4 + 8 * (lane() & 1);
+    const int inside = row < job.d_out ? row : job.d_out - 1;
+#pragma unroll
+    for (int path = 0; path < kMostPaths; ++path) {
+      scales[path] =
+          path < job.paths ? job.row_scale[path * int64_t{job.d_out} + inside] : uint16_t{0};
+    }
+  }
+};
+
 template <int kTokens, int kPaths, int kStages>
 __device__ __forceinline__ void packed_rows(const Job& job, int index, const Shared& shared,
-                                            Weights<kStages>& weights,
+                                            Weights<kStages>& weights, RowScales scales,
                                             const Output<kTokens>& output) {
   // Column tiles that come in whole stages, and those stages.
   constexpr int kTiles = kPaths % 2 == 0 ? 1 : 2, kUsed = kTiles * kPaths / 2;
@@ -148,11 +163,9 @@ __device__ __forceinline__ void packed_rows(const Job& job, int index, const Sha
   for (int tile = job.row_begin + Weights<kStages>::first_row(index); tile < job.row_end;
        tile += kWarps) {
     const int row = tile * kTileRows + group + 8 * (quad & 1);
-    const int scaled = row < job.d_out ? row : job.d_out - 1;
-    uint16_t row_scales[kPaths];
-#pragma unroll
-    for (int path = 0; path < kPaths; ++path) {
-      row_scales[path] = job.row_scale[path * int64_t{job.d_out} + scaled];
+    const RowScales own = scales;
+    if (tile + kWarps < job.row_end) {
+      scales.ask(job, tile + kWarps);
     }
     int low[kPaths][kTokens][4] = {}, high[kPaths][kTokens][4] = {};
     const uint4* input = bits;
@@ -186,7 +199,7 @@ __device__ __forceinline__ void packed_rows(const Job& job, int index, const Sha
     float sums[kTokens] = {};
 #pragma unroll
     for (int path = 0; path < kPaths; ++path) {
-      const float row_scale = from_half(row_scales[path]);
+      const float row_scale = from_half(own.scales[path]);
 #pragma unroll
       for (int token = 0; token < kTokens; ++token) {
         // Planes 2 quad and 2 quad + 1, and those 8 above; plane 15 counts -2^15.
@@ -259,6 +272,10 @@ template <int kTokens, int kStages>
 __device__ __forceinline__ void multiply(const DecodeArgs& args, Product product, int index,
                                          const Shared& shared) {
   const Job& job = shared.jobs()[index];
+  RowScales scales;
+  if (job.format == static_cast<int>(Format::kResidualBinary)) {
+    scales.ask(job, job.row_begin + Weights<kStages>::first_row(index));
+  }
   make_operand<kTokens>(args, product, job, shared);
   Weights<kStages> weights(shared, shared.first()[args.products]);
   weights.go_on();
@@ -275,13 +292,13 @@ __device__ __forceinline__ void multiply(const DecodeArgs& args, Product product
   if (job.format != static_cast<int>(Format::kResidualBinary)) {
     dense_rows<kTokens>(job, index, shared, weights, output);
   } else if (job.paths == 2) {
-    packed_rows<kTokens, 2>(job, index, shared, weights, output);
+    packed_rows<kTokens, 2>(job, index, shared, weights, scales, output);
   } else if (job.paths == 1) {
-    packed_rows<kTokens, 1>(job, index, shared, weights, output);
+    packed_rows<kTokens, 1>(job, index, shared, weights, scales, output);
   } else if (job.paths == 3) {
-    packed_rows<kTokens, 3>(job, index, shared, weights, output);
+    packed_rows<kTokens, 3>(job, index, shared, weights, scales, output);
   } else {
-    packed_rows<kTokens, 4>(job, index, shared, weights, output);
+    packed_rows<kTokens, 4>(job, index, shared, weights, scales, output);
   }
   weights.keep();
 }
@@ -344,25 +361,31 @@ __device__ __forceinline__ void fetch_weights(const Shared& shared, int product,
   }
 }
 
-/// All blocks have come here, and what they wrote can be read.
-__device__ __forceinline__ void wait_for_grid(const Shared& shared, uint32_t* counter,
-                                              uint32_t goal) {
+/// This block has come here; what it wrote can be read by those who wait for all.
+__device__ __forceinline__ void arrive(uint32_t* counter) {
   __syncthreads();
-  clear_sums(shared);
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
   if (threadIdx.x == 0) {
-#if __CUDA_ARCH__ >= 700
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+  }
+#else
+  (void)counter;
+#endif
+}
+
+/// All blocks have come.
+__device__ __forceinline__ void wait_for_grid(const uint32_t* counter, uint32_t goal) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
+  if (threadIdx.x == 0) {
     uint32_t now;
     do {
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
     } while (static_cast<int32_t>(now - goal) < 0);
-#endif
   }
-  __syncthreads();
 #else
   (void)counter, (void)goal;
 #endif
+  __syncthreads();
 }
 
 template <int kTokens, int kStages>
@@ -385,13 +408,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = threadIdx.x; i <= args.products; i += kThreads) {
     shared.first()[i] = (first[i] < end ? first[i] : end) - begin;
   }
-  const int most = most_parts(sizes, kTokens);
+  const MostParts most(sizes, kTokens);
   clear_sums(shared);
   if (const int token = threadIdx.x; token < kTokens) {
     shared.tokens()[token] = args.tokens[token];
     shared.positions()[token] = args.positions[token];
     shared.sequences()[token] = args.sequences != nullptr ? args.sequences[token] : token;
-    const Parts parts(most, args.positions[token]);
+    const Parts parts(most.count, args.positions[token]);
     shared.parts()[token] = parts.count;
     shared.lengths()[token] = parts.length;
   }
@@ -402,6 +425,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     weights.keep();
   }
 
+  // What a phase's successor reads beside weights and what others write, and the cache that
+  // attention reads soon.
+  const auto fetch_next = [&](int phase) {
+    if (phase + 1 < args.phase_end) {
+      if (phase % 5 == 0) {
+        fetch_cache<kTokens>(args, phase / 5, shared, most);
+      }
+      fetch_scales(shared, product_of(phase + 1));
+      if (args.fetch_bytes > 0 && phase % 5 != 2) {
+        // The product after attention comes soon after the one before it.
+        fetch_weights(shared, product_of(phase + 1) + (phase % 5 == 1 ? 1 : 0), args.fetch_bytes);
+      }
+    }
+  };
+  fetch_next(args.phase_begin);
   const bool watched = args.clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0;
   if (watched) {
     args.clocks[args.phase_begin] = clock64();
@@ -409,18 +447,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int phase = args.phase_begin; phase < args.phase_end; ++phase) {
     const int layer = phase / 5, part = phase % 5;
     const int from = shared.first()[product_of(phase)], to = shared.first()[product_of(phase) + 1];
-    if (phase + 1 < args.phase_end) {
-      if (part == 0 && layer < sizes.layers) {
-        fetch_cache<kTokens>(args, layer, shared, most);
-      }
-      fetch_scales(shared, product_of(phase + 1));
-      // The product after attention comes soon after the one before it.
-      if (part != 2) {
-        fetch_weights(shared,
-                      product_of(phase + 1) + (part == 1 && !(layer == sizes.layers) ? 1 : 0),
-                      args.fetch_bytes);
-      }
-    }
     const bool head = layer == sizes.layers;
     if (part == 1 && !head) {
       attend<kTokens>(args, layer, shared, most);
@@ -446,8 +472,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     if (phase + 1 < args.phase_end) {
-      wait_for_grid(shared, args.barrier,
-                    args.barrier_start + (phase - args.phase_begin + 1) * gridDim.x);
+      arrive(args.barrier);
+      // While others are on their way.
+      clear_sums(shared);
+      fetch_next(phase + 1);
+      wait_for_grid(args.barrier, args.barrier_start + (phase - args.phase_begin + 1) * gridDim.x);
     }
     if (watched) {
       args.clocks[phase + 1] = clock64();

@@ -137,10 +137,20 @@ __device__ __forceinline__ float grid_squares(const DecodeArgs& args, int which,
 }
 
 /// Parts that the positions of a KV head may be cut into.
-__device__ __forceinline__ int most_parts(const Sizes& sizes, int tokens) {
-  const int most = static_cast<int>(gridDim.x) / (sizes.kv_heads * tokens);
-  return most < 1 ? 1 : most < kMostParts ? most : kMostParts;
-}
+struct MostParts {
+  int count;
+  uint32_t inverse;  // as head_dim_inverse
+
+  __device__ __forceinline__ MostParts(const Sizes& sizes, int tokens) {
+    const int most = static_cast<int>(gridDim.x) / (sizes.kv_heads * tokens);
+    count = most < 1 ? 1 : most < kMostParts ? most : kMostParts;
+    inverse = 0xFFFFFFFFU / static_cast<uint32_t>(count) + 1;  // 0 of a single part
+  }
+  /// index / count
+  __device__ __forceinline__ int over(int index) const {
+    return count == 1 ? index : static_cast<int>(__umulhi(static_cast<uint32_t>(index), inverse));
+  }
+};
 
 /// Parts that the positions up to `position` are cut into, and how many positions each has.
 struct Parts {

@@ -23,21 +23,17 @@ struct Unit {
 
   /// Units of the grid, some without positions.
   template <int kTokens>
-  static __device__ __forceinline__ int count(const Sizes& sizes, int most) {
-    return kTokens * sizes.kv_heads * most;
+  static __device__ __forceinline__ int count(const Sizes& sizes, MostParts most) {
+    return kTokens * sizes.kv_heads * most.count;
   }
   template <int kTokens>
   static __device__ __forceinline__ Unit at(const DecodeArgs& args, int layer, const Shared& shared,
-                                            int most, int index) {
+                                            MostParts most, int index) {
     const Sizes& sizes = args.sizes;
     Unit unit;
-    unit.token = token_of<kTokens>(index, sizes.kv_heads * most);
-    unit.kv = 0;
-#pragma unroll 1
-    for (; index >= most; index -= most) {
-      ++unit.kv;
-    }
-    unit.part = index;
+    unit.token = token_of<kTokens>(index, sizes.kv_heads * most.count);
+    unit.kv = most.over(index);
+    unit.part = index - unit.kv * most.count;
     unit.position = shared.positions()[unit.token];
     const int length = shared.lengths()[unit.token];
     unit.begin = unit.part * length;
@@ -54,7 +50,7 @@ struct Unit {
 /// Brings the block's keys and values nearer while the products before attention run.
 template <int kTokens>
 __device__ __forceinline__ void fetch_cache(const DecodeArgs& args, int layer, const Shared& shared,
-                                            int most) {
+                                            MostParts most) {
   constexpr int kLine = 64, kMost = 512;  // halves of a line; lines of keys, and of values
   const int d = args.sizes.head_dim;
   for (int index = blockIdx.x; index < Unit::count<kTokens>(args.sizes, most); index += gridDim.x) {
@@ -280,7 +276,7 @@ __device__ __forceinline__ void attend_heads(const DecodeArgs& args, const Unit&
 
 template <int kTokens>
 __device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const Shared& shared,
-                                       int most) {
+                                       MostParts most) {
   const Sizes& sizes = args.sizes;
   const int d = sizes.head_dim, group = args.group;
   int shift = 0;  // 2^shift lanes share a position

@@ -104,7 +104,7 @@ struct AttendedInput {
   __device__ __forceinline__ AttendedInput(const DecodeArgs& a, const Shared& s)
       : args(a), shared(s) {}
 
-  static constexpr int kAhead = 4;
+  static constexpr int kAhead = 8;
   struct Asked {
     float4 values[kAhead];
     float most[kAhead], sum[kAhead];

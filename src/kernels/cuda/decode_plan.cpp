@@ -98,23 +98,24 @@ std::vector<std::vector<Job>> share(const Shared& shared, int32_t grid, int32_t 
   return jobs;
 }
 
-/// About how long the slowest block takes, in microseconds: making the bits of its inputs, then
-/// passing its weights from shared memory to the tensor cores; and what others take longer to add
-/// up more splits.
+/// About how long the slowest block takes, in microseconds, as measured on an H200: reading values
+/// and making their bits in rounds of all warps, row tiles in such rounds, the weights no faster
+/// than memory gives them; and what others take longer to add up more splits.
 double estimate(const std::vector<std::vector<Job>>& jobs, int32_t splits, int32_t tokens) {
-  constexpr double kPerSplit = 0.04;
+  constexpr double kPerSplit = 0.05, kJob = 0.5, kRead = 0.4, kBits = 0.6, kRow = 0.9;
+  constexpr double kKilobyte = 0.14, kFlow = 0.009;  // of a row tile; 512 bytes of all warps
   double slowest = 0;
   for (const auto& block : jobs) {
     double time = 0;
     for (const Job& job : block) {
-      const int32_t tiles = job.column_end - job.column_begin;
+      const int32_t inputs = (job.column_end - job.column_begin) * tokens;
       const bool packed = job.format == static_cast<int16_t>(Format::kResidualBinary);
-      const int32_t bits = packed ? tiles * tokens * ceil_divide(job.paths, 2) : 0;
-      const int32_t per_row = tiles * (packed ? job.paths : kTileColumns / kTileRows);
-      time += 0.15 + 0.2 * ceil_divide(bits, kDecodeWarps) + 0.3 * ceil_divide(tiles * tokens, 8);
       const int32_t rows = job.row_end - job.row_begin;
-      time += std::max(0.0035 * rows * per_row * std::max(2, tokens),
-                       0.025 * ceil_divide(rows, kDecodeWarps) * per_row);
+      const int32_t rounds =
+          ceil_divide(packed ? 4 * inputs * ceil_divide(job.paths, 2) : 0, kDecodeWarps);
+      time += kJob + kRead * ceil_divide(2 * inputs, kDecodeWarps) + kBits * rounds;
+      time += std::max(kFlow * rows * job.pieces,
+                       ceil_divide(rows, kDecodeWarps) * (kRow + kKilobyte * job.pieces / 2));
     }
     slowest = std::max(slowest, time);
   }
