@@ -130,7 +130,6 @@ int main(int argc, char** argv) {
   int context = 512, repetitions = 50;
   std::vector<int> tokens = {1};
   std::vector<int> splits(gpu::kProducts);
-  int fetch = -1;
   bool dense_weights = false, parts = false;
   app.add_option("--shape", shape)
       ->check(CLI::IsMember(
@@ -143,7 +142,6 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({1, 2, 4}));
   app.add_option("--splits", splits, "Of the columns of qkv, output, gate and up, down")
       ->delimiter(',');
-  app.add_option("--fetch", fetch, "Bytes of weights that a warp asks to be brought nearer");
   app.add_option("--repetitions", repetitions);
   app.add_flag("--dense", dense_weights, "F16 instead of packed weights");
   app.add_flag("--parts", parts, "Where the time goes");
@@ -207,7 +205,6 @@ int main(int argc, char** argv) {
     args.tokens = memory.put(std::vector<int32_t>(static_cast<size_t>(count), 1));
     args.positions = memory.put(std::vector<int32_t>(static_cast<size_t>(count), context));
     args.logits = static_cast<float*>(memory.room(config.vocab_size * count * 4));
-    args.fetch_bytes = fetch >= 0 ? fetch : args.fetch_bytes;
     args.barrier = memory.put(std::vector<uint32_t>(1));
     const int32_t phases = gpu::decode_phases(sizes);
     args.clocks = parts ? static_cast<int64_t*>(memory.room((phases + 1) * 8)) : nullptr;

@@ -86,7 +86,6 @@ struct DecodeArgs {
   int32_t group = 0;                        // query heads of a KV head
   uint32_t head_dim_inverse = 0;            // ceil(2^32 / head_dim)
   float mean_factor = 0, query_factor = 0;  // 1 / d_model; log2(e) / sqrt(head_dim)
-  int32_t fetch_bytes = 0;                  // that a warp asks to be brought nearer, a phase ahead
   int32_t phase_begin = 0, phase_end = 0;   // of phases(); one launch: all
   uint32_t barrier_start = 0;               // the counter's value before the launch
   const Job* jobs = nullptr;

@@ -336,31 +336,6 @@ __device__ __forceinline__ void fetch_scales(const Shared& shared, int product) 
   }
 }
 
-/// Brings nearer the first weights of a product, of the block's jobs `most` bytes of each warp.
-__device__ __forceinline__ void fetch_weights(const Shared& shared, int product, int most) {
-  constexpr int kLine = 128;
-#pragma unroll 1
-  for (int index = shared.first()[product]; index < shared.first()[product + 1]; ++index) {
-    const Job& job = shared.jobs()[index];
-    const bool packed = job.format == static_cast<int>(Format::kResidualBinary);
-    const int lines = packed ? job.pieces * 4 : job.pieces / 4;  // of a row tile, or a row
-    int row = job.row_begin + (warp() + 7 * index) % kWarps, last = job.row_end, step = kWarps;
-    if (!packed) {
-      row *= kTileRows, step = 1;
-      last = last * kTileRows < job.d_out ? last * kTileRows : job.d_out;
-      last = row + kTileRows < last ? row + kTileRows : last;
-    }
-#pragma unroll 1
-    for (; row < last && most > 0; row += step, most -= lines * kLine) {
-      const char* const at = static_cast<const char*>(job.weights) + int64_t{row} * job.row_bytes;
-#pragma unroll 1
-      for (int line = lane(); line < lines; line += 32) {
-        fetch_ahead(at + line * kLine);
-      }
-    }
-  }
-}
-
 /// This block has come here; what it wrote can be read by those who wait for all.
 __device__ __forceinline__ void arrive(uint32_t* counter) {
   __syncthreads();
@@ -433,10 +408,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         fetch_cache<kTokens>(args, phase / 5, shared, most);
       }
       fetch_scales(shared, product_of(phase + 1));
-      if (args.fetch_bytes > 0 && phase % 5 != 2) {
-        // The product after attention comes soon after the one before it.
-        fetch_weights(shared, product_of(phase + 1) + (phase % 5 == 1 ? 1 : 0), args.fetch_bytes);
-      }
     }
   };
   fetch_next(args.phase_begin);
