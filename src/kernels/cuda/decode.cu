@@ -305,13 +305,6 @@ __device__ __forceinline__ void multiply(const DecodeArgs& args, Product product
 
 /// Brings near what the block will read of a product beside weights and what others write.
 __device__ __forceinline__ void fetch_scales(const Shared& shared, int product) {
-  constexpr int kLine = 128;
-  const auto fetch = [](const void* at, int bytes) {
-#pragma unroll 1
-    for (int i = lane() * kLine; i < bytes; i += 32 * kLine) {
-      fetch_ahead(static_cast<const char*>(at) + i);
-    }
-  };
 #pragma unroll 1
   for (int index = shared.first()[product]; index < shared.first()[product + 1]; ++index) {
     const Job& job = shared.jobs()[index];
@@ -319,19 +312,15 @@ __device__ __forceinline__ void fetch_scales(const Shared& shared, int product) 
     const int end =
         job.column_end * kTileColumns < job.d_in ? job.column_end * kTileColumns : job.d_in;
     const int last = job.row_end * kTileRows < job.d_out ? job.row_end * kTileRows : job.d_out;
-    if (job.format == static_cast<int>(Format::kResidualBinary)) {
-      if (const int path = warp() % kMostPaths; path < job.paths && warp() < kMostPaths) {
-        fetch(job.col_scale + path * int64_t{job.d_in} + first, 2 * (end - first));
-      } else if (path < job.paths && warp() < 2 * kMostPaths) {
-        fetch(job.row_scale + path * int64_t{job.d_out} + row, 2 * (last - row));
-      }
-    }
-    if (warp() >= 2 * kMostPaths && job.norm != nullptr) {
-      const int begin = first + (warp() - 2 * kMostPaths) * kTileColumns;
-#pragma unroll 1
-      for (int at = begin; at < end; at += (kWarps - 2 * kMostPaths) * kTileColumns) {
-        fetch(job.norm + at, 4 * (end - at < kTileColumns ? end - at : kTileColumns));
-      }
+    // The first warps the scales of a path each, the next the norm's weights.
+    const bool packed = job.format == static_cast<int>(Format::kResidualBinary);
+    const int path = warp() % kMostPaths;
+    if (packed && path < job.paths && warp() < kMostPaths) {
+      fetch_ahead(job.col_scale + path * int64_t{job.d_in} + first, 2 * (end - first), lane());
+    } else if (packed && path < job.paths && warp() < 2 * kMostPaths) {
+      fetch_ahead(job.row_scale + path * int64_t{job.d_out} + row, 2 * (last - row), lane());
+    } else if (warp() == 2 * kMostPaths && job.norm != nullptr) {
+      fetch_ahead(job.norm + first, 4 * (end - first), lane());
     }
   }
 }

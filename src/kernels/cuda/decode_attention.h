@@ -51,17 +51,18 @@ struct Unit {
 template <int kTokens>
 __device__ __forceinline__ void fetch_cache(const DecodeArgs& args, int layer, const Shared& shared,
                                             MostParts most) {
-  constexpr int kLine = 64, kMost = 512;  // halves of a line; lines of keys, and of values
+  constexpr int kMost = 64 << 10;  // bytes of keys, and of values
   const int d = args.sizes.head_dim;
+  if (warp() >= 2) {
+    return;
+  }
+#pragma unroll 1
   for (int index = blockIdx.x; index < Unit::count<kTokens>(args.sizes, most); index += gridDim.x) {
     const Unit unit = Unit::at<kTokens>(args, layer, shared, most, index);
-    const int halves = (unit.end - unit.begin) * d;
+    const int bytes = (unit.end - unit.begin) * d * 2;
     const int64_t first = unit.cache + int64_t{unit.begin} * d;
-    const int line = threadIdx.x % (kThreads / 2);
-#pragma unroll 1
-    for (int i = line; i < kMost && i * kLine < halves; i += kThreads / 2) {
-      fetch_ahead((threadIdx.x < kThreads / 2 ? args.keys : args.values) + first + i * kLine);
-    }
+    fetch_ahead((warp() == 0 ? args.keys : args.values) + first, bytes < kMost ? bytes : kMost,
+                lane());
   }
 }
 

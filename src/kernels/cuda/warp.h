@@ -181,12 +181,25 @@ __device__ __forceinline__ void await_copies() {
 #endif
 }
 
-/// Asks for the line of memory to be brought to the second-level cache.
-__device__ __forceinline__ void fetch_ahead(const void* at) {
-#ifdef __CUDA_ARCH__
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+/// Asks for memory to be brought to the second-level cache; by all lanes of a warp. Where the GPU
+/// has a copy engine, that does it, and keeps no other read waiting.
+__device__ __forceinline__ void fetch_ahead(const void* at, int bytes, int lane) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (lane == 0 && bytes > 0) {
+    const auto begin = reinterpret_cast<uintptr_t>(at) & ~uintptr_t{15};
+    const auto end = (reinterpret_cast<uintptr_t>(at) + bytes + 15) & ~uintptr_t{15};
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(begin),
+                 "r"(static_cast<uint32_t>(end - begin))
+                 : "memory");
+  }
+#elif defined(__CUDA_ARCH__)
+  constexpr int kLine = 128;
+#pragma unroll 1
+  for (int i = lane * kLine; i < bytes; i += 32 * kLine) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(at) + i));
+  }
 #else
-  (void)at;
+  (void)at, (void)bytes, (void)lane;
 #endif
 }
 
