@@ -199,7 +199,7 @@ __device__ __forceinline__ void packed_rows(const Job& job, int index, const Sha
     float sums[kTokens] = {};
 #pragma unroll
     for (int path = 0; path < kPaths; ++path) {
-      const float row_scale = from_half(own.scales[path]);
+      const float row_scale = half_to_float(own.scales[path]);
 #pragma unroll
       for (int token = 0; token < kTokens; ++token) {
         // Planes 2 quad and 2 quad + 1, and those 8 above; plane 15 counts -2^15.
@@ -244,8 +244,8 @@ __device__ __forceinline__ void dense_rows(const Job& job, int index, const Shar
       weights.template await<1>();
       const uint4 upper = weights.piece(0, 0), lower = weights.piece(0, 1);
       const uint4 x = *reinterpret_cast<const uint4*>(input + step * 32);
-      multiply_halves(even, upper.x, lower.x, upper.y, lower.y, x.x, x.y, lane());
-      multiply_halves(odd, upper.z, lower.z, upper.w, lower.w, x.z, x.w, lane());
+      multiply_tile(even, {upper.x, lower.x, upper.y, lower.y}, {x.x, x.y});
+      multiply_tile(odd, {upper.z, lower.z, upper.w, lower.w}, {x.z, x.w});
       weights.ask();
     }
     const int row = tile * kTileRows + group;

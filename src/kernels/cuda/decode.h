@@ -14,9 +14,8 @@ __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x / 32); }
 
 /// A block's shared memory. `input` is, for a product: values (tokens, paths, columns) in F32, then
-/// bits (tokens, column tiles, paths, 32 lanes) of 16 bytes, or halves (columns of the fragment,
-/// columns
-/// + 32).
+/// bits (tokens, column tiles, paths, 32 lanes) of 16 bytes, or halves, columns + 32 of them for
+/// each column of the fragment.
 class Shared {
  public:
   __device__ __forceinline__ Shared(unsigned char* memory, int stages, int most_jobs, int products)

@@ -11,8 +11,8 @@ __device__ __forceinline__ void eight_halves(const uint4& bits, float (&out)[8])
   const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    out[2 * i] = from_half(static_cast<uint16_t>(words[i]));
-    out[2 * i + 1] = from_half(static_cast<uint16_t>(words[i] >> 16));
+    out[2 * i] = half_to_float(static_cast<uint16_t>(words[i]));
+    out[2 * i + 1] = half_to_float(static_cast<uint16_t>(words[i] >> 16));
   }
 }
 
@@ -118,8 +118,8 @@ __device__ __forceinline__ void turn(const DecodeArgs& args, const Unit& unit, f
       uint16_t* const own = head == group ? key : value;
       uint16_t* const cache =
           (head == group ? args.keys : args.values) + unit.cache + int64_t{unit.position} * d + at;
-      own[at] = cache[0] = to_half(a);
-      own[at + 1] = cache[1] = to_half(b);
+      own[at] = cache[0] = float_to_half(a);
+      own[at + 1] = cache[1] = float_to_half(b);
     }
   }
 }

@@ -11,9 +11,10 @@ __device__ __forceinline__ void add_4(float4& to, const float4& x) {
 }
 
 __device__ __forceinline__ float4 four_halves(uint2 bits) {
-  return make_float4(
-      from_half(static_cast<uint16_t>(bits.x)), from_half(static_cast<uint16_t>(bits.x >> 16)),
-      from_half(static_cast<uint16_t>(bits.y)), from_half(static_cast<uint16_t>(bits.y >> 16)));
+  return make_float4(half_to_float(static_cast<uint16_t>(bits.x)),
+                     half_to_float(static_cast<uint16_t>(bits.x >> 16)),
+                     half_to_float(static_cast<uint16_t>(bits.y)),
+                     half_to_float(static_cast<uint16_t>(bits.y >> 16)));
 }
 
 /// What the splits of a product gave at four neighbours, first all asked for, then added up.
@@ -213,8 +214,8 @@ __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) 
       const float* const values =
           shared.input() + (token * paths + path) * tiles * kTileColumns + at;
       const int place = token * kMostPaths + path;
-      const float most[2] = {as_float(shared.maxima()[place]),
-                             as_float(shared.maxima()[place + 1])};
+      const float most[2] = {bits_to_float(shared.maxima()[place]),
+                             bits_to_float(shared.maxima()[place + 1])};
       float inverse[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -228,8 +229,8 @@ __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float value = two ? values[tiles * kTileColumns + 128 * i] : 0.0F;
-        const uint32_t q0 = as_bits(values[128 * i] * inverse[0] + kShift);
-        const uint32_t q1 = as_bits(value * inverse[1] + kShift);
+        const uint32_t q0 = float_to_bits(values[128 * i] * inverse[0] + kShift);
+        const uint32_t q1 = float_to_bits(value * inverse[1] + kShift);
         sums[0] += static_cast<int>(q0) - kShiftBits;
         sums[1] += static_cast<int>(q1) - kShiftBits;
         bits[i] = transpose_bits((q0 & 0xFFFFU) | (q1 << 16), lane());
@@ -260,16 +261,16 @@ __device__ __forceinline__ void make_halves(const Job& job, const Shared& shared
   uint16_t* const halves = shared.halves<kTokens>(job);
 #pragma unroll
   for (int token = 0; token < kTokens; ++token) {
-    const float most = as_float(shared.maxima()[token * kMostPaths]);
+    const float most = bits_to_float(shared.maxima()[token * kMostPaths]);
     const float inverse = most > 0 ? __fdividef(1.0F, most) : 0.0F;
     if (threadIdx.x == 0) {
       shared.scales()[token * kMostPaths] = most;
     }
     for (int i = threadIdx.x; i < columns; i += kThreads) {
       const float value = shared.input()[token * columns + i] * inverse;
-      const uint16_t half = to_half(value);
+      const uint16_t half = float_to_half(value);
       halves[2 * token * (columns + 32) + i] = half;
-      halves[(2 * token + 1) * (columns + 32) + i] = to_half(value - from_half(half));
+      halves[(2 * token + 1) * (columns + 32) + i] = float_to_half(value - half_to_float(half));
     }
   }
 }
@@ -323,7 +324,7 @@ __device__ __forceinline__ void read_values(const Job& job, const Shared& shared
         *reinterpret_cast<float4*>(shared.input() + (token * job.paths + path) * columns + column -
                                    first) = y;
         const auto grow = [&](float value) {
-          const uint32_t bits = as_bits(value) & 0x7FFFFFFFU;
+          const uint32_t bits = float_to_bits(value) & 0x7FFFFFFFU;
           most[path] = bits > most[path] ? bits : most[path];
         };
         grow(y.x), grow(y.y), grow(y.z), grow(y.w);

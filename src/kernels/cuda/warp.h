@@ -1,66 +1,17 @@
-// What the kernels of the runtime share: products of fragments on tensor cores, copies that do not
-// wait, halves, sums over a warp. Compiled by nvcc, or as plain C++ after tests/cuda_emulator.h,
-// where (and on GPUs that lack the instruction) the products are written out over shuffles.
+// What the kernel for whole tokens needs beside device_code.h: products of bits on tensor cores,
+// copies that do not wait, whole numbers over a warp. Where a GPU lacks the instruction, products
+// of bits are written out over shuffles.
 #pragma once
 
+#include "kernels/cuda/device_code.h"
+
 #ifndef RABIT_CUDA_EMULATOR
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 #define RABIT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
-
-#include <cstdint>
-#include <cstring>
-
-#include "base/half.h"
 
 namespace rabit::gpu {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFU;
-
-__device__ __forceinline__ float as_float(uint32_t bits) {
-#ifdef __CUDA_ARCH__
-  return __uint_as_float(bits);
-#else
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-#endif
-}
-
-__device__ __forceinline__ uint32_t as_bits(float value) {
-#ifdef __CUDA_ARCH__
-  return __float_as_uint(value);
-#else
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-#endif
-}
-
-__device__ __forceinline__ float from_half(uint16_t half) {
-#ifdef __CUDA_ARCH__
-  return __half2float(__ushort_as_half(half));
-#else
-  return rabit::half_to_float(half);
-#endif
-}
-
-__device__ __forceinline__ uint16_t to_half(float value) {
-#ifdef __CUDA_ARCH__
-  return __half_as_ushort(__float2half_rn(value));
-#else
-  return rabit::float_to_half(value);
-#endif
-}
-
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int step = 16; step >= 1; step /= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, step);
-  }
-  return value;
-}
 
 __device__ __forceinline__ int warp_sum(int value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -122,35 +73,6 @@ __device__ __forceinline__ void multiply_bits(int (&c)[4], const uint4& a, uint3
       const uint32_t p = __shfl_sync(kAllLanes, b0, column), q = __shfl_sync(kAllLanes, b1, column);
       c[e] += __popc(x & p) + __popc(z & q);
       c[2 + e] += __popc(y & p) + __popc(w & q);
-    }
-  }
-#endif
-}
-
-/// c += A B over 16 columns of halves, fragments as mma.m16n8k16 has them.
-__device__ __forceinline__ void multiply_halves(float (&c)[4], uint32_t a0, uint32_t a1,
-                                                uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
-                                                int lane) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#else
-  const auto dot = [](uint32_t x, uint32_t y) {
-    return from_half(static_cast<uint16_t>(x)) * from_half(static_cast<uint16_t>(y)) +
-           from_half(static_cast<uint16_t>(x >> 16)) * from_half(static_cast<uint16_t>(y >> 16));
-  };
-  for (int u = 0; u < 4; ++u) {
-    const int row = lane / 4 * 4 + u;
-    const uint32_t x0 = __shfl_sync(kAllLanes, a0, row), x1 = __shfl_sync(kAllLanes, a1, row);
-    const uint32_t x2 = __shfl_sync(kAllLanes, a2, row), x3 = __shfl_sync(kAllLanes, a3, row);
-    for (int e = 0; e < 2; ++e) {
-      const int column = (lane % 4 * 2 + e) * 4 + u;
-      const uint32_t p = __shfl_sync(kAllLanes, b0, column), q = __shfl_sync(kAllLanes, b1, column);
-      c[e] += dot(x0, p) + dot(x2, q);
-      c[2 + e] += dot(x1, p) + dot(x3, q);
     }
   }
 #endif
