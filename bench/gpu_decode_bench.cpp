@@ -193,7 +193,9 @@ int main(int argc, char** argv) {
     const gpu::DecodePlan& plan = *planned;
     gpu::DecodeArgs args;
     const int64_t work = gpu::bind_decode(sizes, plan, nullptr, args);
-    gpu::bind_decode(sizes, plan, static_cast<float*>(memory.room(work * 4)), args);
+    auto* const room = static_cast<float*>(memory.room(work * 4));
+    check(cudaMemset(room, 0, static_cast<size_t>(work) * 4), "memory");
+    gpu::bind_decode(sizes, plan, room, args);
     args.jobs = memory.put(plan.jobs), args.first = memory.put(plan.first);
     args.embedding = memory.halves(config.vocab_size * config.d_model, 1.0F);
     args.cos_sin =
@@ -205,12 +207,11 @@ int main(int argc, char** argv) {
     args.tokens = memory.put(std::vector<int32_t>(static_cast<size_t>(count), 1));
     args.positions = memory.put(std::vector<int32_t>(static_cast<size_t>(count), context));
     args.logits = static_cast<float*>(memory.room(config.vocab_size * count * 4));
-    args.barrier = memory.put(std::vector<uint32_t>(1));
     const int32_t phases = gpu::decode_phases(sizes);
     args.clocks = parts ? static_cast<int64_t*>(memory.room((phases + 1) * 8)) : nullptr;
     const auto times = time_each(repetitions, [&] {
       check(static_cast<cudaError_t>(gpu::launch_decode(args, plan, nullptr)), "launch");
-      args.barrier_start += static_cast<uint32_t>(plan.blocks * (phases - 1));
+      ++args.pass;
     });
     double bytes = static_cast<double>(config.vocab_size * config.d_model * 2);
     for (const gpu::Block& block : blocks) {

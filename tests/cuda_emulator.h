@@ -33,6 +33,9 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
+struct float2 {
+  float x, y;
+};
 struct float4 {
   float x, y, z, w;
 };
@@ -43,6 +46,7 @@ struct uint4 {
   unsigned x, y, z, w;
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct CUstream_st;
@@ -235,6 +239,7 @@ inline unsigned __ballot_sync(unsigned mask, bool set) {
   }
   return bits;
 }
+inline int __all_sync(unsigned mask, bool set) { return __ballot_sync(mask, !set) == 0 ? 1 : 0; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <typename T>
 T __ldg(const T* at) {

@@ -146,6 +146,9 @@ inline cudaError_t cudaFreeHost(void* data) { return std::free(data), cudaSucces
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) {
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
+inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
+  return std::memset(at, value, bytes), cudaSuccess;
+}
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, int) {
   return *stream = reinterpret_cast<cudaStream_t>(1), cudaSuccess;
 }

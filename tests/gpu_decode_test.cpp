@@ -325,7 +325,7 @@ double largest_error(const Shape& shape, int grid, int tokens, int steps,
   }
   const DecodePlan& plan = *planned;
   DecodeArgs args;
-  std::vector<float> work(static_cast<size_t>(gpu::bind_decode(s, plan, nullptr, args)), NAN);
+  std::vector<float> work(static_cast<size_t>(gpu::bind_decode(s, plan, nullptr, args)));
   std::vector<float> logits(static_cast<size_t>(tokens) * s.vocab, NAN);
   EXPECT_EQ(gpu::bind_decode(s, plan, memory.put(work), args), static_cast<int64_t>(work.size()));
   const int64_t cache = int64_t{s.layers} * s.kv_heads * capacity * s.head_dim;
@@ -337,7 +337,6 @@ double largest_error(const Shape& shape, int grid, int tokens, int steps,
   args.sequence_stride = cache;
   args.capacity = capacity;
   args.logits = memory.put(logits);
-  args.barrier = memory.put(std::vector<uint32_t>(1));
 
   std::vector<Reference> references;
   std::vector<int32_t> ids(static_cast<size_t>(tokens)), positions(ids.size());
@@ -359,8 +358,7 @@ double largest_error(const Shape& shape, int grid, int tokens, int steps,
     DeviceMemory::set(device_ids, ids);
     DeviceMemory::set(device_positions, positions);
     EXPECT_EQ(gpu::launch_decode(args, plan, nullptr), 0);
-    args.barrier_start +=
-        static_cast<uint32_t>(plan.blocks) * static_cast<uint32_t>(gpu::decode_phases(s) - 1);
+    ++args.pass;
     DeviceMemory::get(args.logits, logits);
     for (size_t i = 0; i < ids.size(); ++i) {
       worst = std::max(worst,

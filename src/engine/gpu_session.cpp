@@ -81,7 +81,7 @@ class GpuSession : public Session {
   gpu::Job* jobs_ = nullptr;  // as in the plan, and the next
   int32_t* first_ = nullptr;
   float* work_ = nullptr;  // of bind_decode()
-  uint32_t* barrier_ = nullptr;
+  uint64_t work_bytes_ = 0;
   int32_t* next_ = nullptr;    // (2): a token and its position
   gpu::HostMemory host_next_;  // as next_
   int64_t whole_tokens_ = 0;
@@ -121,9 +121,7 @@ Status GpuSession::prepare_whole() {
   args_.tokens = next_;
   args_.positions = next_ + 1;
   args_.logits = logits_;
-  args_.barrier = barrier_;
-  const uint32_t zero = 0;
-  RABIT_CHECK(queue_.upload(barrier_, &zero, sizeof zero));
+  RABIT_CHECK(queue_.clear(work_, work_bytes_));
   RABIT_CHECK(queue_.upload(jobs_, plan_->jobs.data(), plan_->jobs.size() * sizeof(gpu::Job)));
   RABIT_CHECK(queue_.upload(first_, plan_->first.data(), plan_->first.size() * sizeof(int32_t)));
   RABIT_ASSIGN(host_next_, gpu::HostMemory::make(2 * sizeof(int32_t), "a token"));
@@ -171,8 +169,9 @@ Status GpuSession::allocate() {
   if (plan_) {
     parts.add(jobs_, static_cast<int64_t>(plan_->jobs.size()));
     parts.add(first_, static_cast<int64_t>(plan_->first.size()));
-    parts.add(work_, gpu::bind_decode(sizes_, *plan_, nullptr, args_));
-    parts.add(barrier_, 1);
+    const int64_t work = gpu::bind_decode(sizes_, *plan_, nullptr, args_);
+    work_bytes_ = static_cast<uint64_t>(work) * sizeof(float);
+    parts.add(work_, work);
     parts.add(next_, 2);
   }
   RABIT_ASSIGN(const gpu::DeviceInfo now, gpu::use_device(model_->info.index));
@@ -309,8 +308,7 @@ Result<bool> GpuSession::run_whole(int32_t token) {
     plan_.reset();  // this session does without
     return false;
   }
-  args_.barrier_start +=
-      static_cast<uint32_t>(plan_->blocks) * static_cast<uint32_t>(gpu::decode_phases(sizes_) - 1);
+  ++args_.pass;
   RABIT_CHECK(
       queue_.download(host_logits_, logits_, static_cast<uint64_t>(sizes_.vocab) * sizeof(float)));
   RABIT_CHECK(queue_.wait());

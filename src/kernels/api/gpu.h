@@ -94,6 +94,8 @@ class Queue {
   Status upload(void* to, const HostMemory& from, uint64_t bytes) const;
   /// Done after wait().
   Status download(HostMemory& to, const void* from, uint64_t bytes) const;
+  /// Zeros.
+  Status clear(void* at, uint64_t bytes) const;
   /// Until all is done. Errors: what went wrong on the device since the last wait.
   Status wait() const;
 

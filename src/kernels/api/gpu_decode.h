@@ -87,7 +87,7 @@ struct DecodeArgs {
   uint32_t head_dim_inverse = 0;            // ceil(2^32 / head_dim)
   float mean_factor = 0, query_factor = 0;  // 1 / d_model; log2(e) / sqrt(head_dim)
   int32_t phase_begin = 0, phase_end = 0;   // of phases(); one launch: all
-  uint32_t barrier_start = 0;               // the counter's value before the launch
+  uint32_t pass = 0;                        // launches of all phases since `work` was cleared
   const Job* jobs = nullptr;
   const int32_t* first = nullptr;
   const float* output_norm = nullptr;   // (d_model)
@@ -100,26 +100,28 @@ struct DecodeArgs {
   const int32_t* tokens = nullptr;     // (tokens) ids
   const int32_t* positions = nullptr;  // (tokens)
   const int32_t* sequences = nullptr;  // (tokens); null: token i is of sequence i
-  float* stream[2] = {};               // (tokens, d_model) each
-  float* squares = nullptr;            // (2, kMostSplits, kMostDecodeTokens)
-  float* outputs[kHead] = {};          // (splits, tokens, width) of each product
-  float* attended = nullptr;           // (tokens, heads, kMostParts, head_dim)
-  float* softmax = nullptr;            // (tokens, heads, kMostParts, 2): maximum and sum
-  float* logits = nullptr;             // (tokens, vocab)
+  // What blocks hand each other, in floats whose lowest bit says when they came (cuda/decode.h);
+  // each again, for every other layer, `half` floats behind.
+  int64_t half = 0;
+  float* stream[2] = {};       // (tokens, d_model) each
+  float* squares = nullptr;    // (2, kMostSplits, kMostDecodeTokens)
+  float* outputs[kHead] = {};  // (splits, tokens, width) of each product
+  float* attended = nullptr;   // (tokens, heads, kMostParts, head_dim)
+  float* softmax = nullptr;    // (tokens, heads, kMostParts, 2): maximum and sum
+  float* logits = nullptr;     // (tokens, vocab)
   int64_t* clocks = nullptr;  // null, or (phases + 1): a multiprocessor's clock at the phases' ends
-  uint32_t* barrier = nullptr;  // one counter, zero before the first launch
+  uint32_t* counter = nullptr;  // behind them: blocks that are through with layers, of all passes
 };
 
 /// Sets the parts of `args` that the plan decides, and points the buffers at `work`, which may be
-/// null; returns how many floats of it they take.
+/// null; returns how many floats of it they take. They must be zero before the first launch.
 int64_t bind_decode(const Sizes& sizes, const DecodePlan& plan, float* work, DecodeArgs& args);
 
-/// Phases of a pass; after a launch of all, the counter of `barrier` has grown by this less one,
-/// times blocks.
+/// Phases of a pass.
 inline int32_t decode_phases(const Sizes& sizes) { return 5 * sizes.layers + 1; }
 
 /// Starts the pass of plan.tokens tokens, each of another sequence, on the stream, and returns what
-/// CUDA says of it, 0: it started.
+/// CUDA says of it, 0: it started; the next needs args.pass to be one more.
 int launch_decode(const DecodeArgs& args, const DecodePlan& plan, CUstream_st* stream);
 
 }  // namespace rabit::gpu

@@ -131,7 +131,17 @@ template <int kTokens>
 struct Output {
   float* out;
   int64_t stride;
+  bool head;  // logits, which are not tagged
+  uint32_t tag;
   float factor[kTokens];
+
+  __device__ __forceinline__ void put(float* at, float value) const {
+    if (head) {
+      *at = value;
+    } else {
+      write_tagged(at, value, tag);
+    }
+  }
 };
 
 /// The row scales of this lane's row of a row tile, asked for before they are used.
@@ -220,7 +230,7 @@ __device__ __forceinline__ void packed_rows(const Job& job, int index, const Sha
     if (quad < 2 && row < job.d_out) {
 #pragma unroll
       for (int token = 0; token < kTokens; ++token) {
-        output.out[token * output.stride + row] = output.factor[token] * sums[token];
+        output.put(output.out + token * output.stride + row, output.factor[token] * sums[token]);
       }
     }
   }
@@ -258,10 +268,10 @@ __device__ __forceinline__ void dense_rows(const Job& job, int index, const Shar
       }
       float* const to = output.out + quad * output.stride + row;
       if (row < job.d_out) {
-        to[0] = factor * scale * ((even[0] + odd[0]) + (even[1] + odd[1]));
+        output.put(to, factor * scale * ((even[0] + odd[0]) + (even[1] + odd[1])));
       }
       if (row + 8 < job.d_out) {
-        to[8] = factor * scale * ((even[2] + odd[2]) + (even[3] + odd[3]));
+        output.put(to + 8, factor * scale * ((even[2] + odd[2]) + (even[3] + odd[3])));
       }
     }
   }
@@ -269,22 +279,26 @@ __device__ __forceinline__ void dense_rows(const Job& job, int index, const Shar
 
 /// A job, once the values of its columns lie in shared memory.
 template <int kTokens, int kStages>
-__device__ __forceinline__ void multiply(const DecodeArgs& args, Product product, int index,
-                                         const Shared& shared) {
+__device__ __forceinline__ void multiply(const DecodeArgs& args, int layer, Product product,
+                                         int index, const Shared& shared) {
   const Job& job = shared.jobs()[index];
   RowScales scales;
   if (job.format == static_cast<int>(Format::kResidualBinary)) {
     scales.ask(job, job.row_begin + Weights<kStages>::first_row(index));
   }
-  make_operand<kTokens>(args, product, job, shared);
+  make_operand<kTokens>(args, layer, product, job, shared);
   Weights<kStages> weights(shared, shared.first()[args.products]);
   weights.go_on();
   Output<kTokens> output;
   const bool head = product == kHead;
   const int runs = (job.column_end - job.column_begin) * kTileColumns / kRun;
+  const Exchange to(args, layer);
+  output.head = head;
+  output.tag = to.tag;
   output.stride = head ? args.sizes.vocab : args.widths[product];
-  output.out =
-      (head ? args.logits : args.outputs[product] + job.split * kTokens * output.stride) + job.out;
+  output.out = (head ? args.logits
+                     : args.outputs[product] + to.place + job.split * kTokens * output.stride) +
+               job.out;
 #pragma unroll
   for (int token = 0; token < kTokens; ++token) {
     output.factor[token] = head ? reciprocal_root(block_squares(shared, token, runs), args) : 1.0F;
@@ -325,31 +339,19 @@ __device__ __forceinline__ void fetch_scales(const Shared& shared, int product) 
   }
 }
 
-/// This block has come here; what it wrote can be read by those who wait for all.
-__device__ __forceinline__ void arrive(uint32_t* counter) {
-  __syncthreads();
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
-  if (threadIdx.x == 0) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+/// Keeps blocks less than two layers apart, by thread 0 of each at the end of its phases: nothing
+/// is written where others may still read what the layer before the last left. Who is through with
+/// q, k and v has read all that it needs of the layer before.
+__device__ __forceinline__ void pace(const DecodeArgs& args, int layer, int part) {
+  if (part == 0 && layer > 0 && layer < args.sizes.layers) {
+    count_up(args.counter);
   }
-#else
-  (void)counter;
-#endif
-}
-
-/// All blocks have come.
-__device__ __forceinline__ void wait_for_grid(const uint32_t* counter, uint32_t goal) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
-  if (threadIdx.x == 0) {
-    uint32_t now;
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
-    } while (static_cast<int32_t>(now - goal) < 0);
+  if (part == 4 && layer > 0 && layer + 1 < args.sizes.layers) {
+    const uint32_t before = args.pass * static_cast<uint32_t>(args.sizes.layers - 1) * gridDim.x;
+    const uint32_t goal = before + static_cast<uint32_t>(layer) * gridDim.x;
+    while (static_cast<int32_t>(read_counter(args.counter) - goal) < 0) {
+    }
   }
-#else
-  (void)counter, (void)goal;
-#endif
-  __syncthreads();
 }
 
 template <int kTokens, int kStages>
@@ -373,7 +375,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     shared.first()[i] = (first[i] < end ? first[i] : end) - begin;
   }
   const MostParts most(sizes, kTokens);
-  clear_sums(shared);
+  if (threadIdx.x < kMostDecodeTokens * kMostPaths) {
+    shared.maxima()[threadIdx.x] = 0;
+  }
   if (const int token = threadIdx.x; token < kTokens) {
     shared.tokens()[token] = args.tokens[token];
     shared.positions()[token] = args.positions[token];
@@ -415,28 +419,19 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
       for (int index = from; index < to; ++index) {
         const Job& job = shared.jobs()[index];
-        if (index > from) {
-          __syncthreads();  // the last job's input has been read
-          clear_sums(shared);
-          __syncthreads();
-        }
         if (product == kOutput) {
-          read_values<kTokens>(job, shared, AttendedInput<kTokens>(args, shared));
+          read_values<kTokens>(job, shared, AttendedInput<kTokens>(args, shared, layer));
         } else if (product == kDown) {
-          read_values<kTokens>(job, shared, GatedInput<kTokens>(args));
+          read_values<kTokens>(job, shared, GatedInput<kTokens>(args, layer));
         } else {
-          read_values<kTokens>(job, shared,
-                               StreamInput<kTokens>(args, shared, phase == 0, product));
+          read_values<kTokens>(job, shared, StreamInput<kTokens>(args, shared, layer, product));
         }
-        multiply<kTokens, kStages>(args, product, index, shared);
+        multiply<kTokens, kStages>(args, layer, product, index, shared);
       }
     }
-    if (phase + 1 < args.phase_end) {
-      arrive(args.barrier);
-      // While others are on their way.
-      clear_sums(shared);
-      fetch_next(phase + 1);
-      wait_for_grid(args.barrier, args.barrier_start + (phase - args.phase_begin + 1) * gridDim.x);
+    fetch_next(phase + 1);
+    if (threadIdx.x == 0) {
+      pace(args, layer, part);
     }
     if (watched) {
       args.clocks[phase + 1] = clock64();

@@ -24,7 +24,8 @@ class Shared {
         first_(jobs_ + most_jobs * static_cast<int>(sizeof(Job))),
         input_(first_ + (products / 4 + 1) * 16) {}
 
-  /// Bits of floats, (tokens, kMostPaths); infinities and NaN are the largest.
+  /// Bits of floats, (tokens, kMostPaths); infinities and NaN are the largest. Zero when values are
+  /// read, as `totals` when they become bits.
   __device__ __forceinline__ uint32_t* maxima() const { return at<uint32_t>(0); }
   /// (tokens, kMostRuns)
   __device__ __forceinline__ float* squares() const { return at<float>(kSquares); }
@@ -109,31 +110,36 @@ __device__ __forceinline__ float block_squares(const Shared& shared, int token, 
   return sum;
 }
 
-/// The sum of `count` values that other blocks wrote; all are asked for before the first is used.
-__device__ __forceinline__ float sum_fresh(const float* at, int count, int64_t stride) {
-  constexpr int kAhead = 4;
-  float sum = 0;
-#pragma unroll 1
-  for (int first = 0; first < count; first += kAhead) {
-    float each[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      each[i] = read_fresh(at + (first + i) * stride, first + i < count);
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      sum += each[i];
-    }
-  }
-  return sum;
-}
+/// Where in the buffers what a layer's blocks hand each other lies, and its tag. Neighbouring
+/// layers use the two halves of each buffer in turn.
+struct Exchange {
+  int64_t place;  // floats from the first half
+  uint32_t tag;
 
-/// The sum of squares over all columns, from what the jobs of the product before wrote; `which`: 0
-/// of q, k, v, 1 of gate and up.
-__device__ __forceinline__ float grid_squares(const DecodeArgs& args, int which, int token) {
-  return sum_fresh(args.squares + which * kMostSplits * kMostDecodeTokens + token,
-                   args.splits[which == 0 ? kQkv : kGateUp], kMostDecodeTokens);
-}
+  __device__ __forceinline__ Exchange(const DecodeArgs& args, int layer) {
+    const uint32_t half = static_cast<uint32_t>(layer) & 1U;
+    const uint32_t uses = (static_cast<uint32_t>(args.sizes.layers) + 1 - half) / 2;  // of a pass
+    place = half != 0 ? args.half : 0;
+    tag = (args.pass * uses + (static_cast<uint32_t>(layer) >> 1) + 1) & 1U;
+  }
+};
+
+/// The factor of a norm, from the sums of squares that the leading jobs of a product hand over.
+struct GridRoot {
+  float part = 0;
+
+  /// `which`: 0 of q, k, v, 1 of gate and up. All lanes of a warp.
+  __device__ __forceinline__ void ask(const DecodeArgs& args, const Exchange& exchange, int which,
+                                      int token, Arrivals& arrivals) {
+    const float* const squares =
+        args.squares + exchange.place + which * kMostSplits * kMostDecodeTokens + token;
+    part = arrivals.read(squares + lane() % kMostSplits * kMostDecodeTokens,
+                         lane() < args.splits[which == 0 ? kQkv : kGateUp]);
+  }
+  __device__ __forceinline__ float value(const DecodeArgs& args) const {
+    return reciprocal_root(warp_sum(part), args);
+  }
+};
 
 /// Parts that the positions of a KV head may be cut into.
 struct MostParts {

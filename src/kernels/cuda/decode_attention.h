@@ -67,62 +67,123 @@ __device__ __forceinline__ void fetch_cache(const DecodeArgs& args, int layer, c
 }
 
 /// The queries of a KV head, turned and scaled, to `queries` (group, head_dim); where the unit has
-/// the last position, the new key and value as halves to `key` and `value`, and to the cache.
+/// the last position, the new key and value as halves to `key` and `value`, and to the cache. What
+/// the block had in shared memory is used until its threads wait here.
 template <int kTokens>
-__device__ __forceinline__ void turn(const DecodeArgs& args, const Unit& unit, float* queries,
-                                     uint16_t* key, uint16_t* value) {
+__device__ __forceinline__ void turn(const DecodeArgs& args, int layer, const Unit& unit,
+                                     float* queries, uint16_t* key, uint16_t* value) {
   const Sizes& sizes = args.sizes;
   const int d = sizes.head_dim, group = args.group;
   const int64_t width = args.widths[kQkv];
   const bool last = unit.end == unit.position + 1;
-  const float* const output = args.outputs[kQkv] + unit.token * width;
+  const Exchange from(args, layer);
+  const float* const output = args.outputs[kQkv] + from.place + unit.token * width;
   const float* const angles = args.cos_sin + int64_t{unit.position} * d;
-  const int pairs = (group + (last ? 2 : 0)) * d / 2;
+  const int pairs = (group + (last ? 2 : 0)) * d / 2, splits = args.splits[kQkv];
+  Arrivals arrivals(from.tag);
+  bool alone = false;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < pairs; i += kThreads) {
-    const int head = over_head_dim(args, 2 * i), at = 2 * i - head * d;
+  for (int first = 32 * warp(); first < pairs; first += kThreads) {
+    const bool active = first + lane() < pairs;
+    const int element = active ? 2 * (first + lane()) : 0;
+    const int head = over_head_dim(args, element), at = element - head * d;
     const int column = head < group
                            ? (unit.kv * group + head) * d + at
                            : (sizes.heads + (head - group) * sizes.kv_heads + unit.kv) * d + at;
     constexpr int kAhead = 4;
     const float cosine = angles[at], sine = angles[at + 1];
-    const int splits = args.splits[kQkv];
-    const float* const squares = args.squares + unit.token;
-    float a = 0, b = 0, all = 0;
+    float a = 0, b = 0;
+    GridRoot root;
 #pragma unroll 1
     for (int split = 0; split < splits; split += kAhead) {
-      float x[kAhead], y[kAhead], z[kAhead];
+      float2 x[kAhead];
+      do {
+        root.ask(args, from, 0, unit.token, arrivals);
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          x[j] =
+              arrivals.read_2(output + (split + j) * kTokens * width + column, split + j < splits);
+        }
+      } while (!arrivals.all());
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        const bool there = split + j < splits;
-        const float* const from = output + (split + j) * kTokens * width + column;
-        x[j] = read_fresh(from, there), y[j] = read_fresh(from + 1, there);
-        z[j] = read_fresh(squares + (split + j) * kMostDecodeTokens, there);
-      }
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        a += x[j], b += y[j], all += z[j];
+        a += x[j].x, b += x[j].y;
       }
     }
-    const float root = reciprocal_root(all, args);
-    a *= root, b *= root;
+    const float factor = root.value(args);
+    a *= factor, b *= factor;
+    if (!alone) {
+      __syncthreads();
+      alone = true;
+    }
     if (head <= group) {
       const float turned = a * cosine - b * sine;
       b = a * sine + b * cosine;
       a = turned;
     }
-    if (head < group) {
+    if (head < group && active) {
       const float scale = args.query_factor;
       queries[head * d + at] = a * scale, queries[head * d + at + 1] = b * scale;
-    } else {
+    } else if (active) {
       uint16_t* const own = head == group ? key : value;
       uint16_t* const cache =
           (head == group ? args.keys : args.values) + unit.cache + int64_t{unit.position} * d + at;
-      own[at] = cache[0] = float_to_half(a);
-      own[at + 1] = cache[1] = float_to_half(b);
+      own[at] = cache[0] = saturated_half(a);
+      own[at + 1] = cache[1] = saturated_half(b);
     }
   }
+  if (!alone) {
+    __syncthreads();
+  }
 }
+
+/// Keys and values of some positions: lanes that share a position have eight neighbours each.
+struct Batch {
+  static constexpr int kMost = 4;
+  uint4 keys[kMost], values[kMost];
+
+  /// Positions first, first + step, ..., `ahead` of them, but for those at or after `end`.
+  __device__ __forceinline__ void read(const uint16_t* k, const uint16_t* v, int head_dim,
+                                       int first, int step, int end, int ahead) {
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      const int p = first + i * step;
+      keys[i] = values[i] = make_uint4(0, 0, 0, 0);
+      if (i < ahead && p < end) {
+        keys[i] = *reinterpret_cast<const uint4*>(k + int64_t{p} * head_dim);
+        values[i] = *reinterpret_cast<const uint4*>(v + int64_t{p} * head_dim);
+      }
+    }
+  }
+};
+
+/// How the lanes of a block share out the positions of a unit.
+struct Sharing {
+  int width, each;                // lanes of a position; positions of a warp at once
+  int first, step;                // a lane's first position, and how far it is to the next
+  int at;                         // the lane's first element
+  bool active;                    // it has elements
+  const uint16_t *keys, *values;  // position 0, at `at`
+
+  __device__ __forceinline__ Sharing(const DecodeArgs& args, const Unit& unit) {
+    const int d = args.sizes.head_dim;
+    int shift = 0;
+    while (8 << shift < d) {
+      ++shift;
+    }
+    width = 1 << shift, each = 32 >> shift;
+    at = (lane() & (width - 1)) * 8;
+    active = at < d;
+    first = unit.begin + warp() * each + (lane() >> shift);
+    step = kWarps * each;
+    keys = args.keys + unit.cache + at, values = args.values + unit.cache + at;
+  }
+  /// Before which of the unit's positions a lane reads the cache: the last one is not yet there.
+  __device__ __forceinline__ int cached(const Unit& unit) const {
+    const int end = unit.end < unit.position ? unit.end : unit.position;
+    return active ? end : 0;
+  }
+};
 
 /// A warp's softmax of up to kHeads query heads over its positions: of each head the largest score,
 /// the sum of exponentials and, in each lane, eight neighbours of the weighted sum of values.
@@ -131,15 +192,16 @@ struct Softmax {
   float most[kHeads], sum[kHeads], values[kHeads][8];
 };
 
+/// `batch`: the first positions, already read.
 template <int kHeads, int kAhead>
 __device__ __forceinline__ void attend_positions(const DecodeArgs& args, const Unit& unit,
-                                                 int shift, const float* queries, int heads,
-                                                 const uint16_t* key, const uint16_t* value,
+                                                 const Sharing& sharing, const float* queries,
+                                                 int heads, const uint16_t* key,
+                                                 const uint16_t* value, Batch& batch,
                                                  Softmax<kHeads>& softmax) {
-  const int d = args.sizes.head_dim;
-  const int width = 1 << shift, each = 32 >> shift;  // lanes of a position; positions at once
-  const int sub = lane() >> shift, at = (lane() & (width - 1)) * 8;
-  const bool active = at < d;
+  static_assert(kAhead <= Batch::kMost);
+  const int d = args.sizes.head_dim, width = sharing.width, at = sharing.at;
+  const bool active = sharing.active;
   float query[kHeads][8];
 #pragma unroll
   for (int head = 0; head < kHeads; ++head) {
@@ -151,17 +213,20 @@ __device__ __forceinline__ void attend_positions(const DecodeArgs& args, const U
     }
   }
 #pragma unroll 1
-  for (int base = unit.begin + warp() * each; base < unit.end; base += kWarps * each * kAhead) {
-    uint4 keys[kAhead], values[kAhead];
+  for (int base = unit.begin + warp() * sharing.each; base < unit.end;
+       base += sharing.step * kAhead) {
+    const int first = base + lane() / width;
+    if (base != unit.begin + warp() * sharing.each) {
+      batch.read(sharing.keys, sharing.values, d, first, sharing.step, sharing.cached(unit),
+                 kAhead);
+    }
+    uint4(&keys)[Batch::kMost] = batch.keys;
+    uint4(&values)[Batch::kMost] = batch.values;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int p = base + sub + i * kWarps * each;
-      keys[i] = values[i] = make_uint4(0, 0, 0, 0);
-      if (p < unit.end && active) {
-        const int64_t place = unit.cache + int64_t{p} * d + at;
-        const bool fresh = p == unit.position;
-        keys[i] = *reinterpret_cast<const uint4*>(fresh ? key + at : args.keys + place);
-        values[i] = *reinterpret_cast<const uint4*>(fresh ? value + at : args.values + place);
+      if (first + i * sharing.step == unit.position && active) {
+        keys[i] = *reinterpret_cast<const uint4*>(key + at);
+        values[i] = *reinterpret_cast<const uint4*>(value + at);
       }
     }
     float scores[kHeads][kAhead];
@@ -194,7 +259,7 @@ __device__ __forceinline__ void attend_positions(const DecodeArgs& args, const U
       float most = softmax.most[head];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        if (base + sub + i * kWarps * each >= unit.end) {
+        if (first + i * sharing.step >= unit.end) {
           scores[head][i] = -INFINITY;
         }
         most = fmaxf(most, scores[head][i]);
@@ -250,19 +315,20 @@ __device__ __forceinline__ void attend_positions(const DecodeArgs& args, const U
 /// What a warp makes of its positions for query heads [first, first + heads) of the unit's group:
 /// sums (group, warps, d) and states (group, warps, 2).
 template <int kHeads, int kAhead>
-__device__ __forceinline__ void attend_heads(const DecodeArgs& args, const Unit& unit, int shift,
-                                             int first, int heads, const float* queries,
-                                             const uint16_t* key, const uint16_t* value,
-                                             float* sums, float* states) {
+__device__ __forceinline__ void attend_heads(const DecodeArgs& args, const Unit& unit,
+                                             const Sharing& sharing, int first, int heads,
+                                             const float* queries, const uint16_t* key,
+                                             const uint16_t* value, Batch& batch, float* sums,
+                                             float* states) {
   const int d = args.sizes.head_dim, at = lane() * 8;  // of the first group of lanes
   Softmax<kHeads> softmax;
-  attend_positions<kHeads, kAhead>(args, unit, shift, queries + first * d, heads, key, value,
-                                   softmax);
+  attend_positions<kHeads, kAhead>(args, unit, sharing, queries + first * d, heads, key, value,
+                                   batch, softmax);
 #pragma unroll
   for (int head = 0; head < kHeads; ++head) {
     if (head < heads) {
       const int row = (first + head) * kWarps + warp();
-      if (at < d && lane() >> shift == 0) {
+      if (at < d && lane() < sharing.width) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           sums[row * d + at + j] = softmax.values[head][j];
@@ -275,15 +341,25 @@ __device__ __forceinline__ void attend_heads(const DecodeArgs& args, const Unit&
   }
 }
 
+/// A unit without positions: nobody will read what it gives, but the place must be used in turn.
+__device__ __forceinline__ void pass_by(const DecodeArgs& args, const Exchange& to, int64_t place) {
+  const int d = args.sizes.head_dim;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < args.group * (d + 2); i += kThreads) {
+    const int head = i / (d + 2), at = i - head * (d + 2);
+    const int64_t own = place + int64_t{head} * kMostParts;
+    write_tagged(at < d ? args.attended + to.place + own * d + at
+                        : args.softmax + to.place + 2 * own + at - d,
+                 0.0F, to.tag);
+  }
+}
+
 template <int kTokens>
 __device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const Shared& shared,
                                        MostParts most) {
   const Sizes& sizes = args.sizes;
   const int d = sizes.head_dim, group = args.group;
-  int shift = 0;  // 2^shift lanes share a position
-  while (8 << shift < d) {
-    ++shift;
-  }
+  const Exchange to(args, layer);
   float* const queries = shared.input();                               // (group, d)
   auto* const key = reinterpret_cast<uint16_t*>(queries + group * d);  // (d)
   auto* const value = key + 2 * d;
@@ -292,19 +368,33 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const 
 #pragma unroll 1
   for (int index = blockIdx.x; index < Unit::count<kTokens>(sizes, most); index += gridDim.x) {
     const Unit unit = Unit::at<kTokens>(args, layer, shared, most, index);
+    // Of the unit's first query head.
+    const int64_t place =
+        (int64_t{unit.token} * sizes.heads + unit.kv * group) * kMostParts + unit.part;
     if (unit.begin == unit.end) {
+      pass_by(args, to, place);
       continue;
     }
-    __syncthreads();
-    turn<kTokens>(args, unit, queries, key, value);
+    const Sharing sharing(args, unit);
+    Batch batch;
+    const int ahead = group == 1 ? 4 : 2;
+    const auto read_first = [&] {
+      batch.read(sharing.keys, sharing.values, d, sharing.first, sharing.step, sharing.cached(unit),
+                 ahead);
+    };
+    read_first();
+    turn<kTokens>(args, layer, unit, queries, key, value);
     __syncthreads();
     if (group == 1) {
-      attend_heads<1, 4>(args, unit, shift, 0, 1, queries, key, value, sums, states);
+      attend_heads<1, 4>(args, unit, sharing, 0, 1, queries, key, value, batch, sums, states);
     } else {
 #pragma unroll 1
       for (int first = 0; first < group; first += 2) {
-        attend_heads<2, 2>(args, unit, shift, first, group - first, queries, key, value, sums,
-                           states);
+        if (first > 0) {
+          read_first();
+        }
+        attend_heads<2, 2>(args, unit, sharing, first, group - first, queries, key, value, batch,
+                           sums, states);
       }
     }
     __syncthreads();
@@ -312,22 +402,22 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const 
     for (int i = threadIdx.x; i < group * d; i += kThreads) {
       const int head = over_head_dim(args, i), at = i - head * d;
       const float* const state = states + head * kWarps * 2;
-      float most = -INFINITY, sum = 0, out = 0;
+      float greatest = -INFINITY, sum = 0, out = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        most = fmaxf(most, state[2 * w]);
+        greatest = fmaxf(greatest, state[2 * w]);
       }
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const float weight = exp2f(state[2 * w] - most);
+        const float weight = exp2f(state[2 * w] - greatest);
         sum += weight * state[2 * w + 1];
         out += weight * sums[(head * kWarps + w) * d + at];
       }
-      const int64_t to =
-          (int64_t{unit.token} * sizes.heads + unit.kv * group + head) * kMostParts + unit.part;
-      args.attended[to * d + at] = out;
+      const int64_t own = place + int64_t{head} * kMostParts;
+      write_tagged(args.attended + to.place + own * d + at, out, to.tag);
       if (at == 0) {
-        args.softmax[2 * to] = most, args.softmax[2 * to + 1] = sum;
+        write_tagged(args.softmax + to.place + 2 * own, greatest, to.tag);
+        write_tagged(args.softmax + to.place + 2 * own + 1, sum, to.tag);
       }
     }
   }

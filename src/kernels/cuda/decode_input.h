@@ -1,5 +1,6 @@
 // What the products of a token read: made by every block for the columns of its job, from what the
-// phase before left in device memory.
+// phase before left in device memory. An input's ask() begins the reads, and is repeated until all
+// has come; value() uses what was read.
 #pragma once
 
 #include "kernels/cuda/decode.h"
@@ -22,13 +23,15 @@ template <int kAhead>
 struct Splits {
   float4 each[kAhead];
 
-  __device__ __forceinline__ void ask(const float* at, int splits, int64_t stride) {
+  __device__ __forceinline__ void ask(const float* at, int splits, int64_t stride,
+                                      Arrivals& arrivals) {
 #pragma unroll
     for (int split = 0; split < kAhead; ++split) {
-      each[split] = read_fresh_4(at + split * stride, split < splits);
+      each[split] = arrivals.read_4(at + split * stride, split < splits);
     }
   }
-  __device__ __forceinline__ float4 sum(const float* at, int splits, int64_t stride) {
+  __device__ __forceinline__ float4 sum(const float* at, int splits, int64_t stride,
+                                        Arrivals& arrivals) {
     float4 out = each[0];
 #pragma unroll
     for (int split = 1; split < kAhead; ++split) {
@@ -36,7 +39,9 @@ struct Splits {
     }
 #pragma unroll 1
     for (int split = kAhead; split < splits; split += kAhead) {
-      ask(at + split * stride, splits - split, stride);
+      do {
+        ask(at + split * stride, splits - split, stride, arrivals);
+      } while (!arrivals.all());
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         add_4(out, each[i]);
@@ -56,42 +61,51 @@ struct StreamInput {
   const float* added;   // (splits, tokens, d_model)
   float* next;          // where a leading job keeps the stream; null: nobody reads it again
   int splits;           // of `added`
+  uint32_t tag, next_tag;
   static constexpr bool kNormed = true;
 
-  __device__ __forceinline__ StreamInput(const DecodeArgs& a, const Shared& s, bool embedding,
+  __device__ __forceinline__ StreamInput(const DecodeArgs& a, const Shared& s, int layer,
                                          Product product)
       : args(a), shared(s) {
-    const bool second = product == kGateUp;
-    stream = embedding ? nullptr : args.stream[second ? 1 : 0];
-    added = args.outputs[second ? kOutput : kDown];
+    const bool second = product == kGateUp, embedding = !second && layer == 0;
+    const Exchange from(args, second ? layer : layer - 1), to(args, layer);
+    stream = embedding ? nullptr : args.stream[second ? 1 : 0] + from.place;
+    added = args.outputs[second ? kOutput : kDown] + from.place;
     splits = embedding ? 0 : args.splits[second ? kOutput : kDown];
-    next = product == kHead ? nullptr : args.stream[second ? 0 : 1];
+    next = product == kHead ? nullptr : args.stream[second ? 0 : 1] + to.place;
+    tag = from.tag, next_tag = to.tag;
   }
 
   struct Asked {
     float4 stream, norm;
     Splits<8> added;
   };
-  __device__ __forceinline__ void ask(const Job& job, int token, int column, Asked& asked) const {
+  __device__ __forceinline__ void ask(const Job& job, int token, int column, Asked& asked,
+                                      Arrivals& arrivals) const {
     const int64_t width = args.sizes.d_model, at = token * width + column;
     asked.stream = stream != nullptr
-                       ? read_fresh_4(stream + at)
+                       ? arrivals.read_4(stream + at)
                        : four_halves(*reinterpret_cast<const uint2*>(
                              args.embedding + shared.tokens()[token] * width + column));
-    asked.added.ask(added + at, splits, kTokens * width);
+    asked.added.ask(added + at, splits, kTokens * width, arrivals);
     asked.norm = *reinterpret_cast<const float4*>(job.norm + column);
   }
-  __device__ __forceinline__ float4 value(const Job& job, int token, int column, Asked& asked,
-                                          float& sum) const {
+  __device__ __forceinline__ float4 value(const Job& job, int token, int column, bool inside,
+                                          Asked& asked, Arrivals& arrivals) const {
     const int64_t width = args.sizes.d_model, at = token * width + column;
     float4 x = asked.stream;
-    add_4(x, asked.added.sum(added + at, splits, kTokens * width));
-    sum += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
-    if (job.leads != 0 && next != nullptr) {
-      *reinterpret_cast<float4*>(next + at) = x;
+    add_4(x, asked.added.sum(added + at, splits, kTokens * width, arrivals));
+    asked.stream = x;
+    if (inside && job.leads != 0 && next != nullptr) {
+      write_tagged_4(next + at, x, next_tag);
     }
     const float4& n = asked.norm;
     return make_float4(x.x * n.x, x.y * n.y, x.z * n.z, x.w * n.w);
+  }
+  /// Of the values' squares, before the norm's weights.
+  static __device__ __forceinline__ float squares(const Asked& asked) {
+    const float4& x = asked.stream;
+    return x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
   }
 };
 
@@ -100,10 +114,12 @@ template <int kTokens>
 struct AttendedInput {
   const DecodeArgs& args;
   const Shared& shared;
+  const Exchange from;
+  const uint32_t tag;
   static constexpr bool kNormed = false;
 
-  __device__ __forceinline__ AttendedInput(const DecodeArgs& a, const Shared& s)
-      : args(a), shared(s) {}
+  __device__ __forceinline__ AttendedInput(const DecodeArgs& a, const Shared& s, int layer)
+      : args(a), shared(s), from(a, layer), tag(from.tag) {}
 
   static constexpr int kAhead = 8;
   struct Asked {
@@ -112,27 +128,30 @@ struct AttendedInput {
     const float *softmax, *attended;
     int count;
 
-    __device__ __forceinline__ void ask(int first, int head_dim) {
+    __device__ __forceinline__ void ask(int first, int head_dim, Arrivals& arrivals) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const bool there = first + i < count;
-        most[i] = read_fresh(softmax + 2 * (first + i), there);
+        most[i] = arrivals.read(softmax + 2 * (first + i), there);
         most[i] = there ? most[i] : -INFINITY;
-        sum[i] = read_fresh(softmax + 2 * (first + i) + 1, there);
-        values[i] = read_fresh_4(attended + (first + i) * head_dim, there);
+        sum[i] = arrivals.read(softmax + 2 * (first + i) + 1, there);
+        values[i] = arrivals.read_4(attended + (first + i) * head_dim, there);
       }
     }
   };
-  __device__ __forceinline__ void ask(const Job&, int token, int column, Asked& asked) const {
+  __device__ __forceinline__ void ask(const Job&, int token, int column, Asked& asked,
+                                      Arrivals& arrivals) const {
     const Sizes& sizes = args.sizes;
     const int head = over_head_dim(args, column);
     const int64_t place = (int64_t{token} * sizes.heads + head) * kMostParts;
-    asked.softmax = args.softmax + place * 2;
-    asked.attended = args.attended + place * sizes.head_dim + column - head * sizes.head_dim;
+    asked.softmax = args.softmax + from.place + place * 2;
+    asked.attended =
+        args.attended + from.place + place * sizes.head_dim + column - head * sizes.head_dim;
     asked.count = shared.parts()[token];
-    asked.ask(0, sizes.head_dim);
+    asked.ask(0, sizes.head_dim, arrivals);
   }
-  __device__ __forceinline__ float4 value(const Job&, int, int, Asked& asked, float&) const {
+  __device__ __forceinline__ float4 value(const Job&, int, int, bool, Asked& asked,
+                                          Arrivals& arrivals) const {
     float most = -INFINITY, sum = 0;
     float4 out = make_float4(0, 0, 0, 0);
 #pragma unroll 1
@@ -156,7 +175,9 @@ struct AttendedInput {
       if (first >= asked.count) {
         break;
       }
-      asked.ask(first, args.sizes.head_dim);
+      do {
+        asked.ask(first, args.sizes.head_dim, arrivals);
+      } while (!arrivals.all());
     }
     const float scale = __fdividef(1.0F, sum);
     return make_float4(scale * out.x, scale * out.y, scale * out.z, scale * out.w);
@@ -167,26 +188,33 @@ struct AttendedInput {
 template <int kTokens>
 struct GatedInput {
   const DecodeArgs& args;
+  const Exchange from;
+  const uint32_t tag;
   static constexpr bool kNormed = false;
 
-  __device__ __forceinline__ explicit GatedInput(const DecodeArgs& a) : args(a) {}
+  __device__ __forceinline__ GatedInput(const DecodeArgs& a, int layer)
+      : args(a), from(a, layer), tag(from.tag) {}
 
   struct Asked {
     Splits<4> gate, up;
+    GridRoot root;
   };
-  __device__ __forceinline__ void ask(const Job&, int token, int column, Asked& asked) const {
+  __device__ __forceinline__ void ask(const Job&, int token, int column, Asked& asked,
+                                      Arrivals& arrivals) const {
     const int64_t width = args.widths[kGateUp];
-    const float* const at = args.outputs[kGateUp] + token * width + column;
-    asked.gate.ask(at, args.splits[kGateUp], kTokens * width);
-    asked.up.ask(at + args.sizes.d_ff, args.splits[kGateUp], kTokens * width);
+    const float* const at = args.outputs[kGateUp] + from.place + token * width + column;
+    asked.root.ask(args, from, 1, token, arrivals);
+    asked.gate.ask(at, args.splits[kGateUp], kTokens * width, arrivals);
+    asked.up.ask(at + args.sizes.d_ff, args.splits[kGateUp], kTokens * width, arrivals);
   }
-  __device__ __forceinline__ float4 value(const Job&, int token, int column, Asked& asked,
-                                          float&) const {
+  __device__ __forceinline__ float4 value(const Job&, int token, int column, bool, Asked& asked,
+                                          Arrivals& arrivals) const {
     const int64_t width = args.widths[kGateUp];
-    const float* const at = args.outputs[kGateUp] + token * width + column;
-    const float root = reciprocal_root(grid_squares(args, 1, token), args);
-    const float4 gate = asked.gate.sum(at, args.splits[kGateUp], kTokens * width);
-    const float4 up = asked.up.sum(at + args.sizes.d_ff, args.splits[kGateUp], kTokens * width);
+    const float* const at = args.outputs[kGateUp] + from.place + token * width + column;
+    const float root = asked.root.value(args);
+    const float4 gate = asked.gate.sum(at, args.splits[kGateUp], kTokens * width, arrivals);
+    const float4 up =
+        asked.up.sum(at + args.sizes.d_ff, args.splits[kGateUp], kTokens * width, arrivals);
     const auto one = [&](float g, float u) {
       g *= root;
       return __fdividef(g, 1.0F + exp2f(-1.44269504F * g)) * (u * root);
@@ -275,83 +303,82 @@ __device__ __forceinline__ void make_halves(const Job& job, const Shared& shared
   }
 }
 
-/// Before read_values(), and a barrier between them.
-__device__ __forceinline__ void clear_sums(const Shared& shared) {
-  if (threadIdx.x < kMostDecodeTokens * kMostPaths) {
-    shared.maxima()[threadIdx.x] = 0;
-    shared.totals()[threadIdx.x] = 0;
-  }
-}
-
 /// The values of a job's columns to shared memory, with the largest of each path and, of the
-/// stream, sums of squares. A warp takes 128 columns of a token at a time.
+/// stream, sums of squares. A warp takes 128 columns of a token at a time. The block's threads must
+/// have left nothing but what they use of shared memory; they do when they wait here.
 template <int kTokens, typename Input>
 __device__ __forceinline__ void read_values(const Job& job, const Shared& shared,
                                             const Input& input) {
   const bool packed = job.format == static_cast<int>(Format::kResidualBinary);
   const int columns = (job.column_end - job.column_begin) * kTileColumns;
   const int first = job.column_begin * kTileColumns, runs = columns / kRun;
+  Arrivals arrivals(input.tag);
+  bool alone = false;  // nobody uses what the phase before left in shared memory
+  const auto wait_for_block = [&] {
+    if (!alone) {
+      __syncthreads();
+      if (threadIdx.x < kMostDecodeTokens * kMostPaths) {
+        shared.totals()[threadIdx.x] = 0;
+      }
+      alone = true;
+    }
+  };
 #pragma unroll 1
   for (int item = warp(); item < kTokens * runs; item += kWarps) {
     int run = item;
-    const int token = token_of<kTokens>(run, runs), column = first + run * kRun + lane() * 4;
-    float4 scaled[kMostPaths] = {};
-    float squares = 0;
-    uint32_t most[kMostPaths] = {};
-    if (column < job.d_in) {
-      typename Input::Asked asked;
-      input.ask(job, token, column, asked);
-      uint2 halves[kMostPaths];
+    const int token = token_of<kTokens>(run, runs), at = first + run * kRun + lane() * 4;
+    const bool inside = at < job.d_in;
+    const int column = inside ? at : job.d_in - 4;
+    uint2 halves[kMostPaths];
 #pragma unroll
-      for (int path = 0; path < kMostPaths; ++path) {
-        halves[path].x = halves[path].y = 0x3C003C00U;  // ones
-        if (packed && path < job.paths) {
-          halves[path] =
-              *reinterpret_cast<const uint2*>(job.col_scale + path * int64_t{job.d_in} + column);
-        }
-      }
-      const float4 x = input.value(job, token, column, asked, squares);
-#pragma unroll
-      for (int path = 0; path < kMostPaths; ++path) {
-        const float4 scale = four_halves(halves[path]);
-        scaled[path] = make_float4(x.x * scale.x, x.y * scale.y, x.z * scale.z, x.w * scale.w);
+    for (int path = 0; path < kMostPaths; ++path) {
+      halves[path].x = halves[path].y = 0x3C003C00U;  // ones
+      if (packed && path < job.paths) {
+        halves[path] =
+            *reinterpret_cast<const uint2*>(job.col_scale + path * int64_t{job.d_in} + column);
       }
     }
+    typename Input::Asked asked;
+    do {
+      input.ask(job, token, column, asked, arrivals);
+    } while (!arrivals.all());
+    wait_for_block();
+    const float4 x = input.value(job, token, column, inside, asked, arrivals);
 #pragma unroll
     for (int path = 0; path < kMostPaths; ++path) {
       if (path < job.paths) {
-        const float4& y = scaled[path];
-        *reinterpret_cast<float4*>(shared.input() + (token * job.paths + path) * columns + column -
+        const float4 scale = four_halves(halves[path]);
+        const float4 y =
+            inside ? make_float4(x.x * scale.x, x.y * scale.y, x.z * scale.z, x.w * scale.w)
+                   : make_float4(0, 0, 0, 0);
+        *reinterpret_cast<float4*>(shared.input() + (token * job.paths + path) * columns + at -
                                    first) = y;
+        uint32_t most = 0;
         const auto grow = [&](float value) {
           const uint32_t bits = float_to_bits(value) & 0x7FFFFFFFU;
-          most[path] = bits > most[path] ? bits : most[path];
+          most = bits > most ? bits : most;
         };
         grow(y.x), grow(y.y), grow(y.z), grow(y.w);
-      }
-    }
-#pragma unroll
-    for (int path = 0; path < kMostPaths; ++path) {
-      if (path < job.paths) {
-        const uint32_t all = warp_max(most[path]);
+        const uint32_t all = warp_max(most);
         if (lane() == 0) {
           atomicMax(shared.maxima() + token * kMostPaths + path, all);
         }
       }
     }
-    if (Input::kNormed) {
-      squares = warp_sum(squares);
+    if constexpr (Input::kNormed) {
+      const float squares = warp_sum(inside ? Input::squares(asked) : 0.0F);
       if (lane() == 0) {
         shared.squares()[token * kMostRuns + run] = squares;
       }
     }
   }
+  wait_for_block();
   __syncthreads();
 }
 
 /// What the tensor cores take of them.
 template <int kTokens>
-__device__ __forceinline__ void make_operand(const DecodeArgs& args, Product product,
+__device__ __forceinline__ void make_operand(const DecodeArgs& args, int layer, Product product,
                                              const Job& job, const Shared& shared) {
   if (job.format == static_cast<int>(Format::kResidualBinary)) {
     make_bits<kTokens>(job, shared);
@@ -360,10 +387,16 @@ __device__ __forceinline__ void make_operand(const DecodeArgs& args, Product pro
   }
   if ((product == kQkv || product == kGateUp) && job.leads != 0 && threadIdx.x < kTokens) {
     const int token = static_cast<int>(threadIdx.x), which = product == kQkv ? 0 : 1;
-    args.squares[(which * kMostSplits + job.split) * kMostDecodeTokens + token] =
-        block_squares(shared, token, (job.column_end - job.column_begin) * kTileColumns / kRun);
+    const Exchange to(args, layer);
+    write_tagged(
+        args.squares + to.place + (which * kMostSplits + job.split) * kMostDecodeTokens + token,
+        block_squares(shared, token, (job.column_end - job.column_begin) * kTileColumns / kRun),
+        to.tag);
   }
   __syncthreads();
+  if (threadIdx.x < kMostDecodeTokens * kMostPaths) {
+    shared.maxima()[threadIdx.x] = 0;
+  }
 }
 
 }  // namespace rabit::gpu

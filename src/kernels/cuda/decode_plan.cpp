@@ -251,7 +251,9 @@ int64_t bind_decode(const Sizes& sizes, const DecodePlan& plan, float* work, Dec
   }
   args.attended = take(tokens * sizes.heads * kMostParts * sizes.head_dim);
   args.softmax = take(tokens * sizes.heads * kMostParts * 2);
-  return used;
+  args.half = used;
+  args.counter = work == nullptr ? nullptr : reinterpret_cast<uint32_t*>(work + 2 * used);
+  return 2 * used + 1;
 }
 
 }  // namespace rabit::gpu

@@ -160,6 +160,10 @@ Status Queue::download(HostMemory& to, const void* from, uint64_t bytes) const {
       "copied from");
 }
 
+Status Queue::clear(void* at, uint64_t bytes) const {
+  return checked(cudaMemsetAsync(at, 0, bytes, state_->stream), "cleared memory of");
+}
+
 Status Queue::wait() const { return checked(cudaStreamSynchronize(state_->stream), "at its work"); }
 
 Status Queue::multiply(const Product& p) const {

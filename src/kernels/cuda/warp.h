@@ -125,34 +125,114 @@ __device__ __forceinline__ void fetch_ahead(const void* at, int bytes, int lane)
 #endif
 }
 
-/// What other blocks wrote in this launch: not from the first-level cache. 0 unless `wanted`, and
-/// without a branch, so that several are under way at once.
-__device__ __forceinline__ float read_fresh(const float* at, bool wanted = true) {
-  float x = 0;
+/// Floats that blocks hand each other in one launch, each by itself and in its own time: the lowest
+/// bit of a float says whether it is of this use of its place or still of the one before, so that
+/// no block waits for more than it reads, and nothing is read twice but what had not come.
+class Arrivals {
+ public:
+  /// `tag`: the lowest bit of what is waited for, 0 or 1.
+  __device__ __forceinline__ explicit Arrivals(uint32_t tag) : tag_(tag) {}
+
+  /// 0, and here, where not `wanted`; without a branch, so that several are under way at once.
+  __device__ __forceinline__ float read(const float* at, bool wanted = true) {
+    uint32_t x = tag_;
 #ifdef __CUDA_ARCH__
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.cg.f32 %0, [%1]; }"
-               : "+f"(x)
-               : "l"(at), "r"(static_cast<int>(wanted)));
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.relaxed.gpu.global.b32 %0, [%1]; }"
+                 : "+r"(x)
+                 : "l"(at), "r"(static_cast<int>(wanted))
+                 : "memory");
 #else
-  if (wanted) {
-    x = *at;
-  }
+    if (wanted) {
+      x = float_to_bits(*at);
+    }
 #endif
-  return x;
+    differs_ |= x ^ tag_;
+    return value(x);
+  }
+  __device__ __forceinline__ float2 read_2(const float* at, bool wanted = true) {
+    uint2 x;
+    x.x = x.y = tag_;
+#ifdef __CUDA_ARCH__
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2]; }"
+        : "+r"(x.x), "+r"(x.y)
+        : "l"(at), "r"(static_cast<int>(wanted))
+        : "memory");
+#else
+    if (wanted) {
+      std::memcpy(&x, at, sizeof x);
+    }
+#endif
+    differs_ |= (x.x ^ tag_) | (x.y ^ tag_);
+    return make_float2(value(x.x), value(x.y));
+  }
+  __device__ __forceinline__ float4 read_4(const float* at, bool wanted = true) {
+    uint4 x = make_uint4(tag_, tag_, tag_, tag_);
+#ifdef __CUDA_ARCH__
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %5, 0; "
+        "@p ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+        : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
+        : "l"(at), "r"(static_cast<int>(wanted))
+        : "memory");
+#else
+    if (wanted) {
+      std::memcpy(&x, at, sizeof x);
+    }
+#endif
+    differs_ |= (x.x ^ tag_) | (x.y ^ tag_) | (x.z ^ tag_) | (x.w ^ tag_);
+    return make_float4(value(x.x), value(x.y), value(x.z), value(x.w));
+  }
+  /// Whether all that the warp's lanes have read since the last call had come; by all lanes.
+  __device__ __forceinline__ bool all() {
+    const bool own = (differs_ & 1U) == 0;
+    differs_ = 0;
+    return __all_sync(kAllLanes, own) != 0;
+  }
+
+ private:
+  /// Without the tag, so that the same work gives the same bits.
+  static __device__ __forceinline__ float value(uint32_t x) { return bits_to_float(x & ~1U); }
+
+  uint32_t tag_, differs_ = 0;
+};
+
+__device__ __forceinline__ void write_tagged(float* at, float value, uint32_t tag) {
+  const uint32_t bits = (float_to_bits(value) & ~1U) | tag;
+#ifdef __CUDA_ARCH__
+  asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(at), "r"(bits) : "memory");
+#else
+  *at = bits_to_float(bits);
+#endif
 }
-__device__ __forceinline__ float4 read_fresh_4(const float* at, bool wanted = true) {
-  float4 x = make_float4(0, 0, 0, 0);
+__device__ __forceinline__ void write_tagged_4(float* at, const float4& value, uint32_t tag) {
+  const auto tagged = [&](float x) { return (float_to_bits(x) & ~1U) | tag; };
+  const uint4 bits = make_uint4(tagged(value.x), tagged(value.y), tagged(value.z), tagged(value.w));
 #ifdef __CUDA_ARCH__
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4]; }"
-      : "+f"(x.x), "+f"(x.y), "+f"(x.z), "+f"(x.w)
-      : "l"(at), "r"(static_cast<int>(wanted)));
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(bits.x),
+               "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
 #else
-  if (wanted) {
-    x = *reinterpret_cast<const float4*>(at);
-  }
+  std::memcpy(at, &bits, sizeof bits);
 #endif
-  return x;
+}
+
+/// A counter of the grid, which orders nothing but itself.
+__device__ __forceinline__ void count_up(uint32_t* counter) {
+#ifdef __CUDA_ARCH__
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+#else
+  ++*counter;
+#endif
+}
+__device__ __forceinline__ uint32_t read_counter(const uint32_t* counter) {
+  uint32_t now;
+#ifdef __CUDA_ARCH__
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+#else
+  now = *counter;
+#endif
+  return now;
 }
 
 }  // namespace rabit::gpu
