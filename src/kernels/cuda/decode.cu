@@ -22,32 +22,33 @@ namespace {
 template <int kStages>
 class Weights {
  public:
+  /// Stages of what comes after a job that are asked for before it ends. More would stand before
+  /// what other blocks write in the queues of memory.
+  static constexpr int kEarly = kStages / 2;
+
   __device__ __forceinline__ Weights(const Shared& shared, int count)
       : jobs_(shared.jobs()),
         end_(count),
         ring_(shared.ring() + warp() * kStages * 64 + lane()),
         kept_(shared.kept() + warp() * kKept) {}
 
-  /// Asks for as much as the ring holds.
+  /// Leaves all for go_on() to ask for.
   __device__ __forceinline__ void start() {
     job_ = 0, row_ = 0, slot_ = 0;
     if (job_ < end_) {
       row_ = jobs_[job_].row_begin + first_row(job_);
     }
     seek();
-#pragma unroll 1
-    for (int i = 0; i < kStages; ++i) {
-      ask();
-    }
+    later_ = kStages;
   }
   __device__ __forceinline__ void keep() const {
     if (lane() == 0) {
-      kept_[0] = job_, kept_[1] = row_, kept_[2] = left_, kept_[3] = slot_;
+      kept_[0] = job_, kept_[1] = row_, kept_[2] = left_, kept_[3] = slot_, kept_[4] = later_;
     }
     __syncwarp();
   }
   __device__ __forceinline__ void go_on() {
-    job_ = kept_[0], row_ = kept_[1], slot_ = kept_[3];
+    job_ = kept_[0], row_ = kept_[1], slot_ = kept_[3], later_ = kept_[4];
     const int left = kept_[2];
     if (job_ < end_) {
       begin_row();
@@ -55,6 +56,11 @@ class Weights {
       left_ = left;
     }
     __syncwarp();
+    slot_ = (slot_ - later_) & (kStages - 1);
+#pragma unroll 1
+    for (; later_ > 0; --later_) {
+      ask();
+    }
   }
 
   /// The rows of a job that the first warp takes before others change from job to job.
@@ -70,6 +76,16 @@ class Weights {
   /// This lane's 16 bytes of piece `which` of the stage that is `ahead` of the next.
   __device__ __forceinline__ uint4 piece(int ahead, int which) const {
     return ring_[((slot_ + ahead) & (kStages - 1)) * 64 + which * 32];
+  }
+  /// As ask(), but of what comes after this job only kEarly stages; more wait for go_on().
+  __device__ __forceinline__ void ask_soon(int job) {
+    if (later_ > 0 || (job_ > job && ++early_ > kEarly)) {
+      ++later_;
+      end_copies();  // await() counts
+      slot_ = (slot_ + 1) & (kStages - 1);
+    } else {
+      ask();
+    }
   }
   /// The next stage has been used: its place is for what comes after all that was asked for.
   __device__ __forceinline__ void ask() {
@@ -119,7 +135,8 @@ class Weights {
   }
 
   const Job* jobs_;
-  int job_ = 0, end_, row_ = 0, left_ = 0, second_ = 0, step_ = 0, slot_ = 0;
+  int job_ = 0, end_, row_ = 0, left_ = 0, second_ = 0, step_ = 0, slot_ = 0, later_ = 0;
+  int early_ = 0;
   bool odd_ = false;
   const char* at_ = nullptr;
   uint4* ring_;
@@ -201,7 +218,7 @@ __device__ __forceinline__ void packed_rows(const Job& job, int index, const Sha
 #pragma unroll
       for (int i = 0; i < kUsed; ++i) {
         if (i < used) {
-          weights.ask();
+          weights.ask_soon(index);
         }
       }
       input += kTiles * kPaths * 32;
@@ -286,9 +303,9 @@ __device__ __forceinline__ void multiply(const DecodeArgs& args, int layer, Prod
   if (job.format == static_cast<int>(Format::kResidualBinary)) {
     scales.ask(job, job.row_begin + Weights<kStages>::first_row(index));
   }
-  make_operand<kTokens>(args, layer, product, job, shared);
   Weights<kStages> weights(shared, shared.first()[args.products]);
   weights.go_on();
+  make_operand<kTokens>(args, layer, product, job, shared);
   Output<kTokens> output;
   const bool head = product == kHead;
   const int runs = (job.column_end - job.column_begin) * kTileColumns / kRun;
@@ -317,42 +334,59 @@ __device__ __forceinline__ void multiply(const DecodeArgs& args, int layer, Prod
   weights.keep();
 }
 
-/// Brings near what the block will read of a product beside weights and what others write.
+/// Brings near what the block will read of a product beside weights and what others write: eight
+/// lanes for each job, four of them for the columns' scales of a path each, the norm's weights with
+/// the first, four for the rows'. By the last warp.
 __device__ __forceinline__ void fetch_scales(const Shared& shared, int product) {
+  const int begin = shared.first()[product], end = shared.first()[product + 1];
 #pragma unroll 1
-  for (int index = shared.first()[product]; index < shared.first()[product + 1]; ++index) {
+  for (int index = begin + lane() / 8; index < end; index += 4) {
     const Job& job = shared.jobs()[index];
+    const int path = lane() % kMostPaths;
     const int first = job.column_begin * kTileColumns, row = job.row_begin * kTileRows;
-    const int end =
-        job.column_end * kTileColumns < job.d_in ? job.column_end * kTileColumns : job.d_in;
-    const int last = job.row_end * kTileRows < job.d_out ? job.row_end * kTileRows : job.d_out;
-    // The first warps the scales of a path each, the next the norm's weights.
-    const bool packed = job.format == static_cast<int>(Format::kResidualBinary);
-    const int path = warp() % kMostPaths;
-    if (packed && path < job.paths && warp() < kMostPaths) {
-      fetch_ahead(job.col_scale + path * int64_t{job.d_in} + first, 2 * (end - first), lane());
-    } else if (packed && path < job.paths && warp() < 2 * kMostPaths) {
-      fetch_ahead(job.row_scale + path * int64_t{job.d_out} + row, 2 * (last - row), lane());
-    } else if (warp() == 2 * kMostPaths && job.norm != nullptr) {
-      fetch_ahead(job.norm + first, 4 * (end - first), lane());
+    const int last_column = job.column_end * kTileColumns, last_row = job.row_end * kTileRows;
+    const int columns = (last_column < job.d_in ? last_column : job.d_in) - first;
+    const int rows = (last_row < job.d_out ? last_row : job.d_out) - row;
+    if (job.format == static_cast<int>(Format::kResidualBinary) && path < job.paths) {
+      const bool of_columns = lane() % 8 < kMostPaths;
+      fetch_ahead(of_columns ? job.col_scale + path * int64_t{job.d_in} + first
+                             : job.row_scale + path * int64_t{job.d_out} + row,
+                  2 * (of_columns ? columns : rows));
+    }
+    if (lane() % 8 == 0 && job.norm != nullptr) {
+      fetch_ahead(job.norm + first, 4 * columns);
     }
   }
 }
 
-/// Keeps blocks less than two layers apart, by thread 0 of each at the end of its phases: nothing
-/// is written where others may still read what the layer before the last left. Who is through with
-/// q, k and v has read all that it needs of the layer before.
-__device__ __forceinline__ void pace(const DecodeArgs& args, int layer, int part) {
-  if (part == 0 && layer > 0 && layer < args.sizes.layers) {
-    count_up(args.counter);
-  }
-  if (part == 4 && layer > 0 && layer + 1 < args.sizes.layers) {
-    const uint32_t before = args.pass * static_cast<uint32_t>(args.sizes.layers - 1) * gridDim.x;
-    const uint32_t goal = before + static_cast<uint32_t>(layer) * gridDim.x;
-    while (static_cast<int32_t>(read_counter(args.counter) - goal) < 0) {
+/// Keeps blocks less than two layers apart, by thread 0 of each: nothing is written where others
+/// may still read what the layer before the last left. Who is through with q, k and v has read all
+/// that it needs of the layer before.
+struct Pace {
+  uint32_t seen = 0;
+
+  /// At the beginning of a phase: the answer takes its time.
+  __device__ __forceinline__ void ask(const DecodeArgs& args, int part) {
+    if (part == 4 && threadIdx.x == 0) {
+      seen = read_counter(args.counter);
     }
   }
-}
+  __device__ __forceinline__ void end_phase(const DecodeArgs& args, int layer, int part) {
+    if (threadIdx.x != 0 || layer == 0) {
+      return;
+    }
+    if (part == 0 && layer < args.sizes.layers) {
+      count_up(args.counter);
+    }
+    if (part == 4 && layer + 1 < args.sizes.layers) {
+      const uint32_t before = args.pass * static_cast<uint32_t>(args.sizes.layers - 1) * gridDim.x;
+      const uint32_t goal = before + static_cast<uint32_t>(layer) * gridDim.x;
+      while (static_cast<int32_t>(seen - goal) < 0) {
+        seen = read_counter(args.counter);
+      }
+    }
+  }
+};
 
 template <int kTokens, int kStages>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -400,7 +434,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (phase % 5 == 0) {
         fetch_cache<kTokens>(args, phase / 5, shared, most);
       }
-      fetch_scales(shared, product_of(phase + 1));
+      if (warp() == kWarps - 1) {
+        fetch_scales(shared, product_of(phase + 1));
+      }
     }
   };
   fetch_next(args.phase_begin);
@@ -408,8 +444,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (watched) {
     args.clocks[args.phase_begin] = clock64();
   }
+  Pace pace;
   for (int phase = args.phase_begin; phase < args.phase_end; ++phase) {
     const int layer = phase / 5, part = phase % 5;
+    pace.ask(args, part);
     const int from = shared.first()[product_of(phase)], to = shared.first()[product_of(phase) + 1];
     const bool head = layer == sizes.layers;
     if (part == 1 && !head) {
@@ -430,9 +468,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     fetch_next(phase + 1);
-    if (threadIdx.x == 0) {
-      pace(args, layer, part);
-    }
+    pace.end_phase(args, layer, part);
     if (watched) {
       args.clocks[phase + 1] = clock64();
     }

@@ -77,6 +77,17 @@ class Shared {
   int jobs_, first_, input_;
 };
 
+/// 1 / x to some 22 bits, of 2^-126 to 2^126.
+__device__ __forceinline__ float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0F / x;
+#endif
+}
+
 /// 1 / sqrt(mean + epsilon) of the stream.
 __device__ __forceinline__ float reciprocal_root(float squares, const DecodeArgs& args) {
   return rsqrtf(squares * args.mean_factor + args.sizes.norm_epsilon);
@@ -133,8 +144,8 @@ struct GridRoot {
                                       int token, Arrivals& arrivals) {
     const float* const squares =
         args.squares + exchange.place + which * kMostSplits * kMostDecodeTokens + token;
-    part = arrivals.read(squares + lane() % kMostSplits * kMostDecodeTokens,
-                         lane() < args.splits[which == 0 ? kQkv : kGateUp]);
+    part = arrivals.read(squares + lane() % kMostSplits * kMostDecodeTokens, lane(),
+                         args.splits[which == 0 ? kQkv : kGateUp]);
   }
   __device__ __forceinline__ float value(const DecodeArgs& args) const {
     return reciprocal_root(warp_sum(part), args);

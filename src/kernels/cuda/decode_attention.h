@@ -47,13 +47,14 @@ struct Unit {
   }
 };
 
-/// Brings the block's keys and values nearer while the products before attention run.
+/// Brings the block's keys and values nearer while the products before attention run, by the last
+/// warp.
 template <int kTokens>
 __device__ __forceinline__ void fetch_cache(const DecodeArgs& args, int layer, const Shared& shared,
                                             MostParts most) {
   constexpr int kMost = 64 << 10;  // bytes of keys, and of values
   const int d = args.sizes.head_dim;
-  if (warp() >= 2) {
+  if (warp() != kWarps - 1) {
     return;
   }
 #pragma unroll 1
@@ -61,8 +62,8 @@ __device__ __forceinline__ void fetch_cache(const DecodeArgs& args, int layer, c
     const Unit unit = Unit::at<kTokens>(args, layer, shared, most, index);
     const int bytes = (unit.end - unit.begin) * d * 2;
     const int64_t first = unit.cache + int64_t{unit.begin} * d;
-    fetch_ahead((warp() == 0 ? args.keys : args.values) + first, bytes < kMost ? bytes : kMost,
-                lane());
+    fetch_ahead((lane() < 16 ? args.keys : args.values) + first, bytes < kMost ? bytes : kMost,
+                lane() % 16, 16);
   }
 }
 
@@ -102,7 +103,7 @@ __device__ __forceinline__ void turn(const DecodeArgs& args, int layer, const Un
 #pragma unroll
         for (int j = 0; j < kAhead; ++j) {
           x[j] =
-              arrivals.read_2(output + (split + j) * kTokens * width + column, split + j < splits);
+              arrivals.read_2(output + (split + j) * kTokens * width + column, split + j, splits);
         }
       } while (!arrivals.all());
 #pragma unroll

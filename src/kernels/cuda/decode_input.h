@@ -27,7 +27,7 @@ struct Splits {
                                       Arrivals& arrivals) {
 #pragma unroll
     for (int split = 0; split < kAhead; ++split) {
-      each[split] = arrivals.read_4(at + split * stride, split < splits);
+      each[split] = arrivals.read_4(at + split * stride, split, splits);
     }
   }
   __device__ __forceinline__ float4 sum(const float* at, int splits, int64_t stride,
@@ -131,11 +131,10 @@ struct AttendedInput {
     __device__ __forceinline__ void ask(int first, int head_dim, Arrivals& arrivals) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        const bool there = first + i < count;
-        most[i] = arrivals.read(softmax + 2 * (first + i), there);
-        most[i] = there ? most[i] : -INFINITY;
-        sum[i] = arrivals.read(softmax + 2 * (first + i) + 1, there);
-        values[i] = arrivals.read_4(attended + (first + i) * head_dim, there);
+        const float2 state = arrivals.read_2(softmax + 2 * (first + i), first + i, count);
+        most[i] = first + i < count ? state.x : -INFINITY;
+        sum[i] = state.y;
+        values[i] = arrivals.read_4(attended + (first + i) * head_dim, first + i, count);
       }
     }
   };
@@ -223,60 +222,64 @@ struct GatedInput {
   }
 };
 
-/// Planes of bits of all tokens and paths; a warp takes two words of a column tile at a time, those
-/// that lanes of one number within their four will hold.
+/// Inputs none of which is larger are zeros: what reciprocal() has no answer to.
+constexpr float kLeast = 1e-37F;
+
+/// Planes of bits of all tokens and paths, two paths at a time; a warp takes two words of a column
+/// tile at once, those that lanes of one number within their four will hold.
 template <int kTokens>
 __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) {
   constexpr float kShift = 12582912.0F;  // 1.5 * 2^23: a float's low bits are then the integer
-  constexpr int kShiftBits = 0x4B400000;
+  constexpr uint32_t kShiftBits = 0x4B400000U;
   const int tiles = job.column_end - job.column_begin, paths = job.paths;
-  const int plane = lane() % 16, group = plane % 8;
+  const int plane = lane() % 16, group = plane % 8, upper = lane() / 16;
+  const int stride = tiles * kTileColumns;
+  const BitTranspose transpose(lane());
 #pragma unroll 1
-  for (int item = warp(); item < 4 * kTokens * tiles; item += kWarps) {
-    int tile = item >> 2;
-    const int quad = item & 3, token = token_of<kTokens>(tile, tiles);
-    const int at = tile * kTileColumns + quad * 32 + lane();
+  for (int token = 0; token < kTokens; ++token) {
 #pragma unroll 1
     for (int path = 0; path < paths; path += 2) {
-      const bool two = path + 1 < paths;
-      const float* const values =
-          shared.input() + (token * paths + path) * tiles * kTileColumns + at;
-      const int place = token * kMostPaths + path;
+      const int place = token * kMostPaths + path, second = path + 1 < paths ? stride : 0;
       const float most[2] = {bits_to_float(shared.maxima()[place]),
-                             bits_to_float(shared.maxima()[place + 1])};
+                             bits_to_float(shared.maxima()[place + (second != 0 ? 1 : 0)])};
       float inverse[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        inverse[i] = most[i] > 0 ? __fdividef(32767.0F, most[i]) : 0.0F;
+        inverse[i] = most[i] > kLeast ? 32767.0F * reciprocal(most[i]) : 0.0F;
       }
-      if (tile == 0 && quad == 0 && lane() < 2) {
+      if (threadIdx.x < 2) {
         shared.scales()[place + lane()] = (lane() == 0 ? most[0] : most[1]) * (1.0F / 32767.0F);
       }
-      uint32_t bits[2];
-      int sums[2] = {0, 0};
+      const float* const values = shared.input() + (token * paths + path) * stride + lane();
+      auto* const bits = reinterpret_cast<uint32_t*>(shared.bits<kTokens>(job) +
+                                                     (token * tiles * paths + path + upper) * 32);
+      const int word = group * 16 + plane / 8 * 2;
+      uint32_t sums[2] = {0, 0};
+#pragma unroll 1
+      for (int item = warp(); item < 4 * tiles; item += kWarps) {
+        const int tile = item >> 2, quad = item & 3;
+        const float* const from = values + tile * kTileColumns + quad * 32;
+        uint32_t turned[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float value = two ? values[tiles * kTileColumns + 128 * i] : 0.0F;
-        const uint32_t q0 = float_to_bits(values[128 * i] * inverse[0] + kShift);
-        const uint32_t q1 = float_to_bits(value * inverse[1] + kShift);
-        sums[0] += static_cast<int>(q0) - kShiftBits;
-        sums[1] += static_cast<int>(q1) - kShiftBits;
-        bits[i] = transpose_bits((q0 & 0xFFFFU) | (q1 << 16), lane());
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t q0 = float_to_bits(from[128 * i] * inverse[0] + kShift);
+          const uint32_t q1 = float_to_bits(from[128 * i + second] * inverse[1] + kShift);
+          sums[0] += q0 - kShiftBits, sums[1] += q1 - kShiftBits;
+          turned[i] = transpose((q0 & 0xFFFFU) | (q1 << 16));
+        }
+        if (upper == 0 || second != 0) {
+          uint2 pair;
+          pair.x = turned[0], pair.y = turned[1];
+          *reinterpret_cast<uint2*>(bits + tile * paths * 128 + word +
+                                    4 * (quad ^ ((group >> 1) & 3))) = pair;
+        }
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int sum = warp_sum(sums[i]);
+        const int sum = warp_sum(static_cast<int>(sums[i]));
         if (lane() == 0 && path + i < paths) {
           atomicAdd(shared.totals() + place + i, sum);
         }
-      }
-      if (path + lane() / 16 < paths) {
-        auto* const to = reinterpret_cast<uint32_t*>(
-            shared.bits<kTokens>(job) + ((token * tiles + tile) * paths + path + lane() / 16) * 32);
-        uint2 pair;
-        pair.x = bits[0], pair.y = bits[1];
-        *reinterpret_cast<uint2*>(to + group * 16 + 4 * (quad ^ ((group >> 1) & 3)) +
-                                  plane / 8 * 2) = pair;
       }
     }
   }
@@ -290,7 +293,7 @@ __device__ __forceinline__ void make_halves(const Job& job, const Shared& shared
 #pragma unroll
   for (int token = 0; token < kTokens; ++token) {
     const float most = bits_to_float(shared.maxima()[token * kMostPaths]);
-    const float inverse = most > 0 ? __fdividef(1.0F, most) : 0.0F;
+    const float inverse = most > kLeast ? reciprocal(most) : 0.0F;
     if (threadIdx.x == 0) {
       shared.scales()[token * kMostPaths] = most;
     }
@@ -310,7 +313,7 @@ template <int kTokens, typename Input>
 __device__ __forceinline__ void read_values(const Job& job, const Shared& shared,
                                             const Input& input) {
   const bool packed = job.format == static_cast<int>(Format::kResidualBinary);
-  const int columns = (job.column_end - job.column_begin) * kTileColumns;
+  const int columns = (job.column_end - job.column_begin) * kTileColumns, paths = job.paths;
   const int first = job.column_begin * kTileColumns, runs = columns / kRun;
   Arrivals arrivals(input.tag);
   bool alone = false;  // nobody uses what the phase before left in shared memory
@@ -329,41 +332,45 @@ __device__ __forceinline__ void read_values(const Job& job, const Shared& shared
     const int token = token_of<kTokens>(run, runs), at = first + run * kRun + lane() * 4;
     const bool inside = at < job.d_in;
     const int column = inside ? at : job.d_in - 4;
-    uint2 halves[kMostPaths];
-#pragma unroll
-    for (int path = 0; path < kMostPaths; ++path) {
-      halves[path].x = halves[path].y = 0x3C003C00U;  // ones
-      if (packed && path < job.paths) {
-        halves[path] =
-            *reinterpret_cast<const uint2*>(job.col_scale + path * int64_t{job.d_in} + column);
-      }
-    }
+    const auto column_scales = [&](int path) {
+      uint2 ones;
+      ones.x = ones.y = 0x3C003C00U;
+      return packed && path < paths ? *reinterpret_cast<const uint2*>(
+                                          job.col_scale + path * int64_t{job.d_in} + column)
+                                    : ones;
+    };
+    uint2 halves[2] = {column_scales(0), column_scales(1)};
     typename Input::Asked asked;
     do {
       input.ask(job, token, column, asked, arrivals);
     } while (!arrivals.all());
     wait_for_block();
     const float4 x = input.value(job, token, column, inside, asked, arrivals);
-#pragma unroll
-    for (int path = 0; path < kMostPaths; ++path) {
-      if (path < job.paths) {
-        const float4 scale = four_halves(halves[path]);
-        const float4 y =
-            inside ? make_float4(x.x * scale.x, x.y * scale.y, x.z * scale.z, x.w * scale.w)
-                   : make_float4(0, 0, 0, 0);
-        *reinterpret_cast<float4*>(shared.input() + (token * job.paths + path) * columns + at -
-                                   first) = y;
-        uint32_t most = 0;
-        const auto grow = [&](float value) {
-          const uint32_t bits = float_to_bits(value) & 0x7FFFFFFFU;
-          most = bits > most ? bits : most;
-        };
-        grow(y.x), grow(y.y), grow(y.z), grow(y.w);
-        const uint32_t all = warp_max(most);
-        if (lane() == 0) {
-          atomicMax(shared.maxima() + token * kMostPaths + path, all);
-        }
+    float* const to = shared.input() + token * paths * columns + at - first;
+    const auto scaled = [&](int path, uint2 scales) {
+      const float4 scale = four_halves(scales);
+      const float4 y = inside
+                           ? make_float4(x.x * scale.x, x.y * scale.y, x.z * scale.z, x.w * scale.w)
+                           : make_float4(0, 0, 0, 0);
+      *reinterpret_cast<float4*>(to + path * columns) = y;
+      uint32_t most = 0;
+      const auto grow = [&](float value) {
+        const uint32_t bits = float_to_bits(value) & 0x7FFFFFFFU;
+        most = bits > most ? bits : most;
+      };
+      grow(y.x), grow(y.y), grow(y.z), grow(y.w);
+      const uint32_t all = warp_max(most);
+      if (lane() == 0) {
+        atomicMax(shared.maxima() + token * kMostPaths + path, all);
       }
+    };
+    scaled(0, halves[0]);
+    if (paths > 1) {
+      scaled(1, halves[1]);
+    }
+#pragma unroll 1
+    for (int path = 2; path < paths; ++path) {
+      scaled(path, column_scales(path));
     }
     if constexpr (Input::kNormed) {
       const float squares = warp_sum(inside ? Input::squares(asked) : 0.0F);

@@ -38,20 +38,60 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
 #endif
 }
 
-/// Bit j of what lane b gets is bit b of what lane j gave.
-__device__ __forceinline__ uint32_t transpose_bits(uint32_t bits, int lane) {
-  constexpr uint32_t kLow[5] = {0x55555555U, 0x33333333U, 0x0F0F0F0FU, 0x00FF00FFU, 0x0000FFFFU};
+/// Turns 32 words of a warp over their diagonal: bit j of what lane b gets is bit b of what lane j
+/// gave.
+class BitTranspose {
+ public:
+  __device__ __forceinline__ explicit BitTranspose(int lane) {
+    // Of bytes 0 to 3 the lane's own, 4 to 7 the other lane's.
+    bytes_[0] = (lane & 16) != 0 ? 0x3276U : 0x5410U;
+    bytes_[1] = (lane & 8) != 0 ? 0x3715U : 0x6240U;
+    constexpr uint32_t kLow[3] = {0x0F0F0F0FU, 0x33333333U, 0x55555555U};
 #pragma unroll
-  for (int i = 4; i >= 0; --i) {
-    const int step = 1 << i;
-    const uint32_t other = __shfl_xor_sync(kAllLanes, bits, step);
-    const bool upper = (lane & step) != 0;
-    const uint32_t keep = upper ? ~kLow[i] : kLow[i];
-    const uint32_t moved = upper ? other >> step : other << step;
-    bits = (bits & keep) | (moved & ~keep);
+    for (int i = 0; i < 3; ++i) {
+      const int step = 4 >> i;
+      const bool upper = (lane & step) != 0;
+      keep_[i] = upper ? ~kLow[i] : kLow[i];
+      left_[i] = upper ? 32 - step : step;
+    }
   }
-  return bits;
-}
+
+  __device__ __forceinline__ uint32_t operator()(uint32_t bits) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      bits = pick_bytes(bits, __shfl_xor_sync(kAllLanes, bits, 16 >> i), bytes_[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const uint32_t other = __shfl_xor_sync(kAllLanes, bits, 4 >> i);
+      bits = (bits & keep_[i]) | (turn_left(other, left_[i]) & ~keep_[i]);
+    }
+    return bits;
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t which) {
+#ifdef __CUDA_ARCH__
+    return __byte_perm(a, b, which);
+#else
+    const uint64_t both = a | static_cast<uint64_t>(b) << 32;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; ++i) {
+      out |= static_cast<uint32_t>(both >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
+    }
+    return out;
+#endif
+  }
+  static __device__ __forceinline__ uint32_t turn_left(uint32_t bits, uint32_t by) {  // 1 to 31
+#ifdef __CUDA_ARCH__
+    return __funnelshift_l(bits, bits, by);
+#else
+    return bits << by | bits >> (32 - by);
+#endif
+  }
+
+  uint32_t bytes_[2], keep_[3], left_[3];
+};
 
 /// c += A B over 256 bits: c[row, n] += popcount(A[row] & B[n]), A 16 rows and B 8 columns in
 /// fragments as mma.m16n8k256 has them.
@@ -103,11 +143,12 @@ __device__ __forceinline__ void await_copies() {
 #endif
 }
 
-/// Asks for memory to be brought to the second-level cache; by all lanes of a warp. Where the GPU
-/// has a copy engine, that does it, and keeps no other read waiting.
-__device__ __forceinline__ void fetch_ahead(const void* at, int bytes, int lane) {
+/// Asks for memory to be brought to the second-level cache, by `members` lanes, of which this is
+/// number `member`. Where the GPU has a copy engine, that does it, and keeps no other read waiting.
+__device__ __forceinline__ void fetch_ahead(const void* at, int bytes, int member = 0,
+                                            int members = 1) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (lane == 0 && bytes > 0) {
+  if (member == 0 && bytes > 0) {
     const auto begin = reinterpret_cast<uintptr_t>(at) & ~uintptr_t{15};
     const auto end = (reinterpret_cast<uintptr_t>(at) + bytes + 15) & ~uintptr_t{15};
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(begin),
@@ -117,11 +158,11 @@ __device__ __forceinline__ void fetch_ahead(const void* at, int bytes, int lane)
 #elif defined(__CUDA_ARCH__)
   constexpr int kLine = 128;
 #pragma unroll 1
-  for (int i = lane * kLine; i < bytes; i += 32 * kLine) {
+  for (int i = member * kLine; i < bytes; i += members * kLine) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(at) + i));
   }
 #else
-  (void)at, (void)bytes, (void)lane;
+  (void)at, (void)bytes, (void)member, (void)members;
 #endif
 }
 
@@ -133,50 +174,51 @@ class Arrivals {
   /// `tag`: the lowest bit of what is waited for, 0 or 1.
   __device__ __forceinline__ explicit Arrivals(uint32_t tag) : tag_(tag) {}
 
-  /// 0, and here, where not `wanted`; without a branch, so that several are under way at once.
-  __device__ __forceinline__ float read(const float* at, bool wanted = true) {
+  /// Number `index` of `count`; 0, and here, where there is none. Without a branch, so that several
+  /// are under way at once.
+  __device__ __forceinline__ float read(const float* at, int index = 0, int count = 1) {
     uint32_t x = tag_;
 #ifdef __CUDA_ARCH__
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.relaxed.gpu.global.b32 %0, [%1]; }"
+    asm volatile("{ .reg .pred p; setp.lt.s32 p, %2, %3; @p ld.relaxed.gpu.global.b32 %0, [%1]; }"
                  : "+r"(x)
-                 : "l"(at), "r"(static_cast<int>(wanted))
+                 : "l"(at), "r"(index), "r"(count)
                  : "memory");
 #else
-    if (wanted) {
+    if (index < count) {
       x = float_to_bits(*at);
     }
 #endif
     differs_ |= x ^ tag_;
     return value(x);
   }
-  __device__ __forceinline__ float2 read_2(const float* at, bool wanted = true) {
+  __device__ __forceinline__ float2 read_2(const float* at, int index, int count) {
     uint2 x;
     x.x = x.y = tag_;
 #ifdef __CUDA_ARCH__
     asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2]; }"
+        "{ .reg .pred p; setp.lt.s32 p, %3, %4; @p ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2]; }"
         : "+r"(x.x), "+r"(x.y)
-        : "l"(at), "r"(static_cast<int>(wanted))
+        : "l"(at), "r"(index), "r"(count)
         : "memory");
 #else
-    if (wanted) {
+    if (index < count) {
       std::memcpy(&x, at, sizeof x);
     }
 #endif
     differs_ |= (x.x ^ tag_) | (x.y ^ tag_);
     return make_float2(value(x.x), value(x.y));
   }
-  __device__ __forceinline__ float4 read_4(const float* at, bool wanted = true) {
+  __device__ __forceinline__ float4 read_4(const float* at, int index = 0, int count = 1) {
     uint4 x = make_uint4(tag_, tag_, tag_, tag_);
 #ifdef __CUDA_ARCH__
     asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %5, 0; "
+        "{ .reg .pred p; setp.lt.s32 p, %5, %6; "
         "@p ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
         : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
-        : "l"(at), "r"(static_cast<int>(wanted))
+        : "l"(at), "r"(index), "r"(count)
         : "memory");
 #else
-    if (wanted) {
+    if (index < count) {
       std::memcpy(&x, at, sizeof x);
     }
 #endif
