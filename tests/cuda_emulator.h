@@ -231,6 +231,8 @@ inline unsigned atomicMax(unsigned* at, unsigned value) {
   return std::exchange(*at, std::max(*at, value));
 }
 inline int atomicAdd(int* at, int value) { return std::exchange(*at, *at + value); }
+inline unsigned atomicAdd(unsigned* at, unsigned value) { return std::exchange(*at, *at + value); }
+inline void __threadfence() {}
 inline unsigned __ballot_sync(unsigned mask, bool set) {
   const unsigned lane = rabit::emulator::Block::current()->lane();
   unsigned bits = set ? 1U << lane : 0U;
@@ -243,6 +245,10 @@ inline int __all_sync(unsigned mask, bool set) { return __ballot_sync(mask, !set
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <typename T>
 T __ldg(const T* at) {
+  return *at;
+}
+template <typename T>
+T __ldcg(const T* at) {
   return *at;
 }
 inline float __fmul_rn(float a, float b) {
@@ -265,4 +271,6 @@ inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1.0F / std::sqrt(x); }
 
 #define RABIT_LAUNCH(kernel, grid, block, stream, ...) \
+  ((void)(stream), rabit::emulator::launch(kernel, grid, block, __VA_ARGS__))
+#define RABIT_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
   ((void)(stream), rabit::emulator::launch(kernel, grid, block, __VA_ARGS__))

@@ -176,8 +176,12 @@ class RandomDecoder {
           const int quad = word % 4, half = word / 4 % 2;
           const size_t tile =
               (static_cast<size_t>(row / 16) * column_tiles + word / 8) * paths + path;
-          m.tiles[tile * gpu::kTileWords + (row % 8 * 4 + quad) * 4 + half * 2 + row / 8 % 2] =
-              m.signs[(static_cast<size_t>(path) * out + row) * words + word];
+          const uint32_t natural = m.signs[(static_cast<size_t>(path) * out + row) * words + word];
+          uint32_t& tiled =
+              m.tiles[tile * gpu::kTileWords + (row % 8 * 4 + quad) * 4 + half * 2 + row / 8 % 2];
+          for (int bit = 0; bit < 32; ++bit) {
+            tiled |= (natural >> gpu::tile_column(bit) & 1U) << bit;
+          }
         }
       }
     }

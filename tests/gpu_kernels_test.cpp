@@ -120,7 +120,8 @@ TEST_F(GpuKernels, SignsInTiles) {
               const int64_t r = row + lane / 4 + 8 * (i % 2);
               uint32_t word = 0;
               for (int64_t j = 0; j < 32; ++j) {
-                const int64_t c = column + 32 * (lane % 4 + 4 * (i / 2)) + j;
+                const int64_t in_word = j < 16 ? 2 * j : 2 * (j - 16) + 1;
+                const int64_t c = column + 32 * (lane % 4 + 4 * (i / 2)) + in_word;
                 if (r < layer.d_out && c < layer.d_in && layer.plus(path, r, c)) {
                   word |= 1U << j;
                 }
@@ -171,6 +172,138 @@ TEST_F(GpuKernels, PackedWeightsAsAMatrix) {
     }
     EXPECT_EQ(wrong, 0);
   }
+}
+
+/// A layer on the device.
+struct PackedOnDevice {
+  OnDevice<uint32_t> rows, tiles;
+  OnDevice<uint16_t> g, h;
+  gpu::Linear linear;
+
+  PackedOnDevice(const gpu::Queue& queue, const Packed& layer)
+      : rows(queue, layer.signs),
+        tiles(queue, gpu::sign_words(layer.d_out, layer.d_in, layer.paths)),
+        g(queue, layer.g),
+        h(queue, layer.h),
+        linear({.format = gpu::Format::kResidualBinary,
+                .d_out = static_cast<int32_t>(layer.d_out),
+                .d_in = static_cast<int32_t>(layer.d_in),
+                .paths = static_cast<int32_t>(layer.paths),
+                .weights = tiles.data(),
+                .row_scale = g.data(),
+                .col_scale = h.data()}) {
+    EXPECT_TRUE(gpu::tile_signs(layer.d_out, layer.d_in, layer.paths, rows.data(), tiles.data(),
+                                queue.stream()));
+  }
+};
+
+TEST_F(GpuKernels, ProductsOfAFewTokens) {
+  struct Case {
+    std::vector<int64_t> d_out;  // of layers that share their input
+    int64_t d_in, paths, tokens;
+    int32_t multiprocessors;
+  };
+  std::vector<Case> cases = {{{1}, 8, 2, 1, 1},       {{130, 5, 17}, 264, 2, 3, 9},
+                             {{300}, 1032, 2, 8, 20}, {{257, 16}, 512, 2, 17, 40},
+                             {{40}, 800, 2, 64, 3},   {{24}, 256, 2, 33, 100}};
+  for (int64_t paths = 1; paths <= 4; ++paths) {
+    for (const int64_t tokens : {2, 16, 31, 50}) {
+      cases.push_back({{33}, 536, paths, tokens, paths == 3 ? 1 : 5});
+    }
+  }
+  for (const Case& c : cases) {
+    SCOPED_TRACE(std::to_string(c.d_out.front()) + " by " + std::to_string(c.d_in) + ", paths " +
+                 std::to_string(c.paths) + ", tokens " + std::to_string(c.tokens));
+    std::vector<Packed> layers;
+    std::vector<PackedOnDevice> device;
+    int64_t width = 0;
+    for (const int64_t d_out : c.d_out) {
+      const int64_t words = (c.d_in + 31) / 32;
+      Packed& layer = layers.emplace_back(
+          Packed{d_out, c.d_in, c.paths, random_words(c.paths * d_out * words),
+                 to_halves(normals(c.paths * d_out, 0.2F)), to_halves(normals(c.paths * c.d_in))});
+      layer.g[0] = 0;  // the first path of a row, and all of the last row
+      for (int64_t path = 0; path < c.paths; ++path) {
+        layer.g[(path + 1) * d_out - 1] = 0;
+      }
+      device.emplace_back(queue_, layer);
+      width += d_out;
+    }
+    const auto multiply = [&](const auto&... linear) {
+      const std::initializer_list<const gpu::Linear*> all = {&linear...};
+      EXPECT_TRUE(gpu::takes_few(all, c.tokens));
+      const Floats x = rounded(normals(c.tokens * c.d_in));
+      const auto input = up(to_halves(x));
+      const auto partial = room<float>(gpu::few_work(all, c.multiprocessors));
+      const auto counters = up(std::vector<uint32_t>(static_cast<size_t>(gpu::few_counters(all))));
+      const Floats start = normals(c.tokens * width);
+      for (const bool add : {false, true}) {
+        const auto y = up(start);
+        // Twice: the counters are as before.
+        for (int pass = 0; pass < (add ? 1 : 2); ++pass) {
+          expect_ok(gpu::multiply_few(all, input.data(), c.tokens, y.data(), add,
+                                      {partial.data(), counters.data(), c.multiprocessors},
+                                      stream()));
+        }
+        Floats want;
+        std::vector<double> tolerance;
+        double squares = 0, errors = 0;
+        for (int64_t token = 0; token < c.tokens; ++token) {
+          for (const Packed& layer : layers) {
+            for (int64_t r = 0; r < layer.d_out; ++r) {
+              double sum = 0, size = 0;
+              for (int64_t path = 0; path < c.paths; ++path) {
+                const double g = half_to_float(layer.g[path * layer.d_out + r]);
+                for (int64_t i = 0; i < c.d_in; ++i) {
+                  const double term =
+                      g * half_to_float(layer.h[path * c.d_in + i]) * x[token * c.d_in + i];
+                  sum += layer.plus(path, r, i) ? term : -term;
+                  size += std::abs(term);
+                }
+              }
+              const float before = add ? start[want.size()] : 0.0F;
+              want.push_back(static_cast<float>(sum + before));
+              // The scale in units of the largest, and each sum of paths, rounded to F16.
+              tolerance.push_back(static_cast<double>(c.paths + 1) * kHalf * size +
+                                  2 * kEpsilon * std::abs(before) + 1e-6);
+            }
+          }
+        }
+        const Floats got = y.read();
+        for (size_t i = 0; i < want.size(); ++i) {
+          squares += static_cast<double>(want[i]) * want[i];
+          errors +=
+              (static_cast<double>(got[i]) - want[i]) * (static_cast<double>(got[i]) - want[i]);
+        }
+        EXPECT_LE(worst_of(got, want, [&](size_t i) { return tolerance[i]; }), 1);
+        EXPECT_LE(std::sqrt(errors), kHalf * std::sqrt(squares) + 1e-6);
+      }
+    };
+    if (device.size() == 1) {
+      multiply(device[0].linear);
+    } else if (device.size() == 2) {
+      multiply(device[0].linear, device[1].linear);
+    } else {
+      multiply(device[0].linear, device[1].linear, device[2].linear);
+    }
+  }
+}
+
+TEST_F(GpuKernels, ProductsThatAFewTokensDoNotTake) {
+  const gpu::Linear packed = {
+      .format = gpu::Format::kResidualBinary, .d_out = 8, .d_in = 64, .paths = 2};
+  gpu::Linear other = packed;
+  EXPECT_TRUE(gpu::takes_few({&packed, &other}, 64));
+  EXPECT_FALSE(gpu::takes_few({&packed}, 65));
+  EXPECT_FALSE(gpu::takes_few({&packed}, 0));
+  other.paths = 3;
+  EXPECT_FALSE(gpu::takes_few({&packed, &other}, 1));
+  other = packed, other.d_in = 72;
+  EXPECT_FALSE(gpu::takes_few({&packed, &other}, 1));
+  other.d_in = 68;
+  EXPECT_FALSE(gpu::takes_few({&other}, 1));
+  other = packed, other.format = gpu::Format::kF16;
+  EXPECT_FALSE(gpu::takes_few({&other}, 1));
 }
 
 TEST_F(GpuKernels, BlocksAsAMatrix) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
@@ -139,6 +140,28 @@ Status unpack(const Linear& w, uint16_t* out, int64_t stride, Stream stream);
 /// Blocks of Q8_0 or Q4_0, `count` values, as F16.
 Status unpack_blocks(WeightFormat format, const void* blocks, int64_t count, uint16_t* out,
                      Stream stream);
+
+/// Tokens that multiply_few() takes at most.
+inline constexpr int64_t kFewTokens = 64;
+
+/// Device memory that products of a few tokens need.
+struct FewWork {
+  float* partial = nullptr;      // as few_work() says
+  uint32_t* counters = nullptr;  // as few_counters() says, zero
+  int32_t multiprocessors = 1;   // as few_work() was told
+};
+
+/// Whether multiply_few() can: packed layers of one width, a multiple of 8, and number of paths.
+bool takes_few(std::initializer_list<const Linear*> linears, int64_t tokens);
+/// Floats of FewWork::partial, and elements of FewWork::counters.
+int64_t few_work(std::initializer_list<const Linear*> linears, int32_t multiprocessors);
+int64_t few_counters(std::initializer_list<const Linear*> linears);
+
+/// y (+)= W x of layers that share x, side by side in y, (tokens, sum of d_out); x: F16 (tokens,
+/// d_in), 16-byte aligned. A row's weights are sums of its paths in F16, in units of its largest
+/// scale; sums over columns are of F32, in one order.
+Status multiply_few(std::initializer_list<const Linear*> linears, const uint16_t* x, int64_t tokens,
+                    float* y, bool add, const FewWork& work, Stream stream);
 
 /// x[t, :] = table[ids[t], :]. table: F16 (vocab, d); ids: (tokens); x: (tokens, d).
 Status embed(const uint16_t* table, const int32_t* ids, int64_t tokens, int64_t d, float* x,

@@ -14,12 +14,21 @@ enum class Format : int32_t {
 
 /// Signs in tiles of 16 rows and 256 columns of one path, 512 bytes, (row tiles, column tiles, k,
 /// 32 lanes, 4 words). Word i of lane l holds row l/4 + 8 (i%2) of the tile and its columns
-/// 32 (l%4 + 4 (i/2)) to +31, bit j column +j, 1 = +1: the fragment that each lane hands to a
-/// 16x8x256 product of bits of the tensor cores, so that a warp takes a tile by one load of 16
-/// bytes a lane. Rows and columns beyond the matrix are zero bits.
+/// 32 (l%4 + 4 (i/2)) to +31, bit j column +tile_column(j), 1 = +1: the fragment that each lane
+/// hands to a 16x8x256 product of bits of the tensor cores, so that a warp takes a tile by one load
+/// of 16 bytes a lane; and neighbours in a pair of halves after one shift. Rows and columns beyond
+/// the matrix are zero bits.
 inline constexpr int32_t kTileRows = 16;
 inline constexpr int32_t kTileColumns = 256;
 inline constexpr int32_t kTileWords = 128;
+/// Even columns in the lower half of a word.
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+    constexpr int32_t
+    tile_column(int32_t bit) {
+  return 2 * (bit % 16) + bit / 16;
+}
 
 struct Linear {
   Format format = Format::kF16;

@@ -250,7 +250,8 @@ __device__ __forceinline__ void make_bits(const Job& job, const Shared& shared) 
       if (threadIdx.x < 2) {
         shared.scales()[place + lane()] = (lane() == 0 ? most[0] : most[1]) * (1.0F / 32767.0F);
       }
-      const float* const values = shared.input() + (token * paths + path) * stride + lane();
+      const float* const values =
+          shared.input() + (token * paths + path) * stride + tile_column(lane());
       auto* const bits = reinterpret_cast<uint32_t*>(shared.bits<kTokens>(job) +
                                                      (token * tiles * paths + path + upper) * 32);
       const int word = group * 16 + plane / 8 * 2;

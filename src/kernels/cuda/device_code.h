@@ -6,6 +6,8 @@
 #include <cuda_runtime.h>
 #define RABIT_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+#define RABIT_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
+  kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__)
 #endif
 
 #include <cstdint>

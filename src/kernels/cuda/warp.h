@@ -118,6 +118,24 @@ __device__ __forceinline__ void multiply_bits(int (&c)[4], const uint4& a, uint3
 #endif
 }
 
+/// a b + c of pairs of halves, each rounded once.
+__device__ __forceinline__ uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef __CUDA_ARCH__
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#else
+  uint32_t d = 0;
+  for (int i = 0; i < 32; i += 16) {  // exact but for the last rounding: 22 bits and 11
+    const auto half = [i](uint32_t pair) {
+      return half_to_float(static_cast<uint16_t>(pair >> i & 0xFFFFU));
+    };
+    d |= static_cast<uint32_t>(float_to_half(half(a) * half(b) + half(c))) << i;
+  }
+  return d;
+#endif
+}
+
 /// Starts to copy 16 bytes of device memory to shared memory, where the GPU can.
 __device__ __forceinline__ void copy_16(uint4* shared, const void* from) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -126,6 +144,18 @@ __device__ __forceinline__ void copy_16(uint4* shared, const void* from) {
                : "memory");
 #else
   *shared = *static_cast<const uint4*>(from);
+#endif
+}
+
+/// As copy_16, or zeros.
+__device__ __forceinline__ void copy_16_or_zeros(uint4* shared, const void* from, bool there) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(there ? 16 : 0)
+               : "memory");
+#else
+  *shared = there ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
 #endif
 }
 

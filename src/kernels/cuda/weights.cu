@@ -23,6 +23,17 @@ __device__ __forceinline__ void store(void* at, const Words& words) {
   *reinterpret_cast<uint4*>(at) = out;
 }
 
+/// Bit 2 j + i to bit j + 16 i.
+__device__ __forceinline__ uint32_t even_before_odd(uint32_t x) {
+  constexpr uint32_t kMoved[4] = {0x22222222U, 0x0C0C0C0CU, 0x00F000F0U, 0x0000FF00U};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t swapped = (x ^ (x >> (1 << i))) & kMoved[i];
+    x ^= swapped ^ (swapped << (1 << i));
+  }
+  return x;
+}
+
 /// A thread makes the four words of a lane.
 __global__ void __launch_bounds__(kThreads)
     tile_signs_kernel(int64_t d_out, int64_t d_in, int64_t paths, const uint32_t* __restrict__ rows,
@@ -45,8 +56,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t word = first_word + lane % 4 + 4 * (i / 2);
     out.v[i] = 0;
     if (row < d_out && word < words) {
-      out.v[i] =
-          rows[(path * d_out + row) * words + word] & (word + 1 == words ? last_mask : 0xFFFFFFFFU);
+      out.v[i] = even_before_odd(rows[(path * d_out + row) * words + word] &
+                                 (word + 1 == words ? last_mask : 0xFFFFFFFFU));
     }
   }
   store(tiles + item * kLaneWords, out);
@@ -78,8 +89,8 @@ __global__ void __launch_bounds__(32 * kUnpackWarps)
       h[path][j] = inside ? half_to_float(col_scale[path * d_in + column + j]) : 0.0F;
     }
   }
-  const int word = lane / 4;  // of the tile's eight in a row
-  const int shift = lane % 4 * 8;
+  const int word = lane / 4;       // of the tile's eight in a row
+  const int shift = lane % 4 * 4;  // the first of four even columns
   const uint32_t* const tile =
       tiles + ((row_tile * column_tiles + column_tile) * kPaths) * kTileWords;
 #pragma unroll
@@ -97,7 +108,7 @@ __global__ void __launch_bounds__(32 * kUnpackWarps)
           shift;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const uint32_t minus = (~bits >> j) << 31;
+        const uint32_t minus = (~bits >> (j / 2 + 16 * (j % 2))) << 31;
         const float term = bits_to_float(float_to_bits(__fmul_rn(g, h[path][j])) ^ minus);
         sum[j] = path == 0 ? term : __fadd_rn(sum[j], term);
       }

@@ -1,0 +1,399 @@
+// Products of a few tokens with packed weights as they lie. A block takes row tiles, a warp one or
+// two of them, and some column tiles; signs become halves in registers, each the sum of its paths
+// in units of the row's largest scale, and go to the tensor cores with the tokens as columns. Where
+// rows are few, several blocks share them by columns, and the last to come adds up what all have
+// left, in order.
+#include <algorithm>
+
+#include "kernels/api/gpu.h"
+#include "kernels/cuda/warp.h"
+
+namespace rabit::gpu {
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kStages = 3;
+constexpr int kMostLinears = 3;
+constexpr int kMostSplits = 16;
+constexpr int kChunks = kTileColumns / 8;  // of 16 bytes, of a token's columns in a column tile
+
+struct FewArgs {
+  Linear linears[kMostLinears];
+  int32_t first_block[kMostLinears];  // of each; beyond the last: more than there are
+  int32_t first_row[kMostLinears];    // of each in y
+  const uint16_t* x;                  // F16 (tokens, d_in)
+  float* y;                           // (tokens, y_stride)
+  int64_t y_stride;
+  int32_t tokens, splits;
+  bool add;
+  float* partial;      // (row blocks, splits, values of a thread / 4, threads, 4)
+  uint32_t* counters;  // (row blocks), zero before and after
+};
+
+/// Of a stage in shared memory: the tokens' columns, the columns' scales, the warps' weights.
+template <int kPaths, int kEights, int kTiles>
+struct Stage {
+  static constexpr int kInput = kEights * 8 * kChunks, kScales = kPaths * kChunks;
+  static constexpr int kWeights = kWarps * kTiles * kPaths * 32;
+  static constexpr int kSize = kInput + kScales + kWeights;  // in 16 bytes
+};
+
+/// Where a chunk lies among a token's: four lanes that read the same part of neighbouring words, of
+/// two tokens, find them in different banks.
+__device__ __forceinline__ int place_of(int token, int chunk) {
+  return chunk ^ ((chunk >> 3) & 1) ^ ((token & 1) << 1);
+}
+
+template <int kPaths, int kEights, int kTiles>
+__device__ __forceinline__ void load_stage(const FewArgs& args, const Linear& w, int row_tile,
+                                           int column_tile, uint4* stage) {
+  using S = Stage<kPaths, kEights, kTiles>;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const int first = column_tile * kTileColumns;
+#pragma unroll
+  for (int i = 0; i < kEights; ++i) {
+    const int item = thread + i * kThreads, token = item / kChunks, chunk = item % kChunks;
+    const int column = first + chunk * 8;
+    const bool there = token < args.tokens && column < w.d_in;
+    copy_16_or_zeros(stage + token * kChunks + place_of(token, chunk),
+                     args.x + (there ? int64_t{token} * w.d_in + column : 0), there);
+  }
+  if (thread < S::kScales) {
+    const int path = thread / kChunks, column = first + thread % kChunks * 8;
+    const bool there = column < w.d_in;
+    copy_16_or_zeros(stage + S::kInput + thread,
+                     w.col_scale + (there ? path * int64_t{w.d_in} + column : 0), there);
+  }
+  const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
+  const int row_tiles = (w.d_out + kTileRows - 1) / kTileRows;
+  uint4* const own = stage + S::kInput + S::kScales + thread / 32 * kTiles * kPaths * 32 + lane;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const bool there = row_tile + tile < row_tiles;
+    const auto* const from =
+        static_cast<const uint4*>(w.weights) +
+        (there ? (int64_t{row_tile + tile} * column_tiles + column_tile) * kPaths * 32 : 0) + lane;
+#pragma unroll
+    for (int path = 0; path < kPaths; ++path) {
+      copy_16_or_zeros(own + (tile * kPaths + path) * 32, from + (there ? path * 32 : 0), there);
+    }
+  }
+}
+
+/// The largest of a row's scales, and all in units of it, each as a pair of halves.
+template <int kPaths>
+struct RowScale {
+  float unit = 0;
+  uint32_t ratios[kPaths];
+
+  __device__ __forceinline__ void read(const Linear& w, int row) {
+    float scales[kPaths];
+#pragma unroll
+    for (int path = 0; path < kPaths; ++path) {
+      scales[path] =
+          row < w.d_out ? half_to_float(w.row_scale[path * int64_t{w.d_out} + row]) : 0.0F;
+      unit = fmaxf(unit, fabsf(scales[path]));
+    }
+#pragma unroll
+    for (int path = 0; path < kPaths; ++path) {
+      const float ratio = unit > 0 ? scales[path] / unit : 0.0F;
+      ratios[path] = pack_halves(ratio, ratio);
+    }
+  }
+};
+
+/// Two neighbouring weights of a row, in units of its scale: bits `shift` and `shift` + 16 from the
+/// top of each word of signs.
+template <int kPaths>
+__device__ __forceinline__ uint32_t weights_of(const uint32_t (&signs)[kPaths],
+                                               const uint32_t (&scales)[kPaths],
+                                               const RowScale<kPaths>& row, int shift) {
+  uint32_t sum = 0;
+#pragma unroll
+  for (int path = 0; path < kPaths; ++path) {
+    const uint32_t minus = (~signs[path] << shift) & 0x80008000U;
+    sum = multiply_add_pair(scales[path] ^ minus, row.ratios[path], sum);
+  }
+  return sum;
+}
+
+__device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
+  return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+}
+
+/// kEights: tokens, in eights. kTiles: row tiles of a warp.
+template <int kPaths, int kEights, int kTiles>
+__global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(FewArgs args) {
+  RABIT_DYNAMIC_SHARED(memory);
+  auto* const stages = reinterpret_cast<uint4*>(memory);
+  using S = Stage<kPaths, kEights, kTiles>;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const int g = lane / 4, t = lane % 4;
+  const int block = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.y);
+  int which = 0;
+#pragma unroll
+  for (int i = 1; i < kMostLinears; ++i) {
+    which = block >= args.first_block[i] ? i : which;
+  }
+  const Linear& w = args.linears[which];
+  const int row_tile = ((block - args.first_block[which]) * kWarps + thread / 32) * kTiles;
+  const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
+  const int begin = column_tiles * split / args.splits;
+  const int end = column_tiles * (split + 1) / args.splits;
+
+  RowScale<kPaths> rows[kTiles][2];
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      rows[tile][i].read(w, (row_tile + tile) * kTileRows + g + 8 * i);
+    }
+  }
+  float sums[kTiles][kEights][4] = {};
+
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (begin + i < end) {
+      load_stage<kPaths, kEights, kTiles>(args, w, row_tile, begin + i, stages + i * S::kSize);
+    }
+    end_copies();
+  }
+#pragma unroll 1
+  for (int column = begin; column < end; ++column) {
+    await_copies<kStages - 2>();
+    __syncthreads();
+    const int ahead = column + kStages - 1;
+    if (ahead < end) {
+      load_stage<kPaths, kEights, kTiles>(args, w, row_tile, ahead,
+                                          stages + (ahead - begin) % kStages * S::kSize);
+    }
+    end_copies();
+    const uint4* const stage = stages + (column - begin) % kStages * S::kSize;
+    const uint4* const scales = stage + S::kInput;
+    const uint4* const own = scales + S::kScales + thread / 32 * kTiles * kPaths * 32 + lane;
+    uint4 signs[kTiles][kPaths];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int path = 0; path < kPaths; ++path) {
+        signs[tile][path] = own[(tile * kPaths + path) * 32];
+      }
+    }
+    // Eight columns of a lane's word at a time: two products of 16 columns, four to a lane.
+#pragma unroll
+    for (int part = 0; part < 8; ++part) {
+      const int chunk = part / 4 * 16 + t * 4 + part % 4;
+      uint4 scale[kPaths], x[kEights];
+#pragma unroll
+      for (int path = 0; path < kPaths; ++path) {
+        scale[path] = scales[path * kChunks + chunk];
+      }
+#pragma unroll
+      for (int eight = 0; eight < kEights; ++eight) {
+        const int token = eight * 8 + g;
+        x[eight] = stage[token * kChunks + place_of(token, chunk)];
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        uint32_t a[2][4];  // of each product: rows g and g + 8 at a pair of columns, then the next
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+          uint32_t column_scales[kPaths];
+#pragma unroll
+          for (int path = 0; path < kPaths; ++path) {
+            column_scales[path] = word_of(scale[path], pair);
+          }
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            uint32_t words[kPaths];
+#pragma unroll
+            for (int path = 0; path < kPaths; ++path) {
+              words[path] = word_of(signs[tile][path], part / 4 * 2 + i);
+            }
+            a[pair / 2][pair % 2 * 2 + i] =
+                weights_of<kPaths>(words, column_scales, rows[tile][i], 15 - (part % 4 * 4 + pair));
+          }
+        }
+#pragma unroll
+        for (int eight = 0; eight < kEights; ++eight) {
+          const uint32_t low[2] = {x[eight].x, x[eight].y}, high[2] = {x[eight].z, x[eight].w};
+          multiply_tile(sums[tile][eight], a[0], low);
+          multiply_tile(sums[tile][eight], a[1], high);
+        }
+      }
+    }
+  }
+
+  if (args.splits > 1) {
+    const int64_t values = int64_t{kTiles} * kEights * kThreads;
+    auto* const partial = reinterpret_cast<float4*>(args.partial) + block * args.splits * values;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int eight = 0; eight < kEights; ++eight) {
+        const float(&s)[4] = sums[tile][eight];
+        partial[split * values + (tile * kEights + eight) * kThreads + thread] =
+            make_float4(s[0], s[1], s[2], s[3]);
+      }
+    }
+    __threadfence();
+    __syncthreads();
+    __shared__ unsigned before;
+    if (thread == 0) {
+      before = atomicAdd(args.counters + block, 1U);
+    }
+    __syncthreads();
+    if (before + 1 < static_cast<unsigned>(args.splits)) {
+      return;
+    }
+    __threadfence();
+    if (thread == 0) {
+      args.counters[block] = 0;
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int eight = 0; eight < kEights; ++eight) {
+        float(&s)[4] = sums[tile][eight];
+        s[0] = s[1] = s[2] = s[3] = 0;
+        for (int from = 0; from < args.splits; ++from) {
+          const float4 part =
+              __ldcg(partial + from * values + (tile * kEights + eight) * kThreads + thread);
+          s[0] += part.x, s[1] += part.y, s[2] += part.z, s[3] += part.w;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int eight = 0; eight < kEights; ++eight) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = (row_tile + tile) * kTileRows + g + 8 * (i / 2);
+        const int token = eight * 8 + 2 * t + i % 2;
+        if (row < w.d_out && token < args.tokens) {
+          float* const to = args.y + token * args.y_stride + args.first_row[which] + row;
+          const float value = rows[tile][i / 2].unit * sums[tile][eight][i];
+          *to = args.add ? *to + value : value;
+        }
+      }
+    }
+  }
+}
+
+/// How a product is shared out.
+struct Sharing {
+  int64_t row_blocks = 0;
+  int32_t splits = 1;
+  int32_t eights = 1, tiles = 1;
+};
+
+Sharing share(std::initializer_list<const Linear*> linears, int64_t tokens,
+              int32_t multiprocessors) {
+  Sharing sharing;
+  sharing.eights = tokens <= 8 ? 1 : tokens <= 16 ? 2 : tokens <= 32 ? 4 : 8;
+  sharing.tiles = sharing.eights <= 2 ? 1 : 2;
+  int64_t columns = kMostSplits;
+  for (const Linear* w : linears) {
+    sharing.row_blocks +=
+        ceil_divide(ceil_divide(w->d_out, kTileRows), int64_t{kWarps} * sharing.tiles);
+    columns = std::min(columns, ceil_divide(w->d_in, kTileColumns));
+  }
+  const int64_t wanted = int64_t{multiprocessors} * (sharing.tiles == 1 ? 2 : 1);
+  sharing.splits = static_cast<int32_t>(
+      std::clamp<int64_t>(wanted / std::max<int64_t>(sharing.row_blocks, 1), 1, columns));
+  return sharing;
+}
+
+template <int kPaths, int kEights>
+Status start(const FewArgs& args, const Sharing& sharing, Stream stream) {
+  constexpr int kTiles = kEights <= 2 ? 1 : 2;
+  [[maybe_unused]] constexpr int kBytes = kStages * Stage<kPaths, kEights, kTiles>::kSize * 16;
+  const auto kernel = few_kernel<kPaths, kEights, kTiles>;
+  const dim3 grid(static_cast<unsigned>(sharing.row_blocks), static_cast<unsigned>(sharing.splits));
+#ifndef RABIT_CUDA_EMULATOR
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (status != cudaSuccess) {
+    return Error{std::string("the GPU has too little shared memory for a product: ") +
+                 cudaGetErrorString(status)};
+  }
+#endif
+  RABIT_LAUNCH_SHARED(kernel, grid, dim3(kThreads), kBytes, stream, args);
+  return launched("a product of a few tokens");
+}
+
+template <int kPaths>
+Status start_paths(const FewArgs& args, const Sharing& sharing, Stream stream) {
+  return sharing.eights == 1   ? start<kPaths, 1>(args, sharing, stream)
+         : sharing.eights == 2 ? start<kPaths, 2>(args, sharing, stream)
+         : sharing.eights == 4 ? start<kPaths, 4>(args, sharing, stream)
+                               : start<kPaths, 8>(args, sharing, stream);
+}
+
+}  // namespace
+
+bool takes_few(std::initializer_list<const Linear*> linears, int64_t tokens) {
+  bool takes =
+      tokens >= 1 && tokens <= kFewTokens && linears.size() <= static_cast<size_t>(kMostLinears);
+  for (const Linear* w : linears) {
+    takes = takes && w->format == Format::kResidualBinary && w->d_in % 8 == 0 &&
+            w->d_in == (*linears.begin())->d_in && w->paths == (*linears.begin())->paths;
+  }
+  return takes;
+}
+
+int64_t few_work(std::initializer_list<const Linear*> linears, int32_t multiprocessors) {
+  int64_t most = 0;
+  for (const int64_t tokens : {8, 16, 32, 64}) {
+    const Sharing s = share(linears, tokens, multiprocessors);
+    const int64_t partial =
+        s.splits == 1 ? 0 : s.row_blocks * s.splits * kThreads * 4 * int64_t{s.tiles} * s.eights;
+    most = std::max(most, partial);
+  }
+  return most;
+}
+
+int64_t few_counters(std::initializer_list<const Linear*> linears) {
+  return share(linears, 1, 1).row_blocks;
+}
+
+Status multiply_few(std::initializer_list<const Linear*> linears, const uint16_t* x, int64_t tokens,
+                    float* y, bool add, const FewWork& work, Stream stream) {
+  const Sharing sharing = share(linears, tokens, work.multiprocessors);
+  FewArgs args = {};
+  int32_t blocks = 0, rows = 0;
+  size_t i = 0;
+  for (const Linear* w : linears) {
+    args.linears[i] = *w;
+    args.first_block[i] = blocks;
+    args.first_row[i] = rows;
+    blocks += static_cast<int32_t>(
+        ceil_divide(ceil_divide(w->d_out, kTileRows), int64_t{kWarps} * sharing.tiles));
+    rows += w->d_out;
+    ++i;
+  }
+  for (; i < kMostLinears; ++i) {
+    args.first_block[i] = blocks;
+  }
+  args.x = x;
+  args.y = y;
+  args.y_stride = rows;
+  args.tokens = static_cast<int32_t>(tokens);
+  args.splits = sharing.splits;
+  args.add = add;
+  args.partial = work.partial;
+  args.counters = work.counters;
+  switch ((*linears.begin())->paths) {
+    case 1:
+      return start_paths<1>(args, sharing, stream);
+    case 2:
+      return start_paths<2>(args, sharing, stream);
+    case 3:
+      return start_paths<3>(args, sharing, stream);
+    default:
+      return start_paths<4>(args, sharing, stream);
+  }
+}
+
+}  // namespace rabit::gpu
