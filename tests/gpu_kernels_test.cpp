@@ -545,6 +545,73 @@ TEST_F(GpuKernels, Attention) {
   }
 }
 
+TEST_F(GpuKernels, RopeAndAttentionOfSeveralSequences) {
+  struct Case {
+    int64_t heads, kv_heads, d;
+    std::vector<int64_t> positions;
+    int32_t multiprocessors;
+  };
+  const std::vector<Case> cases = {{2, 2, 8, {0}, 1},
+                                   {4, 2, 64, {0, 5, 200}, 6},
+                                   {9, 3, 16, {31, 32, 33, 1}, 40},
+                                   {5, 1, 104, {70, 3}, 50},
+                                   {1, 1, 256, {17, 90, 40}, 4}};
+  for (const auto& [heads, kv_heads, d, positions, multiprocessors] : cases) {
+    SCOPED_TRACE("heads " + std::to_string(heads) + "/" + std::to_string(kv_heads) + " d " +
+                 std::to_string(d));
+    const auto tokens = static_cast<int64_t>(positions.size());
+    const int64_t layers = 2, layer = 1, width = (heads + 2 * kv_heads) * d;
+    const Floats qkv = normals(tokens * width);
+    const auto from = up(qkv);
+    Floats turns;
+    for (int64_t i = 0; i < 201 * d / 2; ++i) {
+      turns.push_back(std::cos(static_cast<float>(i)));
+      turns.push_back(std::sin(static_cast<float>(i)));
+    }
+    const auto by = up(turns);
+    std::vector<OnDevice<uint16_t>> keys, values;
+    std::vector<Halves> want_keys, want_values;
+    std::vector<gpu::Place> places;
+    const auto want_q = room<uint16_t>(tokens * heads * d);
+    const auto want = room<uint16_t>(tokens * heads * d);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t capacity = positions[t] + 2 + t, plane = layer * kv_heads * capacity * d;
+      keys.push_back(up(to_halves(normals(layers * kv_heads * capacity * d))));
+      values.push_back(up(to_halves(normals(layers * kv_heads * capacity * d))));
+      places.push_back({keys.back().data(), values.back().data(), by.data() + positions[t] * d,
+                        capacity, positions[t]});
+      // As a prompt of one token, in copies of the caches.
+      const auto k = up(keys.back().read()), v = up(values.back().read());
+      const gpu::CacheView cache = {k.data() + plane, v.data() + plane, capacity, positions[t]};
+      expect_ok(gpu::rope(heads_of(heads, kv_heads, d), from.data() + t * width, 1, by.data(),
+                          cache, want_q.data() + t * heads * d, stream()));
+      expect_ok(gpu::attention(heads_of(heads, kv_heads, d), want_q.data() + t * heads * d, 1,
+                               cache, want.data() + t * heads * d, stream()));
+      want_keys.push_back(k.read()), want_values.push_back(v.read());
+    }
+    const gpu::Sizes sizes = heads_of(heads, kv_heads, d);
+    const auto where = up(places);
+    const auto q = room<uint16_t>(tokens * heads * d), out = room<uint16_t>(tokens * heads * d);
+    const auto partial = room<float>(gpu::each_work(sizes, tokens, multiprocessors));
+    const auto counters = up(std::vector<uint32_t>(static_cast<size_t>(tokens * kv_heads)));
+    expect_ok(gpu::rope_each(sizes, layer, from.data(), tokens, where.data(), q.data(), stream()));
+    for (int pass = 0; pass < 2; ++pass) {  // the counters are as before
+      expect_ok(gpu::attention_each(sizes, layer, q.data(), tokens, where.data(), multiprocessors,
+                                    partial.data(), counters.data(), out.data(), stream()));
+    }
+    EXPECT_EQ(q.read(), want_q.read());
+    for (int64_t t = 0; t < tokens; ++t) {
+      EXPECT_EQ(keys[t].read(), want_keys[t]);
+      EXPECT_EQ(values[t].read(), want_values[t]);
+    }
+    // There the weights of positions are rounded to F16, and the result in both.
+    const Floats got = to_floats(out.read()), expected = to_floats(want.read());
+    EXPECT_LE(worst_of(got, expected,
+                       [&](size_t i) { return 3 * kHalf * (std::abs(expected[i]) + 1.0); }),
+              1);
+  }
+}
+
 TEST_F(GpuKernels, Products) {
   for (const auto& [d_out, d_in] :
        {std::pair<int64_t, int64_t>{1, 8}, {7, 20}, {64, 48}, {33, 256}}) {

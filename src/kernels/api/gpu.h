@@ -186,6 +186,27 @@ struct CacheView {
 Status rope(const Sizes& sizes, const float* qkv, int64_t tokens, const float* turns,
             const CacheView& cache, uint16_t* q, Stream stream);
 
+/// Where a token's key and value go, and what turns it.
+struct Place {
+  uint16_t* k = nullptr;  // F16 (layers, kv_heads, capacity, head_dim); of one layer in kernels
+  uint16_t* v = nullptr;  // as k
+  const float* turn = nullptr;  // (head_dim/2) pairs (cos, sin) of the position
+  int64_t capacity = 0;
+  int64_t position = 0;
+};
+
+/// As rope(), each token of another sequence. places: (tokens), in device memory.
+Status rope_each(const Sizes& sizes, int64_t layer, const float* qkv, int64_t tokens,
+                 const Place* places, uint16_t* q, Stream stream);
+
+/// As attention(), each token of another sequence, over all positions up to its own. head_dim: a
+/// multiple of 8. partial: each_work() floats; counters: (tokens, kv_heads) zeros, which they are
+/// again after it.
+Status attention_each(const Sizes& sizes, int64_t layer, const uint16_t* q, int64_t tokens,
+                      const Place* places, int32_t multiprocessors, float* partial,
+                      uint32_t* counters, uint16_t* out, Stream stream);
+int64_t each_work(const Sizes& sizes, int64_t most_tokens, int32_t multiprocessors);
+
 /// Causal attention of q, F16 (tokens, heads, head_dim), over the cache up to each token's
 /// position. out: F16, as q.
 Status attention(const Sizes& sizes, const uint16_t* q, int64_t tokens, const CacheView& cache,

@@ -101,10 +101,15 @@ __device__ __forceinline__ uint32_t pack_halves(float low, float high) {
 #endif
 }
 __device__ __forceinline__ uint32_t pack_saturated(float low, float high) {
-  constexpr float kMost = 65504.0F;
-  low = low > kMost ? kMost : low < -kMost ? -kMost : low;
-  high = high > kMost ? kMost : high < -kMost ? -kMost : high;
-  return pack_halves(low, high);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t pair = pack_halves(low, high);
+  asm("min.NaN.f16x2 %0, %0, %1; max.NaN.f16x2 %0, %0, %2;"
+      : "+r"(pair)
+      : "r"(0x7BFF7BFFU), "r"(0xFBFFFBFFU));
+  return pair;
+#else
+  return saturated_half(low) | static_cast<uint32_t>(saturated_half(high)) << 16;
+#endif
 }
 
 /// In every lane the sum over the warp, in one order.

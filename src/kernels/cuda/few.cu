@@ -4,6 +4,7 @@
 // rows are few, several blocks share them by columns, and the last to come adds up what all have
 // left, in order.
 #include <algorithm>
+#include <limits>
 
 #include "kernels/api/gpu.h"
 #include "kernels/cuda/warp.h"
@@ -111,8 +112,9 @@ __device__ __forceinline__ uint32_t weights_of(const uint32_t (&signs)[kPaths],
   uint32_t sum = 0;
 #pragma unroll
   for (int path = 0; path < kPaths; ++path) {
-    const uint32_t minus = (~signs[path] << shift) & 0x80008000U;
-    sum = multiply_add_pair(scales[path] ^ minus, row.ratios[path], sum);
+    const uint32_t minus = ~(signs[path] << shift) & 0x80008000U;
+    sum = path == 0 ? multiply_pair(scales[path] ^ minus, row.ratios[path])
+                    : multiply_add_pair(scales[path] ^ minus, row.ratios[path], sum);
   }
   return sum;
 }
@@ -293,15 +295,24 @@ Sharing share(std::initializer_list<const Linear*> linears, int64_t tokens,
   Sharing sharing;
   sharing.eights = tokens <= 8 ? 1 : tokens <= 16 ? 2 : tokens <= 32 ? 4 : 8;
   sharing.tiles = sharing.eights <= 2 ? 1 : 2;
-  int64_t columns = kMostSplits;
+  int64_t columns = std::numeric_limits<int64_t>::max();
   for (const Linear* w : linears) {
     sharing.row_blocks +=
         ceil_divide(ceil_divide(w->d_out, kTileRows), int64_t{kWarps} * sharing.tiles);
     columns = std::min(columns, ceil_divide(w->d_in, kTileColumns));
   }
-  const int64_t wanted = int64_t{multiprocessors} * (sharing.tiles == 1 ? 2 : 1);
-  sharing.splits = static_cast<int32_t>(
-      std::clamp<int64_t>(wanted / std::max<int64_t>(sharing.row_blocks, 1), 1, columns));
+  // In column tiles: what the rounds of blocks take, each with a beginning and an end.
+  constexpr int64_t kAround = 3;
+  const int64_t together = int64_t{multiprocessors} * (sharing.tiles == 1 ? 2 : 1);
+  int64_t best = std::numeric_limits<int64_t>::max();
+  for (int64_t splits = 1; splits <= std::min<int64_t>(columns, kMostSplits); ++splits) {
+    const int64_t time = ceil_divide(sharing.row_blocks * splits, together) *
+                         (ceil_divide(columns, splits) + kAround);
+    if (time < best) {
+      best = time;
+      sharing.splits = static_cast<int32_t>(splits);
+    }
+  }
   return sharing;
 }
 

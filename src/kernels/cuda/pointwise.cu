@@ -73,21 +73,45 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+/// Where the tokens of a prompt go: one sequence, one position after the other.
+struct PromptPlaces {
+  CacheView cache;
+  const float* turns;
+
+  __device__ __forceinline__ Place at(int64_t token, int64_t head_dim) const {
+    const int64_t position = cache.first_position + token;
+    return {cache.k, cache.v, turns + position * head_dim, cache.capacity, position};
+  }
+};
+/// Each token to a sequence of its own.
+struct OwnPlaces {
+  const Place* places;
+  int64_t layer, kv_heads;
+
+  __device__ __forceinline__ Place at(int64_t token, int64_t head_dim) const {
+    Place place = places[token];
+    const int64_t before = layer * kv_heads * place.capacity * head_dim;
+    place.k += before, place.v += before;
+    return place;
+  }
+};
+
 /// A thread takes a pair of every token's queries, keys or values.
+template <typename Places>
 __global__ void __launch_bounds__(kThreads)
-    rope_kernel(Sizes sizes, const float* __restrict__ qkv, int64_t tokens,
-                const float* __restrict__ turns, CacheView cache, uint16_t* __restrict__ q) {
+    rope_kernel(Sizes sizes, const float* __restrict__ qkv, int64_t tokens, Places places,
+                uint16_t* __restrict__ q) {
   const int64_t d = sizes.head_dim, d_q = sizes.heads * d, d_kv = sizes.kv_heads * d;
   const int64_t feature = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 2;
   if (feature >= d_q + 2 * d_kv) {
     return;
   }
   for (int64_t t = blockIdx.y; t < tokens; t += gridDim.y) {
-    const int64_t position = cache.first_position + t;
+    const Place place = places.at(t, d);
     const float* const from = qkv + t * (d_q + 2 * d_kv) + feature;
     float a = from[0], b = from[1];
     if (feature < d_q + d_kv) {
-      const float* const turn = turns + position * d + feature % d;
+      const float* const turn = place.turn + feature % d;
       const float cosine = turn[0], sine = turn[1], first = a;
       a = first * cosine - b * sine;
       b = first * sine + b * cosine;
@@ -99,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
     const bool key = feature < d_q + d_kv;
     const int64_t at = feature - d_q - (key ? 0 : d_kv);
     uint16_t* const to =
-        (key ? cache.k : cache.v) + (at / d * cache.capacity + position) * d + at % d;
+        (key ? place.k : place.v) + (at / d * place.capacity + place.position) * d + at % d;
     *reinterpret_cast<uint32_t*>(to) = pack_saturated(a, b);
   }
 }
@@ -149,8 +173,16 @@ Status rms_norm(const float* x, const float* weight, int64_t tokens, int64_t d, 
 Status rope(const Sizes& sizes, const float* qkv, int64_t tokens, const float* turns,
             const CacheView& cache, uint16_t* q, Stream stream) {
   const int64_t pairs = (int64_t{sizes.heads} + 2 * int64_t{sizes.kv_heads}) * sizes.head_dim / 2;
-  RABIT_LAUNCH(rope_kernel, grid_of_rows(pairs, tokens), dim3(kThreads), stream, sizes, qkv, tokens,
-               turns, cache, q);
+  RABIT_LAUNCH(rope_kernel<PromptPlaces>, grid_of_rows(pairs, tokens), dim3(kThreads), stream,
+               sizes, qkv, tokens, PromptPlaces{cache, turns}, q);
+  return launched("the positions");
+}
+
+Status rope_each(const Sizes& sizes, int64_t layer, const float* qkv, int64_t tokens,
+                 const Place* places, uint16_t* q, Stream stream) {
+  const int64_t pairs = (int64_t{sizes.heads} + 2 * int64_t{sizes.kv_heads}) * sizes.head_dim / 2;
+  RABIT_LAUNCH(rope_kernel<OwnPlaces>, grid_of_rows(pairs, tokens), dim3(kThreads), stream, sizes,
+               qkv, tokens, OwnPlaces{places, layer, sizes.kv_heads}, q);
   return launched("the positions");
 }
 

@@ -118,6 +118,24 @@ __device__ __forceinline__ void multiply_bits(int (&c)[4], const uint4& a, uint3
 #endif
 }
 
+/// a b of pairs of halves.
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint32_t d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+#else
+  uint32_t d = 0;
+  for (int i = 0; i < 32; i += 16) {
+    const auto half = [i](uint32_t pair) {
+      return half_to_float(static_cast<uint16_t>(pair >> i & 0xFFFFU));
+    };
+    d |= static_cast<uint32_t>(float_to_half(half(a) * half(b))) << i;
+  }
+  return d;
+#endif
+}
+
 /// a b + c of pairs of halves, each rounded once.
 __device__ __forceinline__ uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c) {
 #ifdef __CUDA_ARCH__

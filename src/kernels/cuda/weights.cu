@@ -83,10 +83,19 @@ __global__ void __launch_bounds__(32 * kUnpackWarps)
   float h[kPaths][8];
 #pragma unroll
   for (int path = 0; path < kPaths; ++path) {
+    if (d_in % 8 == 0) {
+      const uint4 eight = *reinterpret_cast<const uint4*>(col_scale + path * d_in + column);
+      const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const bool inside = column + j < d_in;
-      h[path][j] = inside ? half_to_float(col_scale[path * d_in + column + j]) : 0.0F;
+      for (int j = 0; j < 8; ++j) {
+        h[path][j] = half_to_float(static_cast<uint16_t>(pairs[j / 2] >> 16 * (j % 2)));
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const bool inside = column + j < d_in;
+        h[path][j] = inside ? half_to_float(col_scale[path * d_in + column + j]) : 0.0F;
+      }
     }
   }
   const int word = lane / 4;       // of the tile's eight in a row
@@ -103,14 +112,15 @@ __global__ void __launch_bounds__(32 * kUnpackWarps)
 #pragma unroll
     for (int path = 0; path < kPaths; ++path) {
       const float g = half_to_float(row_scale[path * d_out + row]);
-      const uint32_t bits =
-          tile[path * kTileWords + (r * 4 + word % 4) * kLaneWords + half + 2 * (word / 4)] >>
+      const uint32_t minus =
+          ~tile[path * kTileWords + (r * 4 + word % 4) * kLaneWords + half + 2 * (word / 4)] >>
           shift;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const uint32_t minus = (~bits >> (j / 2 + 16 * (j % 2))) << 31;
-        const float term = bits_to_float(float_to_bits(__fmul_rn(g, h[path][j])) ^ minus);
-        sum[j] = path == 0 ? term : __fadd_rn(sum[j], term);
+        const uint32_t sign = (minus << (31 - j / 2 - 16 * (j % 2))) & 0x80000000U;
+        const float scale = bits_to_float(float_to_bits(h[path][j]) ^ sign);
+        // A product of two halves has no more digits than a float.
+        sum[j] = path == 0 ? g * scale : fmaf(g, scale, sum[j]);
       }
     }
     Words packed;
