@@ -168,15 +168,27 @@ TEST_F(GpuEngine, SplittingTheInputChangesLittle) {
 TEST_F(GpuEngine, MoreThanOneChunk) {
   const TinySizes sizes = {.layers = 1, .width = 16, .heads = 2, .kv_heads = 1, .hidden = 24};
   SmallModel(8, true, 1, sizes).write(path("model.gguf"));
-  const std::vector<int32_t> tokens = random_tokens(1100, 8, sizes.vocab);
+#ifdef RABIT_CUDA_EMULATOR
+  constexpr int64_t kTokens = 1100;  // where memory is short, see below
+#else
+  constexpr int64_t kTokens = 4200;
+#endif
+  const std::vector<int32_t> tokens = random_tokens(kTokens, 8, sizes.vocab);
   const std::vector<Floats> want =
-      all_logits(*session(path("model.gguf"), 1100, kExact), tokens, sizes.vocab);
-  const auto one = session(path("model.gguf"), 1100);
+      all_logits(*session(path("model.gguf"), kTokens, kExact), tokens, sizes.vocab);
+#ifdef RABIT_CUDA_EMULATOR
+  const size_t before = emulator::memory_size();
+  emulator::memory_size() = emulator::memory_used() + (450 << 10);
+#endif
+  const auto one = session(path("model.gguf"), kTokens);
+#ifdef RABIT_CUDA_EMULATOR
+  emulator::memory_size() = before;
+#endif
   expect_near(all_logits(*one, tokens, sizes.vocab), want);
   one->truncate(20);
   const auto last = one->forward(std::span(tokens).subspan(20));
   ASSERT_TRUE(last);
-  EXPECT_EQ(one->position(), 1100);
+  EXPECT_EQ(one->position(), kTokens);
   EXPECT_LE(relative_error(*last, want.back()), kBound);
 }
 
@@ -293,6 +305,83 @@ TEST_F(GpuEngine, TwoSessionsOfAModel) {
     const auto same = (*other)->forward(std::span(tokens).subspan(i, 1));
     ASSERT_TRUE(got && same);
     EXPECT_EQ(relative_error(*got, *same), 0);
+  }
+}
+
+TEST_F(GpuEngine, SeveralSessionsAtOnce) {
+  for (const int64_t paths : {0, 2}) {
+    SCOPED_TRACE("paths " + std::to_string(paths));
+    SmallModel(9, true, paths, kWhole).write(path("model.gguf"));
+    const int64_t vocab = kWhole.vocab;
+    const auto model = Model::load(path("model.gguf"), on_gpu());
+    ASSERT_TRUE(model) << model.error().message;
+    constexpr size_t kSessions = 5, kSteps = 3;
+    std::vector<std::unique_ptr<Session>> owned;
+    std::vector<std::vector<int32_t>> tokens;
+    std::vector<std::vector<Floats>> want;
+    for (size_t i = 0; i < kSessions; ++i) {  // each behind a prompt of its own, in its own room
+      const auto prompt = static_cast<int64_t>(1 + 3 * i);
+      tokens.push_back(random_tokens(prompt + static_cast<int64_t>(kSteps), 20 + i, vocab));
+      want.push_back(all_logits(*session(path("model.gguf"), 32, kExact), tokens[i], vocab));
+      auto one = Session::create(*model, prompt + static_cast<int64_t>(kSteps));
+      ASSERT_TRUE(one);
+      ASSERT_TRUE((*one)->forward(std::span(tokens[i]).first(static_cast<size_t>(prompt))));
+      owned.push_back(std::move(*one));
+    }
+    std::vector<Session*> all;
+    std::vector<int32_t> next(kSessions);
+    for (const auto& one : owned) {
+      all.push_back(one.get());
+    }
+    for (size_t step = 0; step < kSteps; ++step) {
+      for (size_t i = 0; i < kSessions; ++i) {
+        next[i] = tokens[i][1 + 3 * i + step];
+      }
+      // All, or as few as go one after the other.
+      for (size_t first = 0; first < kSessions;) {
+        const size_t count = step == 1 && first == 0 ? 2 : kSessions - first;
+        const auto got = Session::forward_each(std::span(all).subspan(first, count),
+                                               std::span(next).subspan(first, count));
+        ASSERT_TRUE(got) << got.error().message;
+        ASSERT_EQ(got->size(), count * static_cast<size_t>(vocab));
+        for (size_t i = 0; i < count; ++i) {
+          const size_t own = first + i;
+          EXPECT_EQ(all[own]->position(), static_cast<int64_t>(2 + 3 * own + step));
+          EXPECT_LE(relative_error(
+                        got->subspan(i * static_cast<size_t>(vocab), static_cast<size_t>(vocab)),
+                        want[own][static_cast<size_t>(all[own]->position() - 1)]),
+                    kBound)
+              << own << ", " << step;
+        }
+        first += count;
+      }
+    }
+    // Full now: nothing moves.
+    EXPECT_FALSE(Session::forward_each(all, next));
+    for (size_t i = 0; i < kSessions; ++i) {
+      all[i]->truncate(1);
+    }
+    next[kSessions - 1] = static_cast<int32_t>(vocab);
+    EXPECT_FALSE(Session::forward_each(all, next));
+    next[kSessions - 1] = 0;
+    set_interrupted(true);
+    const auto interrupted = Session::forward_each(all, next);
+    set_interrupted(false);
+    EXPECT_TRUE(!interrupted && interrupted.error().interrupted);
+    const auto other = session(path("model.gguf"), 4);
+    std::vector<Session*> mixed = all;
+    mixed[1] = other.get();
+    const auto of_two_models = Session::forward_each(mixed, next);
+    ASSERT_FALSE(of_two_models);
+    EXPECT_EQ(of_two_models.error().message,
+              "sessions of several models cannot take a token at once");
+    mixed[1] = mixed[0];
+    EXPECT_FALSE(Session::forward_each(mixed, next));
+    EXPECT_FALSE(Session::forward_each(all, std::span(next).first(2)));
+    EXPECT_FALSE(Session::forward_each({}, {}));
+    for (const Session* one : all) {
+      EXPECT_EQ(one->position(), 1);
+    }
   }
 }
 
@@ -457,6 +546,13 @@ TEST_F(GpuEngine, ADeviceThatIsTooOldOrTooSmall) {
   const auto model = Model::load(path("model.gguf"), on_gpu());
   ASSERT_TRUE(model);
   const size_t before = emulator::memory_size();
+  emulator::memory_size() = emulator::memory_used() + 10000;
+  const auto no_pass = Session::create(*model, 1);
+  emulator::memory_size() = before;
+  ASSERT_FALSE(no_pass);
+  EXPECT_EQ(no_pass.error().message.find("a pass of 64 tokens needs "), 0U)
+      << no_pass.error().message;
+  ASSERT_TRUE(Session::create(*model, 1));
   emulator::memory_size() = emulator::memory_used() + 10000;
   const auto none = Session::create(*model, 1000);
   const auto second = Model::load(path("model.gguf"), on_gpu());

@@ -38,7 +38,7 @@ class OnDevice {
   OnDevice(const gpu::Queue& queue, const std::vector<T>& values) : queue_(&queue) {
     std::vector<T> all = values;
     all.resize(values.size() + kGuards);
-    std::memset(all.data() + values.size(), kGuardByte, kGuards * sizeof(T));
+    std::memset(static_cast<void*>(all.data() + values.size()), kGuardByte, kGuards * sizeof(T));
     fill(all);
   }
   /// `count` bytes of nothing in particular: NaN as floats, and as F16.

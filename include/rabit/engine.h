@@ -79,9 +79,22 @@ class Session {
   /// forward_all.
   virtual Result<std::span<const float>> forward(std::span<const int32_t> tokens) = 0;
 
+  /// Appends a token to each of several sessions of one model, all of them different, and returns
+  /// their logits, (sessions, vocab), valid until the next call of the first session. On a GPU
+  /// weights are read once for many sessions. Errors: as forward_all; sessions of several models,
+  /// or one of them twice; nothing is appended then.
+  static Result<std::span<const float>> forward_each(std::span<Session* const> sessions,
+                                                     std::span<const int32_t> tokens);
+
   virtual int64_t position() const = 0;
   /// Forgets all positions from `position` on; nothing happens if there are none.
   virtual void truncate(int64_t position) = 0;
+
+ protected:
+  /// What a session does as the first of forward_each(), whose arguments have been checked to be as
+  /// many, and to be different.
+  virtual Result<std::span<const float>> lead(std::span<Session* const> sessions,
+                                              std::span<const int32_t> tokens) = 0;
 };
 
 /// How the next token is drawn; names and defaults as llama.cpp's.

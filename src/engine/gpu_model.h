@@ -42,6 +42,8 @@ class DeviceParts {
   uint64_t bytes_ = 0;
 };
 
+class GpuRunner;
+
 class GpuModel : public Model {
  public:
   int64_t vocab_size() const override { return config.vocab_size; }
@@ -62,6 +64,7 @@ class GpuModel : public Model {
   gpu::Linear head;                     // (vocab, d_model)
   std::unique_ptr<ThreadPool> pool;     // for what the host does beside
   uint64_t bytes_per_token = 0;
+  std::shared_ptr<GpuRunner> runner;  // last; from the first session on
 };
 
 /// Error of memory that a GPU has not: what needs how much, and what there is.

@@ -11,6 +11,7 @@
 #include <initializer_list>
 
 #include "base/interrupt.h"
+#include "engine/each.h"
 #include "engine/gpu.h"
 #include "engine/input.h"
 #include "engine/model.h"
@@ -64,6 +65,11 @@ class LoadedSession : public Session {
   Status allocate();
   Status forward_all(std::span<const int32_t> tokens, const LogitSink& sink) override;
   Result<std::span<const float>> forward(std::span<const int32_t> tokens) override;
+  Result<std::span<const float>> lead(std::span<Session* const> sessions,
+                                      std::span<const int32_t> tokens) override {
+    RABIT_CHECK(forward_in_turn(sessions, tokens, each_));
+    return std::span<const float>(each_);
+  }
   int64_t position() const override { return position_; }
   void truncate(int64_t position) override {
     position_ = std::clamp<int64_t>(position, 0, position_);
@@ -113,7 +119,8 @@ class LoadedSession : public Session {
   // by KV head or head how many parts are still to be done.
   Buffer part_outs_, part_states_;
   std::vector<std::atomic<int64_t>> parts_left_;
-  Buffer logits_;  // (kLogitsChunk, vocab), from the first forward_all on
+  Buffer logits_;            // (kLogitsChunk, vocab), from the first forward_all on
+  std::vector<float> each_;  // logits of forward_each()
   int64_t logits_rows_ = 0;
 };
 
@@ -513,6 +520,20 @@ Result<std::span<const float>> LoadedSession::forward(std::span<const int32_t> t
 }
 
 }  // namespace
+
+Result<std::span<const float>> Session::forward_each(std::span<Session* const> sessions,
+                                                     std::span<const int32_t> tokens) {
+  if (sessions.empty() || sessions.size() != tokens.size()) {
+    return Error{std::to_string(tokens.size()) + " tokens for " + std::to_string(sessions.size()) +
+                 " sessions"};
+  }
+  std::vector<Session*> sorted(sessions.begin(), sessions.end());
+  std::sort(sorted.begin(), sorted.end());
+  if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) {
+    return Error{"a session cannot take two tokens at once"};
+  }
+  return sessions.front()->lead(sessions, tokens);
+}
 
 Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<Model> model, int64_t capacity) {
   if (model != nullptr && model->on_gpu()) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <string>
@@ -82,6 +83,19 @@ class HostMemory {
   std::unique_ptr<void, Free> data_;
 };
 
+/// Work that was recorded to be queued again as one.
+class Recording {
+ public:
+  Recording() = default;
+
+ private:
+  friend class Queue;
+  struct Free {
+    void operator()(void* p) const;
+  };
+  std::unique_ptr<void, Free> graph_;
+};
+
 /// Work in the order in which it was queued, with what products need beside.
 class Queue {
  public:
@@ -112,6 +126,12 @@ class Queue {
     bool add = false;
   };
   Status multiply(const Product& product) const;
+
+  /// What `work` queues, which it must have queued before; it is not done now. Pointers and numbers
+  /// stay as they are, what pointers lead to is read when it is replayed. Errors: those of `work`,
+  /// what cannot be recorded.
+  Result<Recording> record(const std::function<Status()>& work) const;
+  Status replay(const Recording& recording) const;
 
  private:
   struct State;

@@ -182,6 +182,49 @@ Status Queue::multiply(const Product& p) const {
   return {};
 }
 
+#ifdef RABIT_CUDA_EMULATOR
+void Recording::Free::operator()(void* p) const { delete static_cast<std::function<Status()>*>(p); }
+
+Result<Recording> Queue::record(const std::function<Status()>& work) const {
+  Recording recording;
+  recording.graph_.reset(new std::function<Status()>(work));
+  return recording;
+}
+
+Status Queue::replay(const Recording& recording) const {
+  return (*static_cast<std::function<Status()>*>(recording.graph_.get()))();
+}
+#else
+void Recording::Free::operator()(void* p) const {
+  cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(p));
+}
+
+Result<Recording> Queue::record(const std::function<Status()>& work) const {
+  RABIT_CHECK(checked(cudaStreamBeginCapture(state_->stream, cudaStreamCaptureModeThreadLocal),
+                      "asked to record"));
+  const Status status = work();
+  cudaGraph_t graph = nullptr;
+  const cudaError_t ended = cudaStreamEndCapture(state_->stream, &graph);
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t made =
+      ended == cudaSuccess ? cudaGraphInstantiate(&executable, graph, 0) : ended;
+  if (graph != nullptr) {
+    cudaGraphDestroy(graph);
+  }
+  RABIT_CHECK(status);
+  RABIT_CHECK(checked(made, "recorded"));
+  Recording recording;
+  recording.graph_.reset(executable);
+  return recording;
+}
+
+Status Queue::replay(const Recording& recording) const {
+  return checked(
+      cudaGraphLaunch(static_cast<cudaGraphExec_t>(recording.graph_.get()), state_->stream),
+      "asked to replay");
+}
+#endif
+
 bool start_decode(const DecodeArgs& args, const DecodePlan& plan, const Queue& queue) {
   if (launch_decode(args, plan, queue.stream()) == cudaSuccess) {
     return true;
