@@ -246,7 +246,7 @@ class Products : public KernelTest {
             kSafety * 0.5 * largest / 32639.0 * layer.product_norm(r, ones.data());
       }
     }
-    for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t t = 0; t < tokens && w.format == WeightFormat::kResidualBinary; ++t) {
       for (int64_t path = 0; path < w.paths; ++path) {
         const double off =
             Quantized(table().sign_order, layer, path, x.data() + t * w.d_in).rounding(0.5);
