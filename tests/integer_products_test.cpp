@@ -81,6 +81,16 @@ class IntegerProducts : public Products {
   }
 };
 
+// The tests below pass over tables without integers: those that are known to have none.
+TEST_P(IntegerProducts, AreOfAllTablesButPortableOnes) {
+  const bool floats = table().name.starts_with("portable");
+  for (const WeightFormat format : {WeightFormat::kResidualBinary, WeightFormat::kQ8_0}) {
+    const LinearWeights w = {.format = format, .d_out = 64, .d_in = 64, .paths = 2};
+    EXPECT_EQ(table().input_bytes(w, 1) == 0, floats);
+    EXPECT_EQ(reference_kernels().input_bytes(w, 1), 0);
+  }
+}
+
 // The sums of integers are exact: the same bits as a scalar computation of them.
 TEST_P(IntegerProducts, SumsOfBlocksAreExact) {
   for (const int64_t d_in : {32, 64, 576, 4096}) {
