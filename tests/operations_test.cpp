@@ -292,8 +292,8 @@ TEST_P(Operations, PartsThatAreNotFinite) {
 TEST_P(Operations, ValuesAfterATokenAreNotItsOwn) {
   const int64_t d = 32, heads = 4;
   for (const CacheFormat format : {CacheFormat::kF16, CacheFormat::kF32, CacheFormat::kQ8_0}) {
-    for (const int64_t tokens : {2, 3, 20, 60}) {
-      for (const int64_t first : {0, 380, 1000}) {
+    for (const int64_t tokens : {2, 3, 60}) {
+      for (const int64_t first : {0, 380}) {
         for (const int64_t at : {tokens - 1, tokens / 2}) {
           AttentionCase c(format, tokens, first, heads, 2, d);
           for (int64_t head = 0; head < 2; ++head) {  // of keys and values, at one position
