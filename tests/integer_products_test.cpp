@@ -99,7 +99,8 @@ TEST_P(IntegerProducts, SumsOfBlocksAreExact) {
       if (table().input_bytes(layer.w, 2) == 0) {
         GTEST_SKIP() << "sums of floats here";
       }
-      check_blocks(layer, normals(2 * d_in, 3.0F), 2);
+      const int64_t tokens = 2 + d_out % 2;
+      check_blocks(layer, normals(tokens * d_in, 3.0F), tokens);
     }
   }
 }
@@ -148,6 +149,10 @@ TEST_P(IntegerProducts, LookupSumsAreExact) {
       }
       check_lookup(layer, normals(tokens * d_in, 3.0F), tokens);
     }
+  }
+  // More tokens, rows and words than go together.
+  if (table().prepare != nullptr) {
+    check_lookup(Layer::make(WeightFormat::kResidualBinary, 530, 4200, 2), normals(35 * 4200), 35);
   }
   // More columns than sums of 32 bits have room for at once.
   for (const int64_t d_in : {1 << 17, (1 << 17) + 1, (1 << 17) + 100, (1 << 18) + 33}) {
