@@ -92,10 +92,11 @@ struct Weights {
     const int64_t words = (c.d_in + 31) / 32;
     const int64_t tiles = rabit::sign_tiles(c.d_out);
     const bool binary = c.format == WeightFormat::kResidualBinary;
-    const int64_t plain = binary                            ? c.paths * c.d_out * words * 4
-                          : c.format == WeightFormat::kQ8_0 ? c.d_out * c.d_in / 32 * 34
-                          : c.format == WeightFormat::kQ4_0 ? c.d_out * c.d_in / 32 * 18
-                                                            : c.d_out * c.d_in * 2;
+    const int64_t plain =
+        binary                            ? c.paths * c.d_out * words * 4
+        : c.format == WeightFormat::kQ8_0 ? c.d_out * c.d_in / 32 * rabit::kQ8BlockBytes
+        : c.format == WeightFormat::kQ4_0 ? c.d_out * c.d_in / 32 * rabit::kQ4BlockBytes
+                                          : c.d_out * c.d_in * 2;
     const Memory rows = allocate(plain);
     for (int64_t i = 0; i + 8 <= plain; i += 8) {
       // Halves between 2^-7 and 2^-6 of both signs: fit for every format.

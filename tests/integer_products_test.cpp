@@ -16,7 +16,8 @@ class IntegerProducts : public Products {
     const auto [d_out, d_in] = std::pair(layer.w.d_out, layer.w.d_in);
     const Prepared prepared(table(), layer, x, tokens);
     Floats got = guarded(tokens * d_out);
-    table().matmul(prepared.w, x.data(), prepared.input(), tokens, got.data(), 0, d_out, nullptr);
+    table().matmul(prepared.w, prepared.x(), prepared.input(), tokens, got.data(), 0, d_out,
+                   nullptr);
     EXPECT_TRUE(guards_hold(got));
     for (int64_t t = 0; t < tokens; ++t) {
       float largest = 0;
@@ -27,7 +28,7 @@ class IntegerProducts : public Products {
       for (int64_t r = 0; r < d_out; ++r) {
         float want = 0;
         for (int64_t block = 0; block < d_in / 32; ++block) {
-          const uint8_t* bytes = layer.blocks.data() + (r * d_in / 32 + block) * 34;
+          const uint8_t* bytes = layer.blocks.data() + (r * d_in / 32 + block) * kQ8BlockBytes;
           uint16_t scale;
           std::memcpy(&scale, bytes, sizeof scale);
           int64_t sum = 0;
@@ -49,7 +50,8 @@ class IntegerProducts : public Products {
     const int64_t words = (d_in + 31) / 32;
     const Prepared prepared(table(), layer, x, tokens);
     Floats got = guarded(tokens * d_out);
-    table().matmul(prepared.w, x.data(), prepared.input(), tokens, got.data(), 0, d_out, nullptr);
+    table().matmul(prepared.w, prepared.x(), prepared.input(), tokens, got.data(), 0, d_out,
+                   nullptr);
     EXPECT_TRUE(guards_hold(got));
     for (int64_t t = 0; t < tokens; ++t) {
       Floats want(static_cast<size_t>(d_out), 0.0F);
@@ -115,7 +117,8 @@ TEST_P(IntegerProducts, LargestSumsOfBlocksAreExact) {
   for (int64_t row = 0; row < d_out; ++row) {
     for (int64_t c = 0; c < d_in; ++c) {
       const int64_t value = row == 0 ? -128 : row == 1 ? 127 : (c * (row - 1)) % 256 - 128;
-      layer.blocks[(row * d_in + c) / 32 * 34 + 2 + c % 32] = static_cast<uint8_t>(value);
+      layer.blocks[(row * d_in + c) / 32 * kQ8BlockBytes + 2 + c % 32] =
+          static_cast<uint8_t>(value);
     }
   }
   for (const float size : {0.7F, -1.0F, 3e-20F, 1e30F}) {
@@ -198,7 +201,7 @@ TEST_P(IntegerProducts, LookupErrorsAreThoseOfRounding) {
   const Floats x = normals(d_in), want = reference_product(layer, x, 1);
   const Prepared prepared(table(), layer, x, 1);
   Floats got(static_cast<size_t>(d_out));
-  table().matmul(prepared.w, x.data(), prepared.input(), 1, got.data(), 0, d_out, nullptr);
+  table().matmul(prepared.w, prepared.x(), prepared.input(), 1, got.data(), 0, d_out, nullptr);
   const double expected =
       Quantized(table().sign_order, layer, 0, x.data()).rounding(1 / std::sqrt(12));
   double squares = 0;
@@ -222,7 +225,7 @@ TEST_P(IntegerProducts, IntegersOfNothingAndOfWhatIsNotFinite) {
     const auto product = [&](const Floats& x) {
       const Prepared prepared(table(), layer, x, 1);
       Floats y(40);
-      table().matmul(prepared.w, x.data(), prepared.input(), 1, y.data(), 0, 40, nullptr);
+      table().matmul(prepared.w, prepared.x(), prepared.input(), 1, y.data(), 0, 40, nullptr);
       return y;
     };
     Floats x(static_cast<size_t>(d_in), 0.0F);

@@ -359,7 +359,7 @@ TEST_P(Operations, CacheIsThatOfTheReference) {
   for (const float value : {0.0F, 1e-7F, 3e-6F, 1e7F, largest}) {
     Floats block(32, value);
     block[7] = -value / 2;
-    std::array<uint8_t, 34> want = {}, got = {};
+    std::array<uint8_t, kQ8BlockBytes> want = {}, got = {};
     reference_kernels().to_cache(block.data(), 32, CacheFormat::kQ8_0, want.data());
     table().to_cache(block.data(), 32, CacheFormat::kQ8_0, got.data());
     EXPECT_EQ(want, got) << value;
@@ -368,13 +368,13 @@ TEST_P(Operations, CacheIsThatOfTheReference) {
     for (const int place : {0, 13, 31}) {
       Floats block(32, 1.0F);
       block[place] = value;
-      std::array<uint8_t, 34> got = {};
+      std::array<uint8_t, kQ8BlockBytes> got = {};
       table().to_cache(block.data(), 32, CacheFormat::kQ8_0, got.data());
       EXPECT_TRUE(std::isnan(half_to_float(static_cast<uint16_t>(got[0] | got[1] << 8)))) << value;
     }
     Floats q(32, 1.0F), k(32, 1.0F), out(32, 0.0F);
     k[3] = value;
-    std::array<uint8_t, 34> keys = {};
+    std::array<uint8_t, kQ8BlockBytes> keys = {};
     table().to_cache(k.data(), 32, CacheFormat::kQ8_0, keys.data());
     const AttentionInput in = {
         q.data(), CacheFormat::kQ8_0, keys.data(), keys.data(), 1, 0, 1, 1, 32, 1};
