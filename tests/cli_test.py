@@ -393,6 +393,12 @@ class WithModel(CliTest):
         told = json.loads(done.stdout)
         self.assertLess(told["rows"][0]["load_memory_bytes"], 1.15 * told["file_bytes"] + PROGRAM_BYTES)
         self.assertEqual(list(self.folder.glob("*bench*")), [])
+        kept = self.folder / "kept.gguf"
+        rows = ("-p", 0, "-n", 1, "-r", 1)
+        self.succeeds("bench", "--shape", "smollm2-135m", "--layers", 1, "--save", kept, *rows)
+        self.assertIn("random smollm2-135m", self.succeeds("inspect", kept))
+        self.succeeds("bench", "-m", kept, *rows)
+        self.fails("bench", "-m", kept, "--save", kept, *rows, code=USAGE, says="requires --shape")
         environment["TMPDIR"] = "/none"
         done = run("bench", "--shape", "llama2-7b", "--kernels", "fast", env=environment)
         self.assertRegex(done.stderr.decode(), "\\Arabit: no kernels named 'fast' run here[^\n]*\n\\Z")

@@ -31,7 +31,7 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 struct BenchOptions {
-  std::string model, shape, threads, depths, output = "md";
+  std::string model, shape, save, threads, depths, output = "md";
   int64_t layers = 0, paths = 2, prompt = 512, generate = 128, repetitions = 5;
   EngineFlags engine;
 };
@@ -378,8 +378,11 @@ Status bench(const BenchOptions& options) {
   if (!options.shape.empty()) {
     RABIT_ASSIGN(ModelConfig config, named_shape(options.shape));
     config.layers = options.layers > 0 ? options.layers : config.layers;
-    RABIT_ASSIGN(temporary, TemporaryFolder::make());
-    path = temporary->path() / "model.gguf";
+    path = options.save;
+    if (path.empty()) {
+      RABIT_ASSIGN(temporary, TemporaryFolder::make());
+      path = temporary->path() / "model.gguf";
+    }
     RABIT_CHECK(write_random_model(path, config, options.paths));
   }
   RABIT_ASSIGN(const auto file, GgufFile::open(path));
@@ -414,6 +417,9 @@ Command add_bench(CLI::App& app) {
           ->excludes(model);
   add_integer(sub, "--layers", options->layers, 0, 1024, "Blocks of --shape; 0: all")->needs(shape);
   add_integer(sub, "--bits", options->paths, 1, kMostPackedPaths, "Paths of --shape")->needs(shape);
+  sub->add_option("--save", options->save, "Leave the model of --shape in this file")
+      ->type_name("FILE")
+      ->needs(shape);
   add_integer(sub, "-p,--n-prompt", options->prompt, 0, 1 << 20,
               "Tokens of the prompt; 0: no pp row");
   add_integer(sub, "-n,--n-gen", options->generate, 0, 1 << 20, "Tokens to generate; 0: no tg row");
