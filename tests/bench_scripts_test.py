@@ -9,6 +9,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 import unittest
@@ -40,6 +41,19 @@ QUANTIZE = """#!/usr/bin/env python3
 import shutil, sys
 shutil.copy(sys.argv[2], sys.argv[3])
 """
+
+
+class ShapesTest(unittest.TestCase):
+    def test_shapes_are_those_of_the_program(self):
+        sys.path.insert(0, str(ROOT / "bench"))
+        from compare_llamacpp import SHAPES  # noqa: PLC0415
+        rows = re.findall(r'Shape\{"([^"]+)", ([^}]+)\}', (ROOT / "src/model/random_model.cpp").read_text())
+        shapes = {}
+        for name, numbers in rows:
+            _, d_model, heads, kv_heads, d_ff, _, context = map(int, numbers.split(", ")[:7])
+            shapes[name] = {"d-model": d_model, "heads": heads, "kv-heads": kv_heads, "d-ff": d_ff, "context": context}
+        self.assertGreaterEqual(len(shapes), 7)
+        self.assertEqual(SHAPES, {name: shapes.get(name) for name in SHAPES})
 
 
 class ChartsTest(unittest.TestCase):

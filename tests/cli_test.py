@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 RABIT = os.environ.get("RABIT_BINARY", "build/release/bin/rabit")
 MODEL = os.environ.get("RABIT_MODEL", ".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
 COMMANDS = ("quantize", "diagnose", "report", "eval", "run", "bench", "inspect")
+PROGRAM_BYTES = 16 << 20  # of memory that a process holds whatever its model
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 TEXT = (
@@ -341,6 +343,8 @@ class WithModel(CliTest):
         self.assertEqual(tests, [(f"{test}{at}", threads, depth) for threads in (1, 2)
                                  for depth, at in ((0, ""), (5, " @ d5")) for test in ("pp8", "tg2")])
         self.assertGreater(told["weight_bytes_per_token"], 100_000_000)
+        position = 30 * 2 * 3 * 64 * 2  # keys and values of all blocks in F16
+        self.assertEqual(told["cache_bytes_per_position"], position)
         for row in told["rows"]:
             self.assertEqual(len(row["samples"]), 2)
             self.assertGreater(row["tokens_per_second"], 0)
@@ -349,6 +353,20 @@ class WithModel(CliTest):
             self.assertGreater(row["load_memory_bytes"], told["weight_bytes_per_token"])
             self.assertEqual(len(row["read_bytes_per_second"]), 2)
             self.assertGreater(min(row["read_bytes_per_second"]), 1e8)
+            self.assertAlmostEqual(row["tokens_per_second"] / statistics.mean(row["samples"]), 1)
+            self.assertAlmostEqual(row["stddev"] / statistics.stdev(row["samples"]), 1)
+            if row["n_gen"] == 0:
+                self.assertNotIn("bytes_per_token", row)
+                continue
+            # The first of two tokens reads the positions before it and itself, the second one more.
+            read = told["weight_bytes_per_token"] + (row["depth"] + 1.5) * position
+            self.assertAlmostEqual(row["bytes_per_token"] / read, 1)
+            self.assertAlmostEqual(row["bytes_per_second"] / (statistics.mean(row["samples"]) * read), 1)
+            shares = [rate * read / could for rate, could in zip(row["samples"], row["read_bytes_per_second"])]
+            self.assertAlmostEqual(row["share_of_read"] / statistics.mean(shares), 1)
+        for options, size in ((("--cache-type", "q8_0"), position / 64 * 34), (("--dense-f32",), position * 2)):
+            other = json.loads(self.succeeds("bench", "-m", MODEL, "-p", 0, "-n", 1, "-r", 1, *options, "-o", "json"))
+            self.assertEqual(other["cache_bytes_per_position"], size)
         lines = self.succeeds(*arguments).splitlines()
         head = [cell.strip() for cell in lines[0].strip("|").split("|")]
         self.assertEqual(head, ["model", "size", "params", "backend", "threads", "test", "t/s", "GB/s", "of read"])
@@ -367,10 +385,20 @@ class WithModel(CliTest):
             self.assertAlmostEqual(told["bits_per_weight"], bits * 1.046, places=3)
             table = self.succeeds("bench", "--shape", "smollm2-135m", "--layers", 2, "--bits", paths, "-p", 0, "-n", 1, "-r", 1,
                                   "-t", 1).splitlines()[-1]
-            in_cache = told["weight_bytes_per_token"] <= told["last_level_cache_bytes"]
+            in_cache = told["rows"][-1]["bytes_per_token"] <= told["last_level_cache_bytes"]
             self.assertRegex(table, r"\| in cache \|$" if in_cache else r" \d+ % \|$")
             self.assertRegex(table, r" \d\d\.\d\d MiB \| 35\.39 M \|")
+        # What is rearranged is not held twice.
+        done = run("bench", "--shape", "smollm2-135m", "--bits", 4, "-p", 0, "-n", 1, "-r", 1, "-t", 2, "-o", "json", env=environment)
+        told = json.loads(done.stdout)
+        self.assertLess(told["rows"][0]["load_memory_bytes"], 1.15 * told["file_bytes"] + PROGRAM_BYTES)
         self.assertEqual(list(self.folder.glob("*bench*")), [])
+        kept = self.folder / "kept.gguf"
+        rows = ("-p", 0, "-n", 1, "-r", 1)
+        self.succeeds("bench", "--shape", "smollm2-135m", "--layers", 1, "--save", kept, *rows)
+        self.assertIn("random smollm2-135m", self.succeeds("inspect", kept))
+        self.succeeds("bench", "-m", kept, *rows)
+        self.fails("bench", "-m", kept, "--save", kept, *rows, code=USAGE, says="requires --shape")
         environment["TMPDIR"] = "/none"
         done = run("bench", "--shape", "llama2-7b", "--kernels", "fast", env=environment)
         self.assertRegex(done.stderr.decode(), "\\Arabit: no kernels named 'fast' run here[^\n]*\n\\Z")

@@ -19,8 +19,14 @@
 #include "model/random_model.h"
 #include "tiny_model.h"
 
-// Counts what is allocated, for the promise that a token allocates nothing.
+// Counts what is allocated, for the promise that a token allocates nothing: by new, and as a Buffer
+// does.
 static std::atomic<int64_t> g_allocations{0};
+extern "C" void* aligned_alloc(size_t alignment, size_t size) noexcept {
+  ++g_allocations;
+  void* p = nullptr;
+  return ::posix_memalign(&p, alignment, size) == 0 ? p : nullptr;
+}
 [[gnu::noinline]] void* operator new(size_t size) {
   ++g_allocations;
   if (void* p = std::malloc(size > 0 ? size : 1); p != nullptr) {
@@ -145,8 +151,10 @@ TEST_F(Engine, ATokenAllocatesNothing) {
     for (const bool small_cache : {false, true}) {
       const auto some =
           session(path("model.gguf"), kPartPositions + 20, {threads, false, "", small_cache});
-      const int64_t before = g_allocations;
-      ASSERT_GT(before, 0);
+      ASSERT_TRUE(Buffer::make(1, 1, "a test"));
+      int64_t before = g_allocations;
+      ASSERT_TRUE(Buffer::make(1, 1, "a test"));
+      ASSERT_EQ(g_allocations, ++before);
       ASSERT_TRUE(some->forward(std::span(tokens).first(90)));
       ASSERT_TRUE(some->forward(std::span(tokens).subspan(90, 1)));
       ASSERT_TRUE(some->forward(std::span(tokens).subspan(91)));  // more than a part of positions
@@ -154,6 +162,55 @@ TEST_F(Engine, ATokenAllocatesNothing) {
       EXPECT_EQ(g_allocations, before) << threads;
     }
   }
+}
+
+// The kernels of this machine, with a count of what they are asked for.
+std::atomic<int64_t> g_prepared{0}, g_attentions{0};
+void count_and_prepare(const LinearWeights& w, const float* x, int64_t tokens, void* input,
+                       int64_t word_begin, int64_t word_end) {
+  g_prepared += tokens;
+  cpu_kernels().front()->prepare(w, x, tokens, input, word_begin, word_end);
+}
+void count_and_attend(const AttentionInput& in, int64_t head_begin, int64_t head_end,
+                      int64_t token_begin, int64_t token_end, float* scratch, float* out) {
+  ++g_attentions;
+  cpu_kernels().front()->attention(in, head_begin, head_end, token_begin, token_end, scratch, out);
+}
+
+// Every thread has something to do, and little twice: each that makes a part of a token's input
+// ready looks at all of the token.
+TEST_F(Engine, WorkIsSharedByManyThreads) {
+  const ModelConfig config = two_layers(8, 2, 64, 1024);
+  ASSERT_TRUE(write_random_model(path("model.gguf"), config, 2));
+  const std::vector<int32_t> prompt = rabit::random_tokens(100, 3, config.vocab_size);
+  KernelTable table = *cpu_kernels().front();
+  if (table.prepare == nullptr) {
+    GTEST_SKIP() << "no input to prepare here";
+  }
+  table.prepare = count_and_prepare;
+  table.attention = count_and_attend;
+  const int64_t threads = 8, inputs = 7 * config.layers;
+  std::vector<Floats> got;
+  for (const int64_t count : {int64_t{1}, threads}) {
+    const auto model = Model::load(path("model.gguf"), {static_cast<int>(count)});
+    ASSERT_TRUE(model);
+    static_cast<LoadedModel&>(**model).table = &table;
+    const auto s = Session::create(*model, 200);
+    ASSERT_TRUE(s);
+    for (const int64_t tokens : {1, 3, 5, 8, 12, 32}) {
+      g_prepared = 0;
+      ASSERT_TRUE((*s)->forward(std::span(prompt).first(tokens)));
+      const int64_t ranges = tokens < count ? (count + tokens - 1) / tokens : 1;
+      EXPECT_LE(g_prepared, inputs * tokens * ranges + count) << tokens;  // and the head's
+    }
+    (*s)->truncate(0);
+    g_attentions = 0;
+    const auto logits = (*s)->forward(prompt);
+    ASSERT_TRUE(logits);
+    EXPECT_GE(g_attentions, config.layers * 2 * count);
+    got.emplace_back(logits->begin(), logits->end());
+  }
+  EXPECT_EQ(got[0], got[1]);
 }
 
 // Attention of few tokens is cut over positions: bit for bit the same for any number of threads,

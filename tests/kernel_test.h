@@ -5,11 +5,14 @@
 #pragma once
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <string>
@@ -87,6 +90,38 @@ class Scratch {
  private:
   int64_t floats_;
   float* data_;
+};
+
+/// A copy of what kernels read, at the end of memory after which nothing may be read.
+class Fenced {
+ public:
+  Fenced(const void* from, int64_t bytes) {
+    const auto page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+    const auto size = static_cast<size_t>(bytes);
+    mapped_ = (size + page - 1) / page * page + page;
+    start_ = ::mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start_ == MAP_FAILED) {
+      std::abort();
+    }
+    std::byte* end = static_cast<std::byte*>(start_) + mapped_ - page;
+    ::mprotect(end, page, PROT_NONE);
+    data_ = end - size;
+    if (size > 0) {
+      std::memcpy(data_, from, size);
+    }
+  }
+  ~Fenced() { ::munmap(start_, mapped_); }
+  Fenced(const Fenced&) = delete;
+  Fenced& operator=(const Fenced&) = delete;
+  template <typename T>
+  const T* as() const {
+    return reinterpret_cast<const T*>(data_);
+  }
+
+ private:
+  size_t mapped_;
+  void* start_;
+  std::byte* data_;
 };
 
 /// Largest |got - want| over tolerance; infinity for anything that is not finite.

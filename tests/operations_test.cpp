@@ -201,6 +201,22 @@ void check_parts(const KernelTable& table, const AttentionCase& c,
   EXPECT_LE(worst(got.data(), c.want.data(), c.tolerances().data(), c.count), 1);
 }
 
+/// Two parts, cut there, put together: tokens before `end` are those of the whole.
+void check_parts_before(const KernelTable& table, const AttentionCase& c, int64_t cut,
+                        int64_t end) {
+  const int64_t rows = c.in.tokens * c.in.heads;
+  Floats outs(static_cast<size_t>(2 * c.count)), states(static_cast<size_t>(4 * rows)),
+      got = guarded(c.count);
+  Scratch scratch(c.scratch_floats(table));
+  table.attention_part(c.in, 0, c.in.heads, 0, cut, scratch.data(), outs.data(), states.data());
+  table.attention_part(c.in, 0, c.in.heads, cut, c.positions, scratch.data(), outs.data() + c.count,
+                       states.data() + 2 * rows);
+  table.merge_parts(c.in, 0, c.in.heads, 2, outs.data(), states.data(), got.data());
+  EXPECT_TRUE(guards_hold(got));
+  ASSERT_LE(
+      worst(got.data(), c.want.data(), c.tolerances().data(), end * c.in.heads * c.in.head_dim), 1);
+}
+
 TEST_P(Operations, Attention) {
   for (const CacheFormat format : {CacheFormat::kF16, CacheFormat::kF32}) {
     for (const int64_t tokens : {1, 2, 11, 12, 13, 47, 48, 49, 100}) {
@@ -272,6 +288,41 @@ TEST_P(Operations, PartsThatAreNotFinite) {
   }
 }
 
+// What comes after a token counts for nothing in it, infinite or not.
+TEST_P(Operations, ValuesAfterATokenAreNotItsOwn) {
+  const int64_t d = 32, heads = 4;
+  for (const CacheFormat format : {CacheFormat::kF16, CacheFormat::kF32, CacheFormat::kQ8_0}) {
+    for (const int64_t tokens : {2, 3, 60}) {
+      for (const int64_t first : {0, 380}) {
+        for (const int64_t at : {tokens - 1, tokens / 2}) {
+          AttentionCase c(format, tokens, first, heads, 2, d);
+          for (int64_t head = 0; head < 2; ++head) {  // of keys and values, at one position
+            for (auto* cache : {&c.keys, &c.values}) {
+              Floats row = normals(d);
+              row[5] = cache == &c.values ? std::numeric_limits<float>::infinity() : row[5];
+              const int64_t place = (head * c.in.capacity + first + at) * d;
+              reference_kernels().to_cache(row.data(), d, format,
+                                           cache->data() + cache_bytes(format, place));
+            }
+          }
+          SCOPED_TRACE(c.name() + " infinite " + std::to_string(at));
+          Floats got = guarded(c.count);
+          Scratch scratch(c.scratch_floats(table())), oracle(c.scratch_floats(reference_kernels()));
+          reference_kernels().attention(c.in, 0, heads, 0, tokens, oracle.data(), c.want.data());
+          table().attention(c.in, 0, heads, 0, tokens, scratch.data(), got.data());
+          const int64_t before = at * heads * d;
+          ASSERT_LE(worst(got.data(), c.want.data(), c.tolerances().data(), before), 1);
+          for (int64_t row = at * heads; row < tokens * heads; ++row) {
+            ASSERT_FALSE(std::isfinite(got[row * d + 5]));
+          }
+          const int64_t cut = first + at / 2 + 1;
+          check_parts_before(table(), c, cut, at);
+        }
+      }
+    }
+  }
+}
+
 TEST_P(Operations, CacheIsThatOfTheReference) {
   const float largest = std::numeric_limits<float>::max();
   const float infinity = std::numeric_limits<float>::infinity();
@@ -308,7 +359,7 @@ TEST_P(Operations, CacheIsThatOfTheReference) {
   for (const float value : {0.0F, 1e-7F, 3e-6F, 1e7F, largest}) {
     Floats block(32, value);
     block[7] = -value / 2;
-    std::array<uint8_t, 34> want = {}, got = {};
+    std::array<uint8_t, kQ8BlockBytes> want = {}, got = {};
     reference_kernels().to_cache(block.data(), 32, CacheFormat::kQ8_0, want.data());
     table().to_cache(block.data(), 32, CacheFormat::kQ8_0, got.data());
     EXPECT_EQ(want, got) << value;
@@ -317,13 +368,13 @@ TEST_P(Operations, CacheIsThatOfTheReference) {
     for (const int place : {0, 13, 31}) {
       Floats block(32, 1.0F);
       block[place] = value;
-      std::array<uint8_t, 34> got = {};
+      std::array<uint8_t, kQ8BlockBytes> got = {};
       table().to_cache(block.data(), 32, CacheFormat::kQ8_0, got.data());
       EXPECT_TRUE(std::isnan(half_to_float(static_cast<uint16_t>(got[0] | got[1] << 8)))) << value;
     }
     Floats q(32, 1.0F), k(32, 1.0F), out(32, 0.0F);
     k[3] = value;
-    std::array<uint8_t, 34> keys = {};
+    std::array<uint8_t, kQ8BlockBytes> keys = {};
     table().to_cache(k.data(), 32, CacheFormat::kQ8_0, keys.data());
     const AttentionInput in = {
         q.data(), CacheFormat::kQ8_0, keys.data(), keys.data(), 1, 0, 1, 1, 32, 1};

@@ -50,7 +50,7 @@ struct Layer {
   /// stand for.
   void make_blocks() {
     const bool eight = w.format == WeightFormat::kQ8_0;
-    const size_t bytes = eight ? 34 : 18;
+    const auto bytes = static_cast<size_t>(eight ? kQ8BlockBytes : kQ4BlockBytes);
     const auto count = static_cast<size_t>(w.d_out * w.d_in / 32);
     for (size_t i = 0; i < count * bytes; ++i) {
       blocks.push_back(static_cast<uint8_t>(generator()()));
@@ -115,41 +115,59 @@ inline Floats reference_product(const Layer& layer, const Floats& x, int64_t tok
   return y;
 }
 
-/// A layer in the order that a table takes, and what its matmul reads beside x.
+/// A layer in the order that a table takes, what its matmul reads beside x, and x: all of them at
+/// the end of what may be read.
 class Prepared {
  public:
   Prepared(const KernelTable& table, const Layer& layer, const Floats& x, int64_t tokens)
-      : w(layer.w) {
+      : w(layer.w), x_(x.data(), tokens * w.d_in * 4) {
     const int64_t words = (w.d_in + 31) / 32, tiles = sign_tiles(w.d_out);
-    if (w.format == WeightFormat::kQ8_0 && table.block_order == WeightOrder::kTiles) {
-      signs_ = std::make_unique<Scratch>(tiles * w.d_in / 32 * kBlockTileBytes / 4);
-      auto* to = reinterpret_cast<uint8_t*>(signs_->data());
-      tile_blocks(layer.w, 0, tiles / 2, to);
-      tile_blocks(layer.w, tiles / 2, tiles, to);
-      w.dense = to;
+    if (w.format == WeightFormat::kResidualBinary) {
+      std::vector<uint32_t> tiled;
+      if (table.sign_order != WeightOrder::kRows) {
+        tiled.resize(static_cast<size_t>(tiles * kTileRows * w.paths * words));
+        tile_signs(layer.w, table.sign_order, 0, tiles / 2, tiled.data());
+        tile_signs(layer.w, table.sign_order, tiles / 2, tiles, tiled.data());
+        w.order = table.sign_order;
+      }
+      w.signs = fenced<uint32_t>(tiled.empty() ? layer.signs : tiled);
+      w.row_scale = fenced<uint16_t>(layer.row_scale);
+      w.col_scale = fenced<uint16_t>(layer.col_scale);
+    } else if (w.format == WeightFormat::kQ8_0 && table.block_order == WeightOrder::kTiles) {
+      std::vector<uint8_t> tiled(static_cast<size_t>(tiles * w.d_in / 32 * kBlockTileBytes));
+      tile_blocks(layer.w, 0, tiles / 2, tiled.data());
+      tile_blocks(layer.w, tiles / 2, tiles, tiled.data());
+      w.dense = fenced<uint8_t>(tiled);
       w.order = WeightOrder::kTiles;
-    }
-    if (w.format == WeightFormat::kResidualBinary && table.sign_order != WeightOrder::kRows) {
-      signs_ = std::make_unique<Scratch>(tiles * kTileRows * w.paths * words);
-      auto* to = reinterpret_cast<uint32_t*>(signs_->data());
-      tile_signs(layer.w, table.sign_order, 0, tiles / 2, to);
-      tile_signs(layer.w, table.sign_order, tiles / 2, tiles, to);
-      w.signs = to;
-      w.order = table.sign_order;
+    } else {
+      w.dense =
+          w.format == WeightFormat::kF32   ? static_cast<const void*>(fenced<float>(layer.dense))
+          : w.format == WeightFormat::kF16 ? static_cast<const void*>(fenced<uint16_t>(layer.half))
+                                           : fenced<uint8_t>(layer.blocks);
     }
     if (const int64_t bytes = table.input_bytes(w, tokens); bytes > 0) {
       EXPECT_EQ(bytes % 64, 0);
       EXPECT_EQ(bytes, tokens * table.input_bytes(w, 1));
-      input_ = std::make_unique<Scratch>(bytes / 4);
-      table.prepare(w, x.data(), tokens, input_->data(), words / 3, words);
-      table.prepare(w, x.data(), tokens, input_->data(), 0, words / 3);
+      Scratch input(bytes / 4);
+      table.prepare(w, this->x(), tokens, input.data(), words / 3, words);
+      table.prepare(w, this->x(), tokens, input.data(), 0, words / 3);
+      input_ = std::make_unique<Fenced>(input.data(), bytes);
     }
   }
   LinearWeights w;
-  const void* input() const { return input_ ? input_->data() : nullptr; }
+  const float* x() const { return x_.as<float>(); }
+  const void* input() const { return input_ ? input_->as<void>() : nullptr; }
 
  private:
-  std::unique_ptr<Scratch> signs_, input_;
+  template <typename T>
+  const T* fenced(const std::vector<T>& values) {
+    fenced_.push_back(
+        std::make_unique<Fenced>(values.data(), static_cast<int64_t>(values.size() * sizeof(T))));
+    return fenced_.back()->template as<T>();
+  }
+  Fenced x_;
+  std::vector<std::unique_ptr<Fenced>> fenced_;
+  std::unique_ptr<Fenced> input_;
 };
 
 /// Columns of one path times scales in integers, as kernels by lookup of an order take them: the
@@ -246,7 +264,7 @@ class Products : public KernelTest {
             kSafety * 0.5 * largest / 32639.0 * layer.product_norm(r, ones.data());
       }
     }
-    for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t t = 0; t < tokens && w.format == WeightFormat::kResidualBinary; ++t) {
       for (int64_t path = 0; path < w.paths; ++path) {
         const double off =
             Quantized(table().sign_order, layer, path, x.data() + t * w.d_in).rounding(0.5);

@@ -22,7 +22,7 @@ class AllProducts : public Products {
     Floats got = guarded(tokens * d_out);
     Scratch scratch(table().matmul_scratch(d_in, tokens, paths));
     const Prepared prepared(table(), layer, x, tokens);
-    table().matmul(prepared.w, x.data(), prepared.input(), tokens, got.data(), 0, d_out,
+    table().matmul(prepared.w, prepared.x(), prepared.input(), tokens, got.data(), 0, d_out,
                    scratch.data());
     EXPECT_TRUE(guards_hold(got));
     EXPECT_LE(worst(got.data(), want.data(), tolerance_of(layer, x, tokens).data(), tokens * d_out),
@@ -93,7 +93,7 @@ TEST_P(AllProducts, MatmulWritesItsRowsOnly) {
            {std::pair<int64_t, int64_t>{0, 32}, {32, 150}, {5, 6}, {31, 66}, {40, 40}}) {
         Floats got = guarded(tokens * d_out);
         Scratch scratch(table().matmul_scratch(d_in, tokens, 2));
-        table().matmul(prepared.w, x.data(), prepared.input(), tokens, got.data(), begin, end,
+        table().matmul(prepared.w, prepared.x(), prepared.input(), tokens, got.data(), begin, end,
                        scratch.data());
         for (int64_t i = 0; i < tokens * d_out; ++i) {
           if (i % d_out >= begin && i % d_out < end) {
@@ -116,7 +116,7 @@ TEST_P(AllProducts, WithoutLookup) {
     const Prepared prepared(table(), layer, x, tokens);
     Floats got = guarded(tokens * 70);
     Scratch scratch(table().matmul_scratch(130, tokens, 2));
-    table().matmul(prepared.w, x.data(), nullptr, tokens, got.data(), 0, 70, scratch.data());
+    table().matmul(prepared.w, prepared.x(), nullptr, tokens, got.data(), 0, 70, scratch.data());
     EXPECT_TRUE(guards_hold(got));
     EXPECT_LE(
         worst(got.data(), want.data(), matmul_tolerance(layer, x, tokens).data(), tokens * 70), 1);

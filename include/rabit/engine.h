@@ -106,12 +106,14 @@ struct SamplingOptions {
   uint64_t seed = 0;
 };
 
-/// Draws tokens: top-k, then top-p, then min-p, then temperature. The same seed and logits
-/// give the same tokens on every machine.
+/// Draws tokens: top-k, then top-p, then min-p, then temperature. The same seed and logits give the
+/// same tokens on every machine whose C library computes the same exp().
 class Sampler {
  public:
   explicit Sampler(const SamplingOptions& options);
   ~Sampler();
+  /// The next token. logits: (vocab), one or more. NaN and -infinity are never drawn, unless there
+  /// is nothing else: then token 0. The first +infinity always is.
   int32_t sample(std::span<const float> logits);
 
  private:

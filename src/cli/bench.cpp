@@ -21,6 +21,7 @@
 #include "cli/read_bandwidth.h"
 #include "cli/size_report.h"
 #include "engine/gpu.h"
+#include "kernels/api/kernels.h"
 #include "model/random_model.h"
 #include "rabit/engine.h"
 
@@ -30,7 +31,7 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 struct BenchOptions {
-  std::string model, shape, threads, depths, output = "md";
+  std::string model, shape, save, threads, depths, output = "md";
   int64_t layers = 0, paths = 2, prompt = 512, generate = 128, repetitions = 5;
   EngineFlags engine;
 };
@@ -44,6 +45,7 @@ struct Row {
   double load_seconds = 0;
   int64_t load_memory = 0;        // bytes that the process held at most until then
   uint64_t weight_bytes = 0;      // of a token
+  int64_t position_bytes = 0;     // of the KV cache, all layers
   std::vector<double> samples;    // tokens per second, by repetition
   std::vector<double> bandwidth;  // bytes per second that could be read before each
   int64_t caches = 0;             // bytes, see last_level_caches(); 0 on a GPU
@@ -64,14 +66,20 @@ struct Row {
     }
     return std::sqrt(sum / static_cast<double>(samples.size() - 1));
   }
-  double weights_per_second() const { return mean() * static_cast<double>(weight_bytes); }  // bytes
-  /// Whether the caches may hold all that a token reads of the weights.
-  bool in_cache() const { return weight_bytes <= static_cast<uint64_t>(caches); }
+  /// Bytes that a generated token reads: the weights, and the cache of what is before it and of
+  /// itself, a mean over the tokens.
+  double bytes_per_token() const {
+    const double positions = static_cast<double>(depth) + static_cast<double>(generated + 1) / 2;
+    return static_cast<double>(weight_bytes) + positions * static_cast<double>(position_bytes);
+  }
+  double bytes_per_second() const { return mean() * bytes_per_token(); }
+  /// Whether the caches of the CPUs may hold all that a token reads.
+  bool in_cache() const { return bytes_per_token() <= static_cast<double>(caches); }
   /// Of what could be read, the mean over repetitions.
   double share_of_read() const {
     double sum = 0;
     for (size_t i = 0; i < samples.size(); ++i) {
-      sum += samples[i] * static_cast<double>(weight_bytes) / bandwidth[i];
+      sum += samples[i] * bytes_per_token() / bandwidth[i];
     }
     return sum / static_cast<double>(samples.size());
   }
@@ -177,10 +185,19 @@ Status measure_depth(const BenchOptions& options, const Model& model, const Row&
   return {};
 }
 
+/// Bytes of a position in the KV cache of all layers.
+int64_t position_bytes(const EngineFlags& flags, const ModelConfig& config) {
+  const std::string type = cache_type(flags);
+  return cache_bytes(type == "F32"    ? CacheFormat::kF32
+                     : type == "Q8_0" ? CacheFormat::kQ8_0
+                                      : CacheFormat::kF16,
+                     2 * config.layers * config.d_kv());
+}
+
 /// `rows` takes each as it is done.
 Status measure(const BenchOptions& options, const std::filesystem::path& path,
-               const std::vector<int64_t>& threads, const std::vector<int64_t>& depths,
-               std::vector<Row>& rows) {
+               const ModelConfig& config, const std::vector<int64_t>& threads,
+               const std::vector<int64_t>& depths, std::vector<Row>& rows) {
   const int64_t deepest = *std::max_element(depths.begin(), depths.end());
   for (const int64_t count : threads) {
     forget_peak_memory();
@@ -193,6 +210,7 @@ Status measure(const BenchOptions& options, const std::filesystem::path& path,
                         .load_seconds = now_seconds() - started,
                         .load_memory = peak_memory(),
                         .weight_bytes = model->weight_bytes(),
+                        .position_bytes = position_bytes(options.engine, config),
                         .caches = model->on_gpu() ? 0 : last_level_caches()};
     RABIT_ASSIGN(const auto session,
                  Session::create(model, deepest + std::max(options.prompt, options.generate)));
@@ -232,15 +250,14 @@ std::string to_markdown(const ModelConfig& config, const SizeReport& size,
                                          "test",  "t/s",  "GB/s",   "of read"};
   std::vector<std::vector<std::string>> cells;
   for (const Row& row : rows) {
-    cells.push_back(
-        {model_label(config, size), size_text(size.tensor_bytes), count_text(size.parameters),
-         row.on_gpu ? "CUDA, " + row.device : row.kernels,
-         row.on_gpu ? "" : std::to_string(row.threads), row.test,
-         fmt::format("{:.2f} ± {:.2f}", row.mean(), row.stddev()),
-         row.generated == 0 ? "" : fmt::format("{:.2f}", row.weights_per_second() / 1e9),
-         row.generated == 0 ? ""
-         : row.in_cache()   ? "in cache"
-                            : fmt::format("{:.0f} %", 100 * row.share_of_read())});
+    cells.push_back({model_label(config, size), size_text(size.tensor_bytes),
+                     count_text(size.parameters), row.on_gpu ? "CUDA, " + row.device : row.kernels,
+                     row.on_gpu ? "" : std::to_string(row.threads), row.test,
+                     fmt::format("{:.2f} ± {:.2f}", row.mean(), row.stddev()),
+                     row.generated == 0 ? "" : fmt::format("{:.2f}", row.bytes_per_second() / 1e9),
+                     row.generated == 0 ? ""
+                     : row.in_cache()   ? "in cache"
+                                        : fmt::format("{:.0f} %", 100 * row.share_of_read())});
   }
   std::string line = "|", rule = "|", body;
   std::vector<size_t> widths;
@@ -282,6 +299,7 @@ Json to_json(const BenchOptions& options, const GgufFile& file, const ModelConfi
               {"device", rows.front().device},
               {"kernels", rows.front().kernels},
               {"weight_bytes_per_token", rows.front().weight_bytes},
+              {"cache_bytes_per_position", rows.front().position_bytes},
               {"last_level_cache_bytes", rows.front().caches},
               {"dense_weights", dense_type(options.engine)},
               {"kv_cache", cache_type(options.engine)},
@@ -298,6 +316,11 @@ Json to_json(const BenchOptions& options, const GgufFile& file, const ModelConfi
                            {"stddev", row.stddev()},
                            {"samples", row.samples},
                            {"read_bytes_per_second", row.bandwidth}});
+    if (row.generated > 0) {
+      out["rows"].back()["bytes_per_token"] = row.bytes_per_token();
+      out["rows"].back()["bytes_per_second"] = row.bytes_per_second();
+      out["rows"].back()["share_of_read"] = row.share_of_read();
+    }
     if (row.on_gpu) {
       out["rows"].back().erase("threads");
     }
@@ -355,8 +378,11 @@ Status bench(const BenchOptions& options) {
   if (!options.shape.empty()) {
     RABIT_ASSIGN(ModelConfig config, named_shape(options.shape));
     config.layers = options.layers > 0 ? options.layers : config.layers;
-    RABIT_ASSIGN(temporary, TemporaryFolder::make());
-    path = temporary->path() / "model.gguf";
+    path = options.save;
+    if (path.empty()) {
+      RABIT_ASSIGN(temporary, TemporaryFolder::make());
+      path = temporary->path() / "model.gguf";
+    }
     RABIT_CHECK(write_random_model(path, config, options.paths));
   }
   RABIT_ASSIGN(const auto file, GgufFile::open(path));
@@ -365,7 +391,7 @@ Status bench(const BenchOptions& options) {
   warn_of_context(config.context_length, *std::max_element(depths.begin(), depths.end()) +
                                              std::max(options.prompt, options.generate));
   std::vector<Row> rows;
-  const Status measured = measure(options, path, threads, depths, rows);
+  const Status measured = measure(options, path, config, threads, depths, rows);
   if (!rows.empty()) {  // also of a measurement that was interrupted
     RABIT_CHECK(write_stdout(options.output == "md"
                                  ? to_markdown(config, size, rows)
@@ -391,6 +417,9 @@ Command add_bench(CLI::App& app) {
           ->excludes(model);
   add_integer(sub, "--layers", options->layers, 0, 1024, "Blocks of --shape; 0: all")->needs(shape);
   add_integer(sub, "--bits", options->paths, 1, kMostPackedPaths, "Paths of --shape")->needs(shape);
+  sub->add_option("--save", options->save, "Leave the model of --shape in this file")
+      ->type_name("FILE")
+      ->needs(shape);
   add_integer(sub, "-p,--n-prompt", options->prompt, 0, 1 << 20,
               "Tokens of the prompt; 0: no pp row");
   add_integer(sub, "-n,--n-gen", options->generate, 0, 1 << 20, "Tokens to generate; 0: no tg row");

@@ -85,7 +85,9 @@ Result<const T*> in_place(const TensorInfo& tensor, std::vector<Buffer>& owned) 
 }
 
 /// Of 32 values.
-uint64_t block_bytes(WeightFormat format) { return format == WeightFormat::kQ8_0 ? 34 : 18; }
+uint64_t block_bytes(WeightFormat format) {
+  return static_cast<uint64_t>(format == WeightFormat::kQ8_0 ? kQ8BlockBytes : kQ4BlockBytes);
+}
 
 /// Signs and Q8_0 in the order that the kernels take, from the file's, whose tensor is not needed
 /// then.
@@ -121,7 +123,7 @@ Result<Linear> load_packed(const GgufFile& file, const std::string& name, Linear
   const TensorInfo* sign = file.find_tensor(name + ".sign");
   const int64_t paths = sign->ne.size() > 2 ? sign->ne[2] : 1;
   const int64_t words = (shape.d_in + 31) / 32;
-  if (paths < 1 || paths > 4 || !has_extents(*sign, {words, shape.d_out, paths})) {
+  if (paths < 1 || paths > kMostPackedPaths || !has_extents(*sign, {words, shape.d_out, paths})) {
     return tensor_error(file, *sign, "its extents do not fit the model's sizes and 1 to 4 paths");
   }
   if (sign->type != TensorType::kI32) {

@@ -164,13 +164,12 @@ Status LoadedSession::allocate() {
   int64_t scratch =
       table.attention_scratch(chunk_, capacity_, config_.heads, config_.kv_heads, config_.head_dim);
   const auto grow = [&](const LinearWeights& w) {
+    const int64_t group = std::min(chunk_, table.group_tokens);
+    const int64_t bytes = model_->cache == CacheFormat::kF32 ? 0 : table.input_bytes(w, group);
+    input_bytes_ = std::max(input_bytes_, bytes);
     // Small numbers of tokens may need more than large ones.
-    for (int64_t tokens = 1; tokens <= chunk_; ++tokens) {
+    for (int64_t tokens = 1; tokens <= chunk_ && bytes == 0; ++tokens) {
       scratch = std::max(scratch, table.matmul_scratch(w.d_in, tokens, w.paths));
-    }
-    if (model_->cache != CacheFormat::kF32) {
-      const int64_t group = std::min(chunk_, table.group_tokens);
-      input_bytes_ = std::max(input_bytes_, table.input_bytes(w, group));
     }
   };
   grow(model_->head.weights);
@@ -272,14 +271,15 @@ void LoadedSession::multiply_group(const float* all, int64_t first, int64_t toke
     tasks += (product.weights->d_out + rows - 1) / rows;
   }
   share_tasks(tasks, [&](int64_t task, int thread) {
-    const std::byte* input = input_bytes_ > 0 ? input_.as<std::byte>() : nullptr;
+    const std::byte* input = input_.as<std::byte>();
     for (const Product& product : products) {
       const LinearWeights& w = *product.weights;
       const int64_t rows = rows_per_task(w);
       const int64_t here = (w.d_out + rows - 1) / rows;
       if (task < here) {
-        table.matmul(w, x, input, tokens, product.y + first * w.d_out, task * rows,
-                     std::min(w.d_out, (task + 1) * rows),
+        const bool prepared = input_bytes_ > 0 && table.input_bytes(w, 1) > 0;
+        table.matmul(w, x, prepared ? input : nullptr, tokens, product.y + first * w.d_out,
+                     task * rows, std::min(w.d_out, (task + 1) * rows),
                      scratch_.as<float>() + thread * scratch_stride_);
         return;
       }
@@ -289,9 +289,9 @@ void LoadedSession::multiply_group(const float* all, int64_t first, int64_t toke
   });
 }
 
-/// What the products read beside x, in each thread some tokens, or of few tokens a part of the
-/// columns, where that is worth it. Each of those that share columns looks for the largest of all
-/// of them: half a microsecond for 4096 of them, about what one more barrier would take.
+/// What the products read beside x, in each thread some tokens, or of few tokens a range of one
+/// token's columns, where that is worth it. Each of those that share columns looks for the largest
+/// of all of them: half a microsecond for 4096 of them, about what one more barrier would take.
 void LoadedSession::prepare(const float* x, int64_t tokens, const Products& products) {
   constexpr int64_t kWorthwhile = 256;  // words
   const KernelTable& table = *model_->table;
@@ -305,21 +305,19 @@ void LoadedSession::prepare(const float* x, int64_t tokens, const Products& prod
       words += (w.d_in + 31) / 32 * std::max<int64_t>(w.paths, 1) * tokens;
     }
   }
-  const int parts = words < kWorthwhile ? 1 : model_->threads();
+  const int64_t parts = words < kWorthwhile ? 1 : model_->threads();
+  const int64_t groups = std::min(tokens, parts), ranges = (parts + groups - 1) / groups;
   const auto part = [&](int64_t i) {
+    const int64_t group = i / ranges, range = i % ranges;
+    const int64_t begin = tokens * group / groups, end = tokens * (group + 1) / groups;
     std::byte* input = input_.as<std::byte>();
     for (const Product& product : products) {
       const LinearWeights& w = *product.weights;
-      if (table.input_bytes(w, tokens) > 0) {
+      if (const int64_t bytes = table.input_bytes(w, 1); bytes > 0) {
         const int64_t all = (w.d_in + 31) / 32;
-        if (tokens < parts) {
-          if (const int64_t begin = all * i / parts, end = all * (i + 1) / parts; begin < end) {
-            table.prepare(w, x, tokens, input, begin, end);
-          }
-        } else {
-          const int64_t begin = tokens * i / parts, end = tokens * (i + 1) / parts;
-          table.prepare(w, x + begin * w.d_in, end - begin, input + begin * table.input_bytes(w, 1),
-                        0, all);
+        const int64_t first = all * range / ranges, last = all * (range + 1) / ranges;
+        if (first < last) {
+          table.prepare(w, x + begin * w.d_in, end - begin, input + begin * bytes, first, last);
         }
       }
       input += input_bytes_;
@@ -328,7 +326,7 @@ void LoadedSession::prepare(const float* x, int64_t tokens, const Products& prod
   if (words > 0 && parts == 1) {
     part(0);
   } else if (words > 0) {
-    share_tasks(parts, [&](int64_t i, int) { part(i); });
+    share_tasks(groups * ranges, [&](int64_t i, int) { part(i); });
   }
 }
 
@@ -395,11 +393,13 @@ void LoadedSession::attend(int64_t layer, int64_t tokens) {
   if (blocks == 1) {  // too few tokens to split: split the heads and the positions
     return attend_in_parts(input);
   }
-  const int64_t tasks = blocks * config_.kv_heads;
-  share_tasks(tasks, [&](int64_t task, int thread) {
+  // Heads that share keys stay together where that leaves every thread something to do.
+  const int64_t together = blocks * config_.kv_heads >= 2 * model_->threads() ? group : 1;
+  const int64_t sets = config_.heads / together;
+  share_tasks(blocks * sets, [&](int64_t task, int thread) {
     // The last blocks see the most positions: they come first.
-    const int64_t block = blocks - 1 - task / config_.kv_heads, kv = task % config_.kv_heads;
-    table.attention(input, kv * group, (kv + 1) * group, block * grain,
+    const int64_t block = blocks - 1 - task / sets, head = task % sets * together;
+    table.attention(input, head, head + together, block * grain,
                     std::min(tokens, (block + 1) * grain), scratch + thread * scratch_stride_,
                     attended_);
   });

@@ -84,10 +84,11 @@ class RandomTensors {
   // Random bytes, with a scale before every 32 of them.
   Status add_blocks(const std::string& name, int64_t rows, int64_t columns) {
     const auto blocks = static_cast<uint64_t>(rows * columns / 32);
+    const auto bytes = static_cast<uint64_t>(block_bytes(TensorType::kQ8_0));
     const uint16_t scale = float_to_half(1.0F / 64 / std::sqrt(static_cast<float>(columns)));
-    return add(name, TensorType::kQ8_0, {columns, rows}, blocks * 34,
-               [blocks, scale](std::byte* out, uint64_t seed) {
-                 for (uint64_t block = 0; block < blocks; ++block, out += 34) {
+    return add(name, TensorType::kQ8_0, {columns, rows}, blocks * bytes,
+               [blocks, bytes, scale](std::byte* out, uint64_t seed) {
+                 for (uint64_t block = 0; block < blocks; ++block, out += bytes) {
                    std::memcpy(out, &scale, sizeof scale);
                    for (int i = 0; i < 4; ++i) {
                      const uint64_t value = next(seed);

@@ -29,7 +29,10 @@ inline constexpr int64_t kTileRows = 64;
 [[gnu::always_inline]] constexpr int64_t sign_tiles(int64_t d_out) {
   return (d_out + kTileRows - 1) / kTileRows;
 }
-inline constexpr int64_t kBlockTileBytes = 34 * kTileRows;
+
+/// Bytes of a block of 32 columns: a scale in F16, then whole or half bytes.
+inline constexpr int64_t kQ8BlockBytes = 34, kQ4BlockBytes = 18;
+inline constexpr int64_t kBlockTileBytes = kQ8BlockBytes * kTileRows;
 
 /// A linear layer's weights as they lie in memory, (d_out, d_in) row-major. F16 weights and all
 /// scales must be finite: kernels may decode an infinity or a NaN as some finite number.
@@ -71,7 +74,7 @@ enum class CacheFormat { kF16, kF32, kQ8_0 };
 [[gnu::always_inline]] constexpr int64_t cache_bytes(CacheFormat format, int64_t values) {
   return format == CacheFormat::kF32   ? 4 * values
          : format == CacheFormat::kF16 ? 2 * values
-                                       : values / 32 * 34;
+                                       : values / 32 * kQ8BlockBytes;
 }
 
 /// One causal attention: queries at positions first_position + t over cached keys and values.
@@ -108,8 +111,8 @@ struct KernelTable {
                   int64_t word_begin, int64_t word_end);
   /// y[t, r] = sum_c W[r, c] x[t, c] for rows [row_begin, row_end) of all tokens.
   /// x: (tokens, d_in); y: (tokens, d_out), only columns [row_begin, row_end) written.
-  /// `input`: as prepare() made it for all words, where input_bytes() is not 0; null: sums of
-  /// floats, as accurate as those of other tables and slower, but for Q8_0 in tiles, which needs
+  /// `input`: as prepare() made it for all words; null where input_bytes() is 0. Else null is sums
+  /// of floats, as accurate as those of other tables and slower, but for Q8_0 in tiles, which needs
   /// it. `scratch`: this thread's own, matmul_scratch() floats, 64-byte aligned; not used with
   /// `input`.
   void (*matmul)(const LinearWeights& w, const float* x, const void* input, int64_t tokens,

@@ -30,7 +30,6 @@ void tile_signs(const LinearWeights& rows, WeightOrder order, int64_t begin, int
 }
 
 void tile_blocks(const LinearWeights& rows, int64_t begin, int64_t end, uint8_t* to) {
-  constexpr int64_t kBlockBytes = 34;
   const int64_t blocks = rows.d_in / 32;
   for (int64_t tile = begin; tile < end; ++tile) {
     for (int64_t block = 0; block < blocks; ++block) {
@@ -38,8 +37,8 @@ void tile_blocks(const LinearWeights& rows, int64_t begin, int64_t end, uint8_t*
       for (int64_t r = 0; r < kTileRows; ++r) {
         const int64_t row = tile * kTileRows + r;
         const uint8_t* from =
-            static_cast<const uint8_t*>(rows.dense) + (row * blocks + block) * kBlockBytes;
-        for (int64_t i = 0; i < kBlockBytes; ++i) {
+            static_cast<const uint8_t*>(rows.dense) + (row * blocks + block) * kQ8BlockBytes;
+        for (int64_t i = 0; i < kQ8BlockBytes; ++i) {
           const int64_t column = i - 2;
           uint8_t* byte =
               column < 0 ? out + 2 * r + i

@@ -72,22 +72,27 @@ int64_t attention_scratch(int64_t tokens, int64_t /*positions*/, int64_t heads, 
   return rows * (2 * kTileStride + d + 2) + d * kPanel + kMaxColumns * d;
 }
 
-/// out[p][0, d) = values of `count` positions as floats, zeros from head_dim to d.
+/// out[p][0, d) = values of `count` positions as floats, zeros from head_dim to d. Returns whether
+/// all are finite.
 template <typename Rows>
-void unpack_values(const Rows& source, int64_t first, int64_t count, int64_t head_dim, int64_t d,
+bool unpack_values(const Rows& source, int64_t first, int64_t count, int64_t head_dim, int64_t d,
                    float* out) {
+  Vec none = {};  // 0, or NaN where a value is not finite
   for (int64_t p = 0; p < count; ++p) {
     for (int64_t c = 0; c < d; c += kLanes) {
-      store(out + p * d + c, c < head_dim ? source.read(first + p, c, head_dim - c) : Vec{});
+      const Vec v = c < head_dim ? source.read(first + p, c, head_dim - c) : Vec{};
+      none += v * 0.0F;
+      store(out + p * d + c, v);
     }
   }
+  return sum_lanes(none) == 0;
 }
 
 /// Turns a row of scores into exp(scale * s - largest) and updates the row's state; scores from
 /// `count` up to `end` are masked. Returns what the sums so far must be multiplied with.
 RABIT_INLINE float softmax_step(float* scores, int64_t count, int64_t end, float scale,
                                 float* largest, float* total) {
-  if (count <= 0) {
+  if (count == 0) {
     for (int64_t p = 0; p < end; ++p) {
       scores[p] = 0;
     }
@@ -149,12 +154,13 @@ void few_scores(const Rows& keys, int64_t first, int64_t count, int64_t head_dim
   }
 }
 
-/// sums[row][0, head_dim) (+)= sum over p of scores[row][p] values[first + p].
-template <typename Rows>
-void few_sums(const Rows& values, int64_t first, int64_t count, int64_t head_dim, int64_t d,
+/// sums[row][0, head_dim) (+)= sum over p < seen(row) of scores[row][p] values[first + p].
+template <typename Rows, typename Seen>
+void few_sums(const Rows& values, int64_t first, const Seen& seen, int64_t head_dim, int64_t d,
               const float* scores, int64_t rows, float* sums, bool add) {
   constexpr int64_t kWidth = 8;  // vectors at once
   for (int64_t row = 0; row < rows; ++row) {
+    const int64_t count = seen(row);
     for (int64_t c0 = 0; c0 < head_dim; c0 += kWidth * kLanes) {
       Vec parts[kWidth] = {};
       for (int64_t p = 0; p < count; ++p) {
@@ -214,6 +220,9 @@ void attend(const AttentionInput& in, const Rows& keys, const Rows& values, cons
   for (int64_t p0 = asked.position_begin; p0 < positions; p0 += kMaxColumns) {
     const int64_t count = smaller(kMaxColumns, positions - p0);
     const bool add = p0 > asked.position_begin;
+    const auto seen = [&](int64_t row) {  // by the row, of these positions
+      return larger(0, smaller(first_query + row / group + 1 - p0, count));
+    };
     if (few) {
       few_scores(keys, p0, count, head_dim, q, rows, scores);
     }
@@ -226,9 +235,8 @@ void attend(const AttentionInput& in, const Rows& keys, const Rows& values, cons
       }
     }
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t seen = first_query + row / group + 1 - p0;
-      const float shrink = softmax_step(scores + row * kTileStride, smaller(seen, count), count,
-                                        scale, largest + row, total + row);
+      const float shrink = softmax_step(scores + row * kTileStride, seen(row), count, scale,
+                                        largest + row, total + row);
       if (add && shrink != 1.0F) {
         for (int64_t c = 0; c < d; c += kLanes) {
           store(sums + row * d + c, load(sums + row * d + c) * shrink);
@@ -236,14 +244,16 @@ void attend(const AttentionInput& in, const Rows& keys, const Rows& values, cons
       }
     }
     if (few) {
-      few_sums(values, p0, count, head_dim, d, scores, rows, sums, add);
+      few_sums(values, p0, seen, head_dim, d, scores, rows, sums, add);
       continue;
     }
-    unpack_values(values, p0, count, head_dim, d, v);
-    for (int64_t row = 0; row < rows; row += kTile) {
+    // What a row does not see has a score of 0 and may stand in its sum, unless 0 times it is NaN.
+    const bool finite = unpack_values(values, p0, count, head_dim, d, v);
+    const int64_t together = finite ? kTile : 1;
+    for (int64_t row = 0; row < rows; row += together) {
       for (int64_t c = 0; c < d; c += kPanel) {
-        panel_product(scores + row * kTileStride, smaller(kTile, rows - row), v + c, d, count,
-                      sums + row * d + c, d, kPanel, add);
+        panel_product(scores + row * kTileStride, smaller(together, rows - row), v + c, d,
+                      finite ? count : seen(row), sums + row * d + c, d, kPanel, add);
       }
     }
   }

@@ -28,7 +28,10 @@ constexpr int32_t kBias = 32768;          // sums are kept as unsigned 16-bit nu
 constexpr float kLargestSum = 32765.0F;   // of |q| over four columns, rounded up to 2 beyond
 constexpr int64_t kExactWords = 1 << 12;  // words whose sums 32 bits hold
 constexpr int64_t kAhead = 8192;          // bytes from the signs read to those asked for
-constexpr int64_t kGroupTiles = 4;
+// Of several tokens: as many go through some words of some tiles, two at a time. The tiles' signs
+// (256 KiB) and the tables of two tokens (64 KiB) stay in a second-level cache of 1 MiB.
+constexpr int64_t kTokensAtOnce = 32, kGroupTiles = 8, kBlockWords = 128;
+constexpr int64_t kGroupRows = kGroupTiles * kTileRows;
 constexpr WeightOrder kSignOrder = WeightOrder::kTilePairs;
 using Signs = PairSigns;
 
@@ -153,6 +156,10 @@ constexpr int kTileVectors = kTileRows / 16;  // of a tile's rows
 template <int kTokens, int kVectors>
 struct Sums {
   __m512i low[kTokens][kVectors], high[kTokens][kVectors];
+  RABIT_INLINE __m512i together(int t, int v) const {
+    const auto whole = reinterpret_cast<IntVec>(low[t][v]);
+    return reinterpret_cast<__m512i>(whole + (reinterpret_cast<IntVec>(high[t][v]) << 8));
+  }
 };
 
 // Sums over some words: signs and tables of the first, words `next_word` apart, tokens' tables
@@ -197,94 +204,138 @@ RABIT_INLINE Sums<kTokens, kVectors> lookup(const uint32_t* signs, int64_t next_
   return sums;
 }
 
-// Adds a path's sums over `words` words, times its scales, to the rows' totals.
-template <int kTokens, int kVectors>
-RABIT_INLINE void add_scaled(const LinearWeights& w, int64_t path, int64_t tile,
-                             const uint8_t* of_path, int64_t token_bytes, int64_t words,
-                             const Sums<kTokens, kVectors>& sums,
-                             __m512 (&totals)[kTokens][kVectors]) {
+// Adds a path's sums of low and high bytes over `words` words, put together, times its scales to
+// the totals of 16 rows from `row` on. of_path: the token's.
+RABIT_INLINE __m512 add_scaled(const LinearWeights& w, int64_t path, int64_t row,
+                               const uint8_t* of_path, int64_t words, __m512i sums, __m512 totals) {
   const __m512i bias = _mm512_set1_epi32(static_cast<int32_t>(words * 8 * kBias));
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t row = tile * kTileRows + v * 16;
-    const __m512 g = _mm512_cvtph_ps(
-        _mm256_maskz_loadu_epi16(lanes_left(w.d_out - row), w.row_scale + path * w.d_out + row));
-#pragma GCC unroll 2
-    for (int t = 0; t < kTokens; ++t) {
-      const __m512i sum = _mm512_sub_epi32(
-          _mm512_add_epi32(sums.low[t][v], _mm512_slli_epi32(sums.high[t][v], 8)), bias);
-      const __m512 scale =
-          _mm512_set1_ps(*reinterpret_cast<const float*>(of_path + t * token_bytes));
-      totals[t][v] =
-          _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, g), totals[t][v]);
-    }
-  }
+  const __m512 g = _mm512_cvtph_ps(
+      _mm256_maskz_loadu_epi16(lanes_left(w.d_out - row), w.row_scale + path * w.d_out + row));
+  const __m512 scale = _mm512_set1_ps(*reinterpret_cast<const float*>(of_path));
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums, bias)), _mm512_mul_ps(scale, g),
+                         totals);
 }
 
-// Only rows in [row_begin, row_end) are written.
-template <int kTokens, int kVectors>
-RABIT_INLINE void store_rows(const __m512 (&totals)[kTokens][kVectors], int64_t tile, int64_t d_out,
-                             float* y, int64_t row_begin, int64_t row_end) {
-#pragma GCC unroll 2
-  for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t row = tile * kTileRows + v * 16;
-      const __mmask16 mask =
-          static_cast<__mmask16>(lanes_left(row_end - row) & ~lanes_left(row_begin - row));
-      _mm512_mask_storeu_ps(y + t * d_out + row, mask, totals[t][v]);
-    }
-  }
+// Those of 16 rows from `row` on that are in [row_begin, row_end).
+RABIT_INLINE __mmask16 rows_within(int64_t row, int64_t row_begin, int64_t row_end) {
+  return static_cast<__mmask16>(lanes_left(row_end - row) & ~lanes_left(row_begin - row));
 }
 
-// Rows of a tile, or of a pair, from `tile` on, kTokens tokens; only rows in [row_begin, row_end)
-// are written.
-template <int kTokens, int kVectors>
+// Rows of a tile, or of a pair, from `tile` on, one token; only rows in [row_begin, row_end) are
+// written.
+template <int kVectors>
 void tile_by_lookup(const LinearWeights& w, const uint8_t* input, int64_t tile, float* y,
                     int64_t row_begin, int64_t row_end) {
-  const int64_t words = (w.d_in + 31) / 32;
-  const int64_t token_bytes = w.paths * path_bytes(words);
+  const int64_t words = (w.d_in + 31) / 32, row = tile * kTileRows;
   const PlaceInPairs place = place_in_pairs(w, tile);
-  __m512 totals[kTokens][kVectors] = {};
+  __m512 totals[kVectors] = {};
   for (int64_t path = 0; path < w.paths; ++path) {
     const uint8_t* of_path = input + path * path_bytes(words);
     const uint32_t* signs = w.signs + place.first + path * place.next_path;
     for (int64_t begin = 0; begin < words; begin += kExactWords) {
       const int64_t part = smaller(kExactWords, words - begin);
-      const uint8_t* tables = of_path + kHeader + begin * kWordTables;
-      const auto sums = lookup<kTokens, kVectors>(signs + begin * place.next_word, place.next_word,
-                                                  tables, token_bytes, part);
-      add_scaled(w, path, tile, of_path, token_bytes, part, sums, totals);
+      const auto sums = lookup<1, kVectors>(signs + begin * place.next_word, place.next_word,
+                                            of_path + kHeader + begin * kWordTables, 0, part);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        totals[v] =
+            add_scaled(w, path, row + v * 16, of_path, part, sums.together(0, v), totals[v]);
+      }
     }
   }
-  store_rows(totals, tile, w.d_out, y, row_begin, row_end);
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t at = row + v * 16;
+    _mm512_mask_storeu_ps(y + at, rows_within(at, row_begin, row_end), totals[v]);
+  }
+}
+
+// Some words of a path, and where they stand among those whose sums are exact.
+struct Words {
+  int64_t path, begin, count;
+  bool first;     // of those
+  int64_t exact;  // how many those are where these are the last of them, else 0
+};
+
+// Sums of a tile over some words, kTokens tokens: kept in `sums` (tokens, kGroupRows) until they
+// are complete, then added to y. of_path: the first token's, as y.
+template <int kTokens>
+void add_words(const LinearWeights& w, const Words& words, const uint8_t* of_path,
+               int64_t token_bytes, int64_t tile, int32_t* sums, float* y, int64_t row_begin,
+               int64_t row_end) {
+  const PlaceInPairs place = place_in_pairs(w, tile);
+  const uint32_t* signs =
+      w.signs + place.first + words.path * place.next_path + words.begin * place.next_word;
+  const uint8_t* tables = of_path + kHeader + words.begin * kWordTables;
+  const auto here =
+      lookup<kTokens, kTileVectors>(signs, place.next_word, tables, token_bytes, words.count);
+  const bool none = words.path == 0 && words.begin + words.count <= kExactWords;  // in y
+#pragma GCC unroll 8
+  for (int v = 0; v < kTileVectors; ++v) {
+#pragma GCC unroll 2
+    for (int t = 0; t < kTokens; ++t) {
+      int32_t* at = sums + t * kGroupRows + v * 16;
+      const __m512i before = words.first ? _mm512_setzero_si512() : _mm512_load_si512(at);
+      const __m512i sum = _mm512_add_epi32(here.together(t, v), before);
+      if (words.exact == 0) {
+        _mm512_store_si512(at, sum);
+        continue;
+      }
+      const int64_t row = tile * kTileRows + v * 16;
+      const __mmask16 mask = rows_within(row, row_begin, row_end);
+      float* to = y + t * w.d_out + row;
+      const __m512 total = none ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, to);
+      _mm512_mask_storeu_ps(
+          to, mask,
+          add_scaled(w, words.path, row, of_path + t * token_bytes, words.exact, sum, total));
+    }
+  }
+}
+
+// Tiles [first, last), at most kGroupTiles, of at most kTokensAtOnce tokens.
+void tiles_by_lookup(const LinearWeights& w, const uint8_t* input, int64_t tokens, int64_t first,
+                     int64_t last, float* y, int64_t row_begin, int64_t row_end) {
+  const int64_t all = (w.d_in + 31) / 32, token_bytes = w.paths * path_bytes(all);
+  alignas(64) int32_t sums[kTokensAtOnce * kGroupRows];
+  static_assert(kExactWords % kBlockWords == 0);
+  for (int64_t i = 0, blocks = (all + kBlockWords - 1) / kBlockWords; i < w.paths * blocks; ++i) {
+    const int64_t begin = i % blocks * kBlockWords, exact = begin / kExactWords * kExactWords;
+    const int64_t end = smaller(all, begin + kBlockWords);
+    const bool complete = end == smaller(all, exact + kExactWords);
+    const Words words = {.path = i / blocks,
+                         .begin = begin,
+                         .count = end - begin,
+                         .first = begin == exact,
+                         .exact = complete ? end - exact : 0};
+    for (int64_t token = 0; token < tokens; token += 2) {
+      const uint8_t* of_path = input + token * token_bytes + words.path * path_bytes(all);
+      const auto add = token + 1 < tokens ? add_words<2> : add_words<1>;
+      for (int64_t tile = first; tile < last; ++tile) {
+        add(w, words, of_path, token_bytes, tile,
+            sums + token * kGroupRows + (tile - first) * kTileRows, y + token * w.d_out, row_begin,
+            row_end);
+      }
+    }
+  }
 }
 
 void matmul_of_signs(const LinearWeights& w, const uint8_t* input, int64_t tokens, float* y,
                      int64_t row_begin, int64_t row_end) {
   const int64_t token_bytes = w.paths * path_bytes((w.d_in + 31) / 32);
   const int64_t end = (row_end + kTileRows - 1) / kTileRows;
-  const auto at = [&](int64_t token) { return input + token * token_bytes; };
-  // Some tiles stay in the second-level cache while all tokens go through them, two at a time.
-  for (int64_t first = row_begin / kTileRows; first < end; first += kGroupTiles) {
-    const int64_t last = smaller(end, first + kGroupTiles);
-    int64_t token = 0;
-    for (; token + 2 <= tokens; token += 2) {
-      for (int64_t tile = first; tile < last; ++tile) {
-        tile_by_lookup<2, kTileVectors>(w, at(token), tile, y + token * w.d_out, row_begin,
-                                        row_end);
-      }
+  int64_t token = 0;
+  for (; tokens - token > 1; token += smaller(kTokensAtOnce, tokens - token)) {
+    const int64_t some = smaller(kTokensAtOnce, tokens - token);
+    for (int64_t tile = row_begin / kTileRows; tile < end; tile += kGroupTiles) {
+      tiles_by_lookup(w, input + token * token_bytes, some, tile, smaller(end, tile + kGroupTiles),
+                      y + token * w.d_out, row_begin, row_end);
     }
-    for (int64_t tile = first; token < tokens && tile < last; ++tile) {
-      if (tile % 2 == 0 && tile + 1 < last) {
-        tile_by_lookup<1, 2 * kTileVectors>(w, at(token), tile, y + token * w.d_out, row_begin,
-                                            row_end);
-        ++tile;
-      } else {
-        tile_by_lookup<1, kTileVectors>(w, at(token), tile, y + token * w.d_out, row_begin,
-                                        row_end);
-      }
-    }
+  }
+  for (int64_t tile = row_begin / kTileRows; token < tokens && tile < end; ++tile) {
+    const bool pair = tile % 2 == 0 && tile + 1 < end;
+    const auto product = pair ? tile_by_lookup<2 * kTileVectors> : tile_by_lookup<kTileVectors>;
+    product(w, input + token * token_bytes, tile, y + token * w.d_out, row_begin, row_end);
+    tile += pair ? 1 : 0;
   }
 }
 

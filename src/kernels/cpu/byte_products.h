@@ -65,60 +65,78 @@ void prepare_blocks(const LinearWeights& w, const float* x, int64_t tokens, uint
   }
 }
 
-// Rows of a tile, one token; only rows in [row_begin, row_end) are written.
-void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile, float* y,
-                   int64_t row_begin, int64_t row_end) {
-  constexpr int64_t kRowsAtOnce = kLanesAtOnce * kLanes;
+// Rows of a tile, kTokens tokens; only rows in [row_begin, row_end) are written.
+template <int kTokens>
+[[gnu::noinline]] void block_product(const LinearWeights& w, const uint8_t* input, int64_t tile,
+                                     float* y, int64_t row_begin, int64_t row_end) {
+  constexpr int64_t kTileVectors = kTileRows / kLanes;
+  constexpr int kAtOnce = kLanesAtOnce / kTokens, kRowsAtOnce = kAtOnce * kLanes;
   static_assert(kTileRows % kRowsAtOnce == 0);
-  const int64_t blocks = w.d_in / kBlock;
+  const int64_t blocks = w.d_in / kBlock, next = blocks_bytes(w.d_in) / 4;  // token's numbers
   const auto* weights = static_cast<const uint8_t*>(w.dense) + tile * blocks * kBlockTileBytes;
-  Vec totals[kTileRows / kLanes] = {};
+  Vec totals[kTokens * kTileVectors] = {};
   for (int64_t block = 0; block < blocks; ++block, weights += kBlockTileBytes) {
     const auto* in = reinterpret_cast<const int32_t*>(input + kBlocksHeader + block * kBlockInput);
 #pragma GCC unroll 2
     for (int64_t first = 0; first < kTileRows; first += kRowsAtOnce) {
-      Dots dots[kLanesAtOnce] = {};
+      Dots dots[kAtOnce * kTokens] = {};
 #pragma GCC unroll 8
       for (int64_t four = 0; four < kFours; ++four) {
         const uint8_t* from = weights + (2 + 4 * four) * kTileRows + 4 * first;
 #pragma GCC unroll 8
-        for (int v = 0; v < kLanesAtOnce; ++v) {
+        for (int v = 0; v < kAtOnce; ++v) {
           const uint8_t* at = from + v * 4 * kLanes;
           if (v * 4 * kLanes % 64 == 0) {
             __builtin_prefetch(at + kBlocksAhead * kBlockTileBytes);
           }
-          dots[v].add(at, in[2 * four], in[2 * four + 1]);
+#pragma GCC unroll 2
+          for (int t = 0; t < kTokens; ++t) {
+            dots[v * kTokens + t].add(at, in[t * next + 2 * four], in[t * next + 2 * four + 1]);
+          }
         }
       }
 #pragma GCC unroll 8
-      for (int v = 0; v < kLanesAtOnce; ++v) {
-        const Vec sums = __builtin_convertvector(dots[v].sums() + in[2 * kFours], Vec);
+      for (int v = 0; v < kAtOnce; ++v) {
         const auto* scales = reinterpret_cast<const uint16_t*>(weights) + first + v * kLanes;
-        totals[first / kLanes + v] += sums * load_finite_half(scales);
+        const Vec scale = load_finite_half(scales);
+#pragma GCC unroll 2
+        for (int t = 0; t < kTokens; ++t) {
+          totals[t * kTileVectors + first / kLanes + v] +=
+              __builtin_convertvector(dots[v * kTokens + t].sums() + in[t * next + 2 * kFours],
+                                      Vec) *
+              scale;
+        }
       }
     }
   }
-  const float unit = *reinterpret_cast<const float*>(input);
   const int64_t first = tile * kTileRows;
+  for (int64_t t = 0; t < kTokens; ++t, input += 4 * next, y += w.d_out) {
+    const float unit = *reinterpret_cast<const float*>(input);
 #pragma GCC unroll 1
-  for (int64_t v = 0; v < kTileRows / kLanes; ++v) {
-    const int64_t row = first + v * kLanes;
-    const Vec values = totals[v] * unit;
-    if (row >= row_begin && row + kLanes <= row_end) {
-      store(y + row, values);
-      continue;
-    }
-    for (int64_t r = larger(row, row_begin); r < smaller(row + kLanes, row_end); ++r) {
-      y[r] = values[r - row];
+    for (int64_t v = 0; v < kTileVectors; ++v) {
+      const int64_t row = first + v * kLanes;
+      const Vec values = totals[t * kTileVectors + v] * unit;
+      if (row >= row_begin && row + kLanes <= row_end) {
+        store(y + row, values);
+        continue;
+      }
+      for (int64_t r = larger(row, row_begin); r < smaller(row + kLanes, row_end); ++r) {
+        y[r] = values[r - row];
+      }
     }
   }
 }
 
 void matmul_of_blocks(const LinearWeights& w, const uint8_t* input, int64_t tokens, float* y,
                       int64_t row_begin, int64_t row_end) {
+  const int64_t token_bytes = blocks_bytes(w.d_in);
   for (int64_t tile = row_begin / kTileRows; tile * kTileRows < row_end; ++tile) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      block_product(w, input + t * blocks_bytes(w.d_in), tile, y + t * w.d_out, row_begin, row_end);
+    int64_t t = 0;
+    for (; t + 2 <= tokens; t += 2) {
+      block_product<2>(w, input + t * token_bytes, tile, y + t * w.d_out, row_begin, row_end);
+    }
+    if (t < tokens) {
+      block_product<1>(w, input + t * token_bytes, tile, y + t * w.d_out, row_begin, row_end);
     }
   }
 }

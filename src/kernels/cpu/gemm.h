@@ -158,14 +158,14 @@ constexpr int64_t kBlock = 32;  // columns of Q8_0 and Q4_0 that share a scale
 // scale comes first.
 
 struct Q8Block {
-  static constexpr int64_t kBytes = 34;
+  static constexpr int64_t kBytes = kQ8BlockBytes;
   RABIT_INLINE static IntVec ints(const uint8_t* block, int64_t v) {
     return load_bytes(block + 2 + v * kLanes);
   }
 };
 
 struct Q4Block {
-  static constexpr int64_t kBytes = 18;
+  static constexpr int64_t kBytes = kQ4BlockBytes;
   // Byte i holds values i, in its low half, and i + 16.
   RABIT_INLINE static IntVec ints(const uint8_t* block, int64_t v) {
     const IntVec bytes = load_bytes(block + 2 + v * kLanes % 16);

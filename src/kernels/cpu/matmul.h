@@ -11,7 +11,7 @@
 namespace rabit::RABIT_ISA {
 namespace {
 
-constexpr int64_t kFewTokens = 8;            // from here on unpacking to panels is cheaper
+constexpr int64_t kFewTokens = 8;            // of more, unpacking to panels is cheaper
 constexpr int kWide = kLanes == 16 ? 4 : 2;  // rows at once
 
 // Bytes from what is read to what will be soon, for rows of so many bytes, kWide of them read side
@@ -258,8 +258,10 @@ void binary_many(const LinearWeights& w, const float* x, int64_t tokens, float* 
       return binary_many_paths<2, Signs>(w, x, tokens, y, row_begin, row_end, scratch);
     case 3:
       return binary_many_paths<3, Signs>(w, x, tokens, y, row_begin, row_end, scratch);
-    default:
+    case 4:
       return binary_many_paths<4, Signs>(w, x, tokens, y, row_begin, row_end, scratch);
+    default:
+      __builtin_unreachable();
   }
 }
 
@@ -299,15 +301,12 @@ int64_t no_input(const LinearWeights&, int64_t) { return 0; }
 
 int64_t matmul_scratch(int64_t d_in, int64_t tokens, int64_t paths) {
   const int64_t padded = round_up(d_in, 32);
-  const int64_t few = paths * smaller(tokens, kFewTokens) * padded;
-  // Few tokens of tiles go through panels where there is no other product.
-  const int64_t many = tokens > kFewTokens || paths == 0 ? kGemmScratch + paths * padded : 0;
-  return larger(few, many);
+  return tokens > kFewTokens ? kGemmScratch + paths * padded : paths * tokens * padded;
 }
 
-/// For kernels by lookup: any number of tokens may come without a prepared input.
+/// For kernels by lookup, whose packed layers go through panels where no input is prepared.
 int64_t lookup_scratch(int64_t d_in, int64_t tokens, int64_t paths) {
-  return larger(matmul_scratch(d_in, tokens, paths), matmul_scratch(d_in, kFewTokens + 1, paths));
+  return matmul_scratch(d_in, paths > 0 ? larger(tokens, kFewTokens + 1) : tokens, paths);
 }
 
 }  // namespace

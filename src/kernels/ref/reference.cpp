@@ -48,9 +48,9 @@ double weight_at(const LinearWeights& w, int64_t row, int64_t column) {
     case WeightFormat::kF16:
       return half_to_float(static_cast<const uint16_t*>(w.dense)[at]);
     case WeightFormat::kQ8_0:
-      return block_at(w, at, 34)[2 + at % 32] * scale_of(block_at(w, at, 34));
+      return block_at(w, at, kQ8BlockBytes)[2 + at % 32] * scale_of(block_at(w, at, kQ8BlockBytes));
     case WeightFormat::kQ4_0: {
-      const int8_t* block = block_at(w, at, 18);
+      const int8_t* block = block_at(w, at, kQ4BlockBytes);
       const int nibbles = static_cast<uint8_t>(block[2 + at % 16]);
       return ((at % 32 < 16 ? nibbles & 15 : nibbles >> 4) - 8) * scale_of(block);
     }
