@@ -75,14 +75,14 @@ class Session {
   /// program (base/interrupt.h) after which the sink may have seen some; nothing is appended.
   virtual Status forward_all(std::span<const int32_t> tokens, const LogitSink& sink) = 0;
 
-  /// Appends the tokens and returns the logits after the last, valid until the next call. Errors as
-  /// forward_all.
+  /// Appends the tokens and returns the logits after the last, valid until the next call of any
+  /// session of the model. Errors as forward_all.
   virtual Result<std::span<const float>> forward(std::span<const int32_t> tokens) = 0;
 
   /// Appends a token to each of several sessions of one model, all of them different, and returns
-  /// their logits, (sessions, vocab), valid until the next call of the first session. On a GPU
-  /// weights are read once for many sessions. Errors: as forward_all; sessions of several models,
-  /// or one of them twice; nothing is appended then.
+  /// their logits, (sessions, vocab), valid until the next call of any session of the model. On a
+  /// GPU weights are read once for many sessions. Errors: as forward_all; sessions of several
+  /// models, or one of them twice; nothing is appended then.
   static Result<std::span<const float>> forward_each(std::span<Session* const> sessions,
                                                      std::span<const int32_t> tokens);
 

@@ -30,15 +30,18 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
+constexpr int64_t kMostSequences = 1024;
+constexpr int64_t kDenseBits = 16;
+
 struct BenchOptions {
-  std::string model, shape, save, threads, depths, output = "md";
-  int64_t layers = 0, paths = 2, prompt = 512, generate = 128, repetitions = 5;
+  std::string model, shape, save, threads, depths, sequences = "1", output = "md";
+  int64_t layers = 0, bits = 2, prompt = 512, generate = 128, repetitions = 5;
   EngineFlags engine;
 };
 
 struct Row {
   std::string test;
-  int64_t prompt = 0, generated = 0, depth = 0;
+  int64_t prompt = 0, generated = 0, depth = 0, sequences = 1;
   int threads = 0;
   std::string kernels, device;
   bool on_gpu = false;
@@ -66,11 +69,12 @@ struct Row {
     }
     return std::sqrt(sum / static_cast<double>(samples.size() - 1));
   }
-  /// Bytes that a generated token reads: the weights, and the cache of what is before it and of
-  /// itself, a mean over the tokens.
+  /// Bytes that a generated token reads: the weights, shared by the sequences, and the cache of
+  /// what is before it and of itself, a mean over the tokens.
   double bytes_per_token() const {
     const double positions = static_cast<double>(depth) + static_cast<double>(generated + 1) / 2;
-    return static_cast<double>(weight_bytes) + positions * static_cast<double>(position_bytes);
+    return static_cast<double>(weight_bytes) / static_cast<double>(sequences) +
+           positions * static_cast<double>(position_bytes);
   }
   double bytes_per_second() const { return mean() * bytes_per_token(); }
   /// Whether the caches of the CPUs may hold all that a token reads.
@@ -86,12 +90,13 @@ struct Row {
 };
 
 /// "1,2,4" as numbers; throws CLI::ValidationError.
-std::vector<int64_t> parse_list(const std::string& option, const std::string& text, int64_t most) {
+std::vector<int64_t> parse_list(const std::string& option, const std::string& text, int64_t most,
+                                int64_t least = 0) {
   std::vector<int64_t> out;
   size_t begin = 0;
   while (true) {
     const size_t comma = std::min(text.find(',', begin), text.size());
-    out.push_back(parse_integer(option, text.substr(begin, comma - begin), 0, most));
+    out.push_back(parse_integer(option, text.substr(begin, comma - begin), least, most));
     if (comma == text.size()) {
       return out;
     }
@@ -111,16 +116,26 @@ std::vector<int32_t> filler_tokens(int64_t count, int64_t vocab) {
   return tokens;
 }
 
-/// Seconds for one pass over the row's tokens: all at once, or one at a time; after the positions
-/// of its depth.
-Result<double> time_once(Session& session, const Row& row, std::span<const int32_t> tokens) {
-  session.truncate(row.depth);
+/// Seconds for one pass over the row's tokens: all at once, or one at a time, in as many sequences
+/// as it has; after the positions of its depth.
+Result<double> time_once(std::span<Session* const> sessions, const Row& row,
+                         std::span<const int32_t> tokens) {
+  const auto own = sessions.first(static_cast<size_t>(row.sequences));
+  for (Session* session : own) {
+    session->truncate(row.depth);
+  }
+  std::vector<int32_t> next(own.size());
   const double started = now_seconds();
   if (row.prompt > 0) {
-    RABIT_CHECK(session.forward(tokens));
+    RABIT_CHECK(own.front()->forward(tokens));
   } else {
     for (size_t i = 0; i < tokens.size(); ++i) {
-      RABIT_CHECK(session.forward(tokens.subspan(i, 1)));
+      if (own.size() == 1) {
+        RABIT_CHECK(own.front()->forward(tokens.subspan(i, 1)));
+      } else {
+        std::fill(next.begin(), next.end(), tokens[i]);
+        RABIT_CHECK(Session::forward_each(own, next));
+      }
     }
   }
   return now_seconds() - started;
@@ -148,36 +163,43 @@ using Bandwidth = std::function<Result<double>()>;
 
 /// The rows of one depth, prompt first. loaded: what all rows of the model have in common.
 Status measure_depth(const BenchOptions& options, const Model& model, const Row& loaded,
-                     Session& session, const Bandwidth& bandwidth, int64_t depth,
-                     std::vector<Row>& rows) {
-  session.truncate(0);
-  if (depth > 0) {
-    const std::vector<int32_t> before = filler_tokens(depth, model.vocab_size());
-    Progress progress("bench, positions before on " + where(loaded));
+                     std::span<Session* const> sessions, const std::vector<int64_t>& sequences,
+                     const Bandwidth& bandwidth, int64_t depth, std::vector<Row>& rows) {
+  const std::vector<int32_t> before = filler_tokens(depth, model.vocab_size());
+  Progress preparing("bench, positions before on " + where(loaded));
+  for (size_t i = 0; i < sessions.size(); ++i) {
+    sessions[i]->truncate(0);
     for (int64_t at = 0; at < depth; at += kMostTogether) {
       const auto part = static_cast<size_t>(std::min(kMostTogether, depth - at));
-      RABIT_CHECK(session.forward(std::span(before).subspan(static_cast<size_t>(at), part)));
-      progress.update(at + static_cast<int64_t>(part), depth, "");
+      RABIT_CHECK(sessions[i]->forward(std::span(before).subspan(static_cast<size_t>(at), part)));
+      preparing.update(static_cast<int64_t>(i) * depth + at + static_cast<int64_t>(part),
+                       depth * static_cast<int64_t>(sessions.size()), "");
     }
   }
-  for (const bool prompt : {true, false}) {
+  std::vector<std::pair<bool, int64_t>> tests = {{true, 1}};  // a prompt? sequences
+  for (const int64_t count : sequences) {
+    tests.emplace_back(false, count);
+  }
+  for (const auto& [prompt, count] : tests) {
     const int64_t length = prompt ? options.prompt : options.generate;
     if (length == 0) {
       continue;
     }
     Row row = loaded;
     row.test = (prompt ? "pp" : "tg") + std::to_string(length) +
+               (count > 1 ? fmt::format(" x {}", count) : "") +
                (depth > 0 ? fmt::format(" @ d{}", depth) : "");
     (prompt ? row.prompt : row.generated) = length;
     row.depth = depth;
+    row.sequences = count;
     const auto tokens = filler_tokens(length, model.vocab_size());
     Progress progress(fmt::format("bench, {} on {}", row.test, where(row)));
-    RABIT_CHECK(time_once(session, row, tokens));
+    RABIT_CHECK(time_once(sessions, row, tokens));
     for (int64_t i = 0; i < options.repetitions; ++i) {
       RABIT_ASSIGN(const double read, bandwidth());
       row.bandwidth.push_back(read);
-      RABIT_ASSIGN(const double seconds, time_once(session, row, tokens));
-      row.samples.push_back(static_cast<double>(length) / std::max(seconds, 1e-9));
+      RABIT_ASSIGN(const double seconds, time_once(sessions, row, tokens));
+      row.samples.push_back(static_cast<double>(length * count) / std::max(seconds, 1e-9));
       progress.update(i + 1, options.repetitions, fmt::format("{:.2f} t/s", row.mean()));
     }
     rows.push_back(std::move(row));
@@ -197,7 +219,8 @@ int64_t position_bytes(const EngineFlags& flags, const ModelConfig& config) {
 /// `rows` takes each as it is done.
 Status measure(const BenchOptions& options, const std::filesystem::path& path,
                const ModelConfig& config, const std::vector<int64_t>& threads,
-               const std::vector<int64_t>& depths, std::vector<Row>& rows) {
+               const std::vector<int64_t>& depths, const std::vector<int64_t>& sequences,
+               std::vector<Row>& rows) {
   const int64_t deepest = *std::max_element(depths.begin(), depths.end());
   for (const int64_t count : threads) {
     forget_peak_memory();
@@ -212,8 +235,15 @@ Status measure(const BenchOptions& options, const std::filesystem::path& path,
                         .weight_bytes = model->weight_bytes(),
                         .position_bytes = position_bytes(options.engine, config),
                         .caches = model->on_gpu() ? 0 : last_level_caches()};
-    RABIT_ASSIGN(const auto session,
-                 Session::create(model, deepest + std::max(options.prompt, options.generate)));
+    std::vector<std::unique_ptr<Session>> owned;
+    std::vector<Session*> sessions;
+    for (int64_t i = 0; i < *std::max_element(sequences.begin(), sequences.end()); ++i) {
+      const int64_t longest =
+          i == 0 ? std::max(options.prompt, options.generate) : options.generate;
+      RABIT_ASSIGN(auto session, Session::create(model, std::max<int64_t>(deepest + longest, 1)));
+      sessions.push_back(session.get());
+      owned.push_back(std::move(session));
+    }
     std::optional<ReadBandwidth> host;
     if (!model->on_gpu()) {
       RABIT_ASSIGN(host, ReadBandwidth::make(model->threads()));
@@ -222,7 +252,8 @@ Status measure(const BenchOptions& options, const std::filesystem::path& path,
       return host ? Result<double>(host->measure()) : gpu_read_speed(*model);
     };
     for (const int64_t depth : depths) {
-      RABIT_CHECK(measure_depth(options, *model, loaded, *session, bandwidth, depth, rows));
+      RABIT_CHECK(
+          measure_depth(options, *model, loaded, sessions, sequences, bandwidth, depth, rows));
     }
     if (model->on_gpu()) {
       break;  // it computes no faster with more threads of the host
@@ -309,6 +340,7 @@ Json to_json(const BenchOptions& options, const GgufFile& file, const ModelConfi
                            {"n_prompt", row.prompt},
                            {"n_gen", row.generated},
                            {"depth", row.depth},
+                           {"sequences", row.sequences},
                            {"threads", row.threads},
                            {"load_seconds", row.load_seconds},
                            {"load_memory_bytes", row.load_memory},
@@ -373,6 +405,8 @@ Status bench(const BenchOptions& options) {
   }
   const std::vector<int64_t> threads = parse_list("-t,--threads", options.threads, 1024);
   const std::vector<int64_t> depths = parse_list("-d,--depth", options.depths, 1 << 20);
+  const std::vector<int64_t> sequences =
+      parse_list("-s,--sequences", options.sequences, kMostSequences, 1);
   std::filesystem::path path = options.model;
   std::optional<TemporaryFolder> temporary;
   if (!options.shape.empty()) {
@@ -383,7 +417,10 @@ Status bench(const BenchOptions& options) {
       RABIT_ASSIGN(temporary, TemporaryFolder::make());
       path = temporary->path() / "model.gguf";
     }
-    RABIT_CHECK(write_random_model(path, config, options.paths));
+    if (options.bits > kMostPackedPaths && options.bits != kDenseBits) {
+      throw CLI::ValidationError("--bits", "the model of --shape has 1 to 4, or 16");
+    }
+    RABIT_CHECK(write_random_model(path, config, options.bits == kDenseBits ? 0 : options.bits));
   }
   RABIT_ASSIGN(const auto file, GgufFile::open(path));
   RABIT_ASSIGN(const ModelConfig config, read_model_config(*file));
@@ -391,7 +428,7 @@ Status bench(const BenchOptions& options) {
   warn_of_context(config.context_length, *std::max_element(depths.begin(), depths.end()) +
                                              std::max(options.prompt, options.generate));
   std::vector<Row> rows;
-  const Status measured = measure(options, path, config, threads, depths, rows);
+  const Status measured = measure(options, path, config, threads, depths, sequences, rows);
   if (!rows.empty()) {  // also of a measurement that was interrupted
     RABIT_CHECK(write_stdout(options.output == "md"
                                  ? to_markdown(config, size, rows)
@@ -416,7 +453,9 @@ Command add_bench(CLI::App& app) {
           ->type_name("NAME")
           ->excludes(model);
   add_integer(sub, "--layers", options->layers, 0, 1024, "Blocks of --shape; 0: all")->needs(shape);
-  add_integer(sub, "--bits", options->paths, 1, kMostPackedPaths, "Paths of --shape")->needs(shape);
+  add_integer(sub, "--bits", options->bits, 1, kDenseBits,
+              "Paths of --shape, 1 to 4; 16: F16 instead")
+      ->needs(shape);
   sub->add_option("--save", options->save, "Leave the model of --shape in this file")
       ->type_name("FILE")
       ->needs(shape);
@@ -432,6 +471,11 @@ Command add_bench(CLI::App& app) {
                   "Positions that are there before, comma-separated: rows for each")
       ->type_name("N,...")
       ->capture_default_str();
+  sub->add_option("-s,--sequences", options->sequences,
+                  "Sequences that generate at once, comma-separated: a tg row for each, of the "
+                  "tokens of all")
+      ->type_name("N,...")
+      ->capture_default_str();
   sub->add_option("-o,--output", options->output, "Output: md or json")
       ->check(CLI::IsMember({"md", "json"}))
       ->type_name("FORMAT")
@@ -442,6 +486,7 @@ Command add_bench(CLI::App& app) {
       "  rabit bench -m model.gguf\n"
       "  rabit bench -m model.gguf -p 64 -n 8 -r 2 -t 1,2\n"
       "  rabit bench -m model.gguf -p 0 -n 8 -r 2 -d 0,64 -o json\n"
+      "  rabit bench -m model.gguf -p 0 -n 8 -r 2 -s 1,3\n"
       "  rabit bench --shape llama2-7b --layers 4\n"
       "  rabit bench -m model.gguf --device cpu -p 512 -n 16");
   return {sub, [options] { return bench(*options); }};

@@ -98,6 +98,21 @@ class RandomTensors {
                });
   }
 
+  /// F16 of random signs and digits, about 1 / sqrt(d_in) in size.
+  Status add_dense(const std::string& name, LinearShape shape) {
+    const auto count = static_cast<uint64_t>(shape.d_in * shape.d_out);
+    const int power = -std::ilogb(std::sqrt(static_cast<float>(shape.d_in)));
+    const uint64_t exponent = static_cast<uint64_t>(15 + power) << 10;
+    const uint64_t exponents = exponent * 0x0001000100010001U;
+    return add(name, TensorType::kF16, {shape.d_in, shape.d_out}, count * 2,
+               [count, exponents](std::byte* out, uint64_t seed) {
+                 for (uint64_t i = 0; i < count; i += 4) {  // there is room for three more
+                   const uint64_t value = (next(seed) & 0x83FF83FF83FF83FFU) | exponents;
+                   std::memcpy(out + 2 * i, &value, sizeof value);
+                 }
+               });
+  }
+
   Status add_packed(const std::string& name, LinearShape shape, int64_t paths) {
     const int64_t words = (shape.d_in + 31) / 32, count = words * shape.d_out * paths;
     const auto last = static_cast<uint32_t>((uint64_t{1} << (shape.d_in - (words - 1) * 32)) - 1);
@@ -163,8 +178,8 @@ Result<ModelConfig> named_shape(std::string_view name) {
 
 Status write_random_model(const std::filesystem::path& path, const ModelConfig& config,
                           int64_t paths) {
-  if (config.d_model % 32 != 0 || paths < 1 || paths > kMostPackedPaths) {
-    return Error{"a random model has a width that is a multiple of 32 and 1 to 4 paths"};
+  if (config.d_model % 32 != 0 || paths < 0 || paths > kMostPackedPaths) {
+    return Error{"a random model has a width that is a multiple of 32 and at most 4 paths"};
   }
   RandomTensors tensors;
   GgufWriter& writer = tensors.writer;
@@ -189,7 +204,10 @@ Status write_random_model(const std::filesystem::path& path, const ModelConfig& 
     RABIT_CHECK(tensors.add_norm(block + "attn_norm.weight", config.d_model));
     RABIT_CHECK(tensors.add_norm(block + "ffn_norm.weight", config.d_model));
     for (const Role role : kRoles) {
-      RABIT_CHECK(tensors.add_packed(linear_name(layer, role), linear_shape(config, role), paths));
+      const std::string name = linear_name(layer, role);
+      const LinearShape shape = linear_shape(config, role);
+      RABIT_CHECK(paths == 0 ? tensors.add_dense(name + ".weight", shape)
+                             : tensors.add_packed(name, shape, paths));
     }
   }
   RABIT_CHECK(tensors.add_norm("output_norm.weight", config.d_model));
