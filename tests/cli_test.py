@@ -367,6 +367,14 @@ class WithModel(CliTest):
         for options, size in ((("--cache-type", "q8_0"), position / 64 * 34), (("--dense-f32",), position * 2)):
             other = json.loads(self.succeeds("bench", "-m", MODEL, "-p", 0, "-n", 1, "-r", 1, *options, "-o", "json"))
             self.assertEqual(other["cache_bytes_per_position"], size)
+        several = ("bench", "-m", MODEL, "-p", 4, "-n", 2, "-r", 2, "-s", "1,3", "-d", 3)
+        rows = json.loads(self.succeeds(*several, "-o", "json"))["rows"]
+        self.assertEqual([(row["test"], row["sequences"]) for row in rows],
+                         [("pp4 @ d3", 1), ("tg2 @ d3", 1), ("tg2 x 3 @ d3", 3)])
+        weights, cache = told["weight_bytes_per_token"], 4.5 * position
+        self.assertEqual([row["bytes_per_token"] for row in rows[1:]], [weights + cache, weights / 3 + cache])
+        for wrong in ("0", "1,x", "", "1025"):
+            self.fails("bench", "-m", MODEL, "-s", wrong, code=USAGE, says="--sequences")
         lines = self.succeeds(*arguments).splitlines()
         head = [cell.strip() for cell in lines[0].strip("|").split("|")]
         self.assertEqual(head, ["model", "size", "params", "backend", "threads", "test", "t/s", "GB/s", "of read"])
@@ -375,6 +383,10 @@ class WithModel(CliTest):
 
     def test_bench_of_a_shape(self):
         environment = {**os.environ, "TMPDIR": str(self.folder)}
+        told = json.loads(self.succeeds("bench", "--shape", "smollm2-135m", "--layers", 1, "--bits", 16, "-p", 2, "-n", 1, "-r", 1,
+                                        "-o", "json"))
+        self.assertEqual(told["bits_per_weight"], 16)
+        self.fails("bench", "--shape", "smollm2-135m", "--bits", 5, code=USAGE, says="--bits")
         for paths, bits in ((1, 1.0), (3, 3.0)):
             done = run("bench", "--shape", "smollm2-135m", "--layers", 2, "--bits", paths, "-p", 4, "-n", 2, "-r", 1,
                        "-t", 1, "-o", "json", env=environment)

@@ -500,6 +500,73 @@ TEST_F(Engine, LargePiecesAreTheWholeToTheBit) {
   }
 }
 
+TEST_F(Engine, SeveralSessionsAtOnceAreEachAlone) {
+  for (const bool dense_as_f32 : {false, true}) {
+    const SmallModel small(9, true, 2);
+    small.write(path("model.gguf"));
+    EngineOptions options;
+    options.threads = 3;
+    options.dense_as_f32 = dense_as_f32;
+    const auto model = Model::load(path("model.gguf"), options);
+    ASSERT_TRUE(model) << model.error().message;
+    const int64_t vocab = small.sizes.vocab;
+    constexpr size_t kSessions = 6, kSteps = 2;
+    std::vector<std::unique_ptr<Session>> owned, alone;
+    std::vector<Session*> all;
+    for (size_t i = 0; i < kSessions; ++i) {  // the first has the least room
+      const auto prompt = random_tokens(static_cast<int64_t>(1 + 2 * i), 30 + i);
+      for (auto* const sessions : {&owned, &alone}) {
+        auto one = Session::create(*model, static_cast<int64_t>(prompt.size() + kSteps));
+        ASSERT_TRUE(one);
+        ASSERT_TRUE((*one)->forward(prompt));
+        sessions->push_back(std::move(*one));
+      }
+      all.push_back(owned.back().get());
+    }
+    std::vector<int32_t> next;
+    for (size_t step = 0; step < kSteps; ++step) {
+      next = random_tokens(kSessions, 50 + step);
+      const auto got = Session::forward_each(all, next);
+      ASSERT_TRUE(got) << got.error().message;
+      const std::vector<float> logits(got->begin(), got->end());
+      ASSERT_EQ(logits.size(), kSessions * static_cast<size_t>(vocab));
+      for (size_t i = 0; i < kSessions; ++i) {
+        const auto want = alone[i]->forward(std::span(next).subspan(i, 1));
+        ASSERT_TRUE(want);
+        EXPECT_EQ(all[i]->position(), alone[i]->position());
+        EXPECT_TRUE(std::equal(want->begin(), want->end(),
+                               logits.begin() + static_cast<int64_t>(i) * vocab))
+            << i << ", " << step;
+      }
+    }
+    EXPECT_FALSE(Session::forward_each(all, next)) << "they are full";
+    for (Session* one : all) {
+      one->truncate(1);
+    }
+    next.back() = static_cast<int32_t>(vocab);
+    EXPECT_FALSE(Session::forward_each(all, next));
+    next.back() = 0;
+    set_interrupted(true);
+    const auto interrupted = Session::forward_each(all, next);
+    set_interrupted(false);
+    EXPECT_TRUE(!interrupted && interrupted.error().interrupted);
+    const auto other_model = Model::load(path("model.gguf"), options);
+    ASSERT_TRUE(other_model);
+    const auto other = Session::create(*other_model, 4);
+    ASSERT_TRUE(other);
+    std::vector<Session*> mixed = all;
+    mixed[1] = other->get();
+    EXPECT_FALSE(Session::forward_each(mixed, next)) << "two models";
+    mixed[1] = mixed[0];
+    EXPECT_FALSE(Session::forward_each(mixed, next)) << "one twice";
+    EXPECT_FALSE(Session::forward_each(all, std::span(next).first(2)));
+    EXPECT_FALSE(Session::forward_each({}, {}));
+    for (const Session* one : all) {
+      EXPECT_EQ(one->position(), 1);
+    }
+  }
+}
+
 TEST_F(Engine, TruncateForgets) {
   const SmallModel small(9, true, 0);
   small.write(path("model.gguf"));

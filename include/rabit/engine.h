@@ -80,9 +80,9 @@ class Session {
   virtual Result<std::span<const float>> forward(std::span<const int32_t> tokens) = 0;
 
   /// Appends a token to each of several sessions of one model, all of them different, and returns
-  /// their logits, (sessions, vocab), valid until the next call of any session of the model. On a
-  /// GPU weights are read once for many sessions. Errors: as forward_all; sessions of several
-  /// models, or one of them twice; nothing is appended then.
+  /// their logits, (sessions, vocab), valid until the next call of any session of the model.
+  /// Weights are read once for many sessions. Errors: as forward_all; sessions of several models,
+  /// or one of them twice; nothing is appended then.
   static Result<std::span<const float>> forward_each(std::span<Session* const> sessions,
                                                      std::span<const int32_t> tokens);
 

@@ -1,12 +1,29 @@
 // A sequence on a GPU: its cache, and its calls cut into what the model's runner takes.
 #include <algorithm>
 
-#include "engine/each.h"
 #include "engine/gpu_runner.h"
 #include "engine/input.h"
 
 namespace rabit {
 namespace {
+
+/// A token each, one after the other. Logits to `logits`, (sessions, vocab). If one fails, none has
+/// moved.
+Status forward_in_turn(std::span<Session* const> sessions, std::span<const int32_t> tokens,
+                       std::vector<float>& logits) {
+  logits.clear();
+  for (size_t i = 0; i < sessions.size(); ++i) {
+    const auto own = sessions[i]->forward(tokens.subspan(i, 1));
+    if (!own) {
+      for (size_t j = 0; j < i; ++j) {
+        sessions[j]->truncate(sessions[j]->position() - 1);
+      }
+      return own.error();
+    }
+    logits.insert(logits.end(), own->begin(), own->end());
+  }
+  return {};
+}
 
 class GpuSession : public Session {
  public:

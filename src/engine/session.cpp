@@ -11,7 +11,6 @@
 #include <initializer_list>
 
 #include "base/interrupt.h"
-#include "engine/each.h"
 #include "engine/gpu.h"
 #include "engine/input.h"
 #include "engine/model.h"
@@ -66,10 +65,7 @@ class LoadedSession : public Session {
   Status forward_all(std::span<const int32_t> tokens, const LogitSink& sink) override;
   Result<std::span<const float>> forward(std::span<const int32_t> tokens) override;
   Result<std::span<const float>> lead(std::span<Session* const> sessions,
-                                      std::span<const int32_t> tokens) override {
-    RABIT_CHECK(forward_in_turn(sessions, tokens, each_));
-    return std::span<const float>(each_);
-  }
+                                      std::span<const int32_t> tokens) override;
   int64_t position() const override { return position_; }
   void truncate(int64_t position) override {
     position_ = std::clamp<int64_t>(position, 0, position_);
@@ -81,7 +77,15 @@ class LoadedSession : public Session {
   }
   Status run_blocks(std::span<const int32_t> tokens);
   void run_block(int64_t layer, int64_t tokens);
+  /// Whose a token of the chunk is, and its position there.
+  const LoadedSession& owner(int64_t token) const {
+    return each_of_.empty() ? *this : *each_of_[static_cast<size_t>(token)];
+  }
+  int64_t position_of(int64_t token) const {
+    return each_of_.empty() ? position_ + token : owner(token).position_;
+  }
   void store_cache(int64_t layer, int64_t begin, int64_t end);
+  AttentionInput attention_of(int64_t layer, int64_t token, int64_t tokens) const;
   void attend(int64_t layer, int64_t tokens);
   void attend_in_parts(const AttentionInput& input);
   void multiply(const float* x, int64_t tokens, const Products& products);
@@ -97,6 +101,7 @@ class LoadedSession : public Session {
   const ModelConfig& config_;
   const int64_t capacity_, chunk_;
   int64_t position_ = 0;
+  std::span<LoadedSession* const> each_of_;  // whose a chunk's tokens are; none: all are its own
 
   Buffer keys_, values_;             // (layers, kv_heads, capacity, head_dim)
   Buffer work_;                      // all below but the scratch
@@ -334,12 +339,13 @@ void LoadedSession::prepare(const float* x, int64_t tokens, const Products& prod
 void LoadedSession::store_cache(int64_t layer, int64_t begin, int64_t end) {
   const int64_t d = config_.head_dim;
   for (int64_t t = begin; t < end; ++t) {
+    const LoadedSession& own = owner(t);
     for (int64_t head = 0; head < config_.kv_heads; ++head) {
-      const int64_t place = (layer * config_.kv_heads + head) * capacity_ + position_ + t;
+      const int64_t place = (layer * config_.kv_heads + head) * own.capacity_ + position_of(t);
       const int64_t to = cache_bytes(model_->cache, place * d);
       const int64_t from = (t * config_.kv_heads + head) * d;
-      model_->table->to_cache(k_ + from, d, model_->cache, keys_.as<std::byte>() + to);
-      model_->table->to_cache(v_ + from, d, model_->cache, values_.as<std::byte>() + to);
+      model_->table->to_cache(k_ + from, d, model_->cache, own.keys_.as<std::byte>() + to);
+      model_->table->to_cache(v_ + from, d, model_->cache, own.values_.as<std::byte>() + to);
     }
   }
 }
@@ -373,19 +379,35 @@ void LoadedSession::attend_in_parts(const AttentionInput& input) {
   });
 }
 
+/// Of tokens [token, token + tokens) of the chunk, all of one sequence.
+AttentionInput LoadedSession::attention_of(int64_t layer, int64_t token, int64_t tokens) const {
+  const LoadedSession& own = owner(token);
+  const int64_t offset = cache_bytes(model_->cache, layer * own.capacity_ * config_.d_kv());
+  return {.q = q_ + token * config_.d_q(),
+          .cache = model_->cache,
+          .k = own.keys_.as<std::byte>() + offset,
+          .v = own.values_.as<std::byte>() + offset,
+          .tokens = tokens,
+          .first_position = position_of(token),
+          .heads = config_.heads,
+          .kv_heads = config_.kv_heads,
+          .head_dim = config_.head_dim,
+          .capacity = own.capacity_};
+}
+
 void LoadedSession::attend(int64_t layer, int64_t tokens) {
   const KernelTable& table = *model_->table;
-  const int64_t offset = cache_bytes(model_->cache, layer * capacity_ * config_.d_kv());
-  const AttentionInput input = {.q = q_,
-                                .cache = model_->cache,
-                                .k = keys_.as<std::byte>() + offset,
-                                .v = values_.as<std::byte>() + offset,
-                                .tokens = tokens,
-                                .first_position = position_,
-                                .heads = config_.heads,
-                                .kv_heads = config_.kv_heads,
-                                .head_dim = config_.head_dim,
-                                .capacity = capacity_};
+  if (!each_of_.empty()) {
+    const int64_t group = config_.heads / config_.kv_heads;
+    share_tasks(tokens * config_.kv_heads, [&](int64_t task, int thread) {
+      const int64_t token = task / config_.kv_heads, head = task % config_.kv_heads * group;
+      table.attention(attention_of(layer, token, 1), head, head + group, 0, 1,
+                      scratch_.as<float>() + thread * scratch_stride_,
+                      attended_ + token * config_.d_q());
+    });
+    return;
+  }
+  const AttentionInput input = attention_of(layer, 0, tokens);
   const int64_t grain = table.attention_token_grain;
   const int64_t blocks = (tokens + grain - 1) / grain;
   const int64_t group = config_.heads / config_.kv_heads;
@@ -455,7 +477,7 @@ Status LoadedSession::run_blocks(std::span<const int32_t> tokens) {
     RABIT_CHECK(dequantize(*model_->embedding, tokens[static_cast<size_t>(t)] * d, row));
     for (int64_t i = 0; i < config_.head_dim / 2; ++i) {
       const double angle =
-          static_cast<double>(position_ + t) * frequencies_[static_cast<size_t>(i)];
+          static_cast<double>(position_of(t)) * frequencies_[static_cast<size_t>(i)];
       turns_[t * config_.head_dim + 2 * i] = static_cast<float>(std::cos(angle));
       turns_[t * config_.head_dim + 2 * i + 1] = static_cast<float>(std::sin(angle));
     }
@@ -475,6 +497,36 @@ void LoadedSession::head(int64_t first, int64_t tokens, float* logits) {
                             config_.norm_epsilon, h_ + begin * d);
   });
   multiply(h_, tokens, {{&model_->head.weights, logits}});
+}
+
+Result<std::span<const float>> LoadedSession::lead(std::span<Session* const> sessions,
+                                                   std::span<const int32_t> tokens) {
+  std::vector<LoadedSession*> all;
+  LoadedSession* largest = this;  // whose scratch is enough for all
+  for (size_t i = 0; i < sessions.size(); ++i) {
+    auto* const own = dynamic_cast<LoadedSession*>(sessions[i]);
+    if (own == nullptr || own->model_ != model_) {
+      return Error{"sessions of several models cannot take a token at once"};
+    }
+    RABIT_CHECK(own->check(tokens.subspan(i, 1)));
+    largest = own->capacity_ > largest->capacity_ ? own : largest;
+    all.push_back(own);
+  }
+  each_.resize(all.size() * static_cast<size_t>(config_.vocab_size));
+  const auto together = static_cast<size_t>(largest->chunk_);
+  for (size_t first = 0; first < all.size(); first += together) {
+    const size_t count = std::min(together, all.size() - first);
+    largest->each_of_ = std::span(all).subspan(first, count);
+    const Status status = largest->run_blocks(tokens.subspan(first, count));
+    largest->each_of_ = {};
+    RABIT_CHECK(status);
+    largest->head(0, static_cast<int64_t>(count),
+                  each_.data() + first * static_cast<size_t>(config_.vocab_size));
+  }
+  for (LoadedSession* own : all) {  // not before all have gone well
+    ++own->position_;
+  }
+  return std::span<const float>(each_);
 }
 
 Status LoadedSession::forward_all(std::span<const int32_t> tokens, const LogitSink& sink) {
