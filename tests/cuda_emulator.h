@@ -27,7 +27,9 @@
 #define __shared__ static
 #define __restrict__ __restrict
 #define __grid_constant__
-#define RABIT_DYNAMIC_SHARED(name) alignas(128) static unsigned char name[256 << 10]
+#define RABIT_DYNAMIC_SHARED(name)                   \
+  alignas(128) static unsigned char name[256 << 10]; \
+  rabit::emulator::spoil(name, sizeof name)
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -189,6 +191,14 @@ class Block {
   bool moved_ = false;  // a thread ended or a barrier opened in this round
   ucontext_t back_{};
 };
+
+/// Shared memory as a block finds it: NaN as floats and halves. The first thread runs first.
+inline void spoil(void* memory, size_t bytes) {
+  const dim3 thread = Block::current()->thread_index();
+  if (thread.x + thread.y + thread.z == 0) {
+    std::memset(memory, 0xFF, bytes);
+  }
+}
 
 inline dim3& grid_size() {
   static dim3 size;

@@ -77,8 +77,10 @@ struct Row {
            positions * static_cast<double>(position_bytes);
   }
   double bytes_per_second() const { return mean() * bytes_per_token(); }
-  /// Whether the caches of the CPUs may hold all that a token reads.
-  bool in_cache() const { return bytes_per_token() <= static_cast<double>(caches); }
+  /// Whether the caches of the CPUs may hold all that a token of each sequence reads.
+  bool in_cache() const {
+    return bytes_per_token() * static_cast<double>(sequences) <= static_cast<double>(caches);
+  }
   /// Of what could be read, the mean over repetitions.
   double share_of_read() const {
     double sum = 0;

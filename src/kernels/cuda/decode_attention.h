@@ -225,7 +225,7 @@ __device__ __forceinline__ void attend_positions(const DecodeArgs& args, const U
     uint4(&values)[Batch::kMost] = batch.values;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (first + i * sharing.step == unit.position && active) {
+      if (first + i * sharing.step == unit.position && unit.position < unit.end && active) {
         keys[i] = *reinterpret_cast<const uint4*>(key + at);
         values[i] = *reinterpret_cast<const uint4*>(value + at);
       }
