@@ -421,9 +421,9 @@ TEST(GpuDecode, SeveralSequences) {
 
 TEST(GpuDecode, PositionsInParts) {
   // Parts of one KV head from 64 positions on, six query heads to it.
-  EXPECT_LT(largest_error({sizes(1, 32, 32, 6, 1, 32, 16), 1}, 2, 1, 70, {}), kBound);
+  EXPECT_LT(largest_error({sizes(1, 32, 32, 6, 1, 32, 16), 1}, 2, 1, 66, {}), kBound);
   // Lanes whose next position, 64 on, is the last one, which another part has.
-  EXPECT_LT(largest_error({sizes(1, 32, 32, 2, 1, 64, 16), 1}, 2, 1, 72, {}), kBound);
+  EXPECT_LT(largest_error({sizes(1, 32, 32, 2, 1, 64, 16), 1}, 2, 1, 66, {}), kBound);
 }
 
 TEST(GpuDecode, SizesItDoesNotTake) {
