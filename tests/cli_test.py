@@ -418,6 +418,22 @@ class WithModel(CliTest):
             self.assertRegex(error.decode().splitlines()[-1], "^rabit: .*interrupted", arguments)
             self.assertEqual(list(temporary.iterdir()), [], arguments)
 
+    def test_a_model_that_shrinks_while_it_is_in_use(self):
+        model = self.file("shrinks.gguf", Path(MODEL).read_bytes())
+        process = subprocess.Popen(
+            [RABIT, "run", "-m", model, "-p", "a", "-n", "4000", "--ignore-eos", "--no-display-prompt"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        process.stdout.read(1)  # it is loaded
+        os.truncate(model, 0)
+        _, error = process.communicate(timeout=60)
+        self.assertEqual((process.returncode, error.decode()), (FAILURE, f"rabit: {model} changed while it was in use\n"))
+        process = subprocess.Popen([RABIT, "bench", "-m", MODEL, "-n", "4000"], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        time.sleep(1)
+        process.send_signal(signal.SIGBUS)
+        self.assertEqual(process.wait(timeout=60), -signal.SIGBUS)
+
     def test_stderr_that_cannot_be_written(self):
         for to in ("2>/dev/full", "2>&-"):
             script = f"{shlex.quote(RABIT)} inspect /nonexistent {to}"
