@@ -355,6 +355,23 @@ class WithModel(CliTest):
         self.assertEqual(len(lines), 10)
         self.assertEqual(len({len(line) for line in lines}), 1, lines)
 
+    def test_eval_interrupted(self):
+        """What was scored by then is said, with the error."""
+        options = ("-m", MODEL, "--ppl", self.file("text.txt", TEXT * 2000), "--ctx", 16)
+        process = subprocess.Popen([RABIT, "eval", *map(str, options), "--json"], stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, INTERRUPTED, error)
+        told = json.loads(out)
+        self.assertIs(told["interrupted"], True)
+        self.assertEqual(told["tokens_scored"], 15 * told["windows"])
+        self.assertLess(told["windows"], told["tokens_total"] // 16)
+        again = json.loads(self.succeeds("eval", *options, "--json", "--windows", told["windows"]))
+        self.assertIs(again["interrupted"], False)
+        self.assertEqual(again["perplexity"], told["perplexity"])
+
     def test_bench_of_a_shape(self):
         environment = {**os.environ, "TMPDIR": str(self.folder)}
         for paths, bits in ((1, 1.0), (3, 3.0)):

@@ -113,6 +113,10 @@ std::string one_line(std::string_view text) {
   return out;
 }
 
+std::string counted(int64_t count, const std::string& thing) {
+  return fmt::format("{} {}{}", count, thing, count == 1 ? "" : "s");
+}
+
 void write_stderr(std::string_view text) {
   // Nobody is left to be told of a failure here, and none may end what is being done.
   (void)std::fwrite(text.data(), 1, text.size(), stderr);

@@ -53,6 +53,9 @@ Status write_stdout(std::string_view text);
 /// `text` with every control character (newlines among them) made a space: fit for one line.
 std::string one_line(std::string_view text);
 
+/// "1 token", "2 tokens".
+std::string counted(int64_t count, const std::string& thing);
+
 /// Writes to stderr at once; a stderr that cannot be written is no error.
 void write_stderr(std::string_view text);
 
