@@ -254,6 +254,11 @@ class WithModel(CliTest):
         self.assertEqual((told["stop_reason"], told["ctx"]), ("context", 9))
         # The last token drawn need not fit: nothing is computed from it.
         self.assertEqual(told["prompt_tokens"] + told["generated_tokens"], 9 + 1)
+        long = ("run", "-m", MODEL, "-p", "a " * 9000, "-n", 3)
+        self.fails(*long, says="the prompt has 9001 tokens and the context holds 8192: shorten it or take a larger -c")
+        said = run(*arguments[:-1], "-n", 9000, "--temp", 0).stderr.decode()
+        self.assertIn("rabit: warning: generation stops at the 8192 positions that the model was trained for; "
+                      "-c 9005 takes all that -n asks for\n", said)
 
     def test_bad_prompts(self):
         self.fails("run", "-m", MODEL, "-p", b"\xff\xfe".decode("utf-8", "surrogateescape"),
