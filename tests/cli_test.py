@@ -100,6 +100,14 @@ class WithoutModel(CliTest):
                                 (("eval", "-m", "x", "--ppl", "--ctx", "64"), "--ppl: needs a value before --ctx"),
                                 (("bench", "-m", "x", "-t", "-o", "json"), "--threads: needs a value before -o")):
             self.fails(*arguments, code=USAGE, says=says)
+        for command in (("run", "-p", "a"), ("eval", "--ppl", "y"), ("bench",)):
+            for option, value, says in (("--kernels", "foo", "no kernels named 'foo' run here; there are .*reference"),
+                                        ("--device", "foo", "no device is called 'foo'"),
+                                        ("--kernels", "", "needs a name"), ("--device", "", "needs a name"),
+                                        ("--cache-type", "", "'' is none of f16, q8_0"),
+                                        ("--cache-type", "q4", "'q4' is none of f16, q8_0")):
+                self.fails(*command, "-m", "x", option, value, code=USAGE, says=f"{option}: {says}")
+        self.fails("bench", "--shape", "foo", code=USAGE, says="--shape: no shape is called 'foo'")
         # Both names, for either may have been written.
         self.fails("run", "-m", "x", "-p", "a", "--predict", "many", code=USAGE, says="-n,--predict: 'many' is not")
 
@@ -159,7 +167,7 @@ class WithoutModel(CliTest):
         bench = ("bench", "--shape", "smollm2-135m", "--layers", 1, "-p", 1, "-n", 0, "-r", 1)
         self.assertIn("pp1", self.succeeds(*bench, "--device", "cpu"))
         for name in ("gpu", "cuda:", "cuda:x", "CUDA"):
-            self.fails(*bench, "--device", name, says=f"no device is called '{name}'; there are cpu, cuda and cuda:N")
+            self.fails(*bench, "--device", name, code=USAGE, says=f"no device is called '{name}'; there are cpu, cuda and cuda:N")
         self.fails(*bench, "--device", "cuda:999",
                    says="built without CUDA: build it with|no NVIDIA GPU can be used here|there is no device cuda:999")
 
@@ -271,7 +279,6 @@ class WithModel(CliTest):
             path = self.file(name, content)
             self.fails("run", "-m", MODEL, "-f", path, "-c", 16, says=says)
         self.fails("run", "-m", MODEL, "-f", self.folder / "missing.txt", says="missing.txt")
-        self.fails("run", "-m", MODEL, "-p", "a", "-n", 1, "--kernels", "none", says="none")
 
     def test_kernels_by_environment(self):
         arguments = ("run", "-m", MODEL, "-p", "a", "-n", 1, "--json")
@@ -395,11 +402,11 @@ class WithModel(CliTest):
         self.assertEqual(list(self.folder.glob("*bench*")), [])
         environment["TMPDIR"] = "/none"
         done = run("bench", "--shape", "llama2-7b", "--kernels", "fast", env=environment)
-        self.assertRegex(done.stderr.decode(), "\\Arabit: no kernels named 'fast' run here[^\n]*\n\\Z")
+        self.assertRegex(done.stderr.decode(), "\\Arabit: --kernels: no kernels named 'fast' run here[^\n]*\n\\Z")
         done = run("bench", "--shape", "smollm2-135m", env=environment)
         self.assertEqual(done.returncode, FAILURE)
         self.assertIn("cannot make a folder /none/rabit-bench-", done.stderr.decode())
-        self.fails("bench", "--shape", "gpt", says="no shape is called 'gpt'; there are smollm2-135m, ")
+        self.fails("bench", "--shape", "gpt", code=USAGE, says="no shape is called 'gpt'; there are smollm2-135m, ")
         for arguments, says in ((("-m", MODEL, "--shape", "llama2-7b"), "excludes"), ((), "-m or --shape is required"),
                                 (("-m", MODEL, "--layers", 2), "requires --shape"),
                                 (("-m", MODEL, "-d", "1,x"), "-d")):

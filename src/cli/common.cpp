@@ -1,6 +1,7 @@
 #include "cli/common.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -171,6 +172,14 @@ CLI::Option* add_number(CLI::App* app, const std::string& names, double& value, 
       },
       help);
   return option->default_str(fmt::format("{}", value))->type_name("X");
+}
+
+std::function<std::string(const std::string&)> one_of(std::vector<std::string> values) {
+  return [values = std::move(values)](const std::string& value) {
+    return std::find(values.begin(), values.end(), value) != values.end()
+               ? std::string()
+               : fmt::format("'{}' is none of {}", one_line(value), fmt::join(values, ", "));
+  };
 }
 
 void refuse_options_as_values(CLI::App* app) {
