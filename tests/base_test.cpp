@@ -1,6 +1,7 @@
 // Base library: files appear whole or not at all, half precision rounds as IEEE 754 says, loops are
 // split as promised.
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -488,6 +489,54 @@ TEST(Threads, ExceptionsReachTheCaller) {
     pool.parallel_for(40, 1, [&](int64_t begin, int64_t end, int) { sum += end - begin; });
     EXPECT_EQ(sum, 40);
   }
+}
+
+/// Holds all threads of the process on one CPU while it lives.
+class OneCpu {
+ public:
+  OneCpu() {
+    sched_getaffinity(0, sizeof before_, &before_);
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(sched_getcpu(), &one);
+    hold(one);
+  }
+  ~OneCpu() { hold(before_); }
+
+ private:
+  static void hold(const cpu_set_t& set) {
+    for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
+      sched_setaffinity(std::stoi(task.path().filename()), sizeof set, &set);
+    }
+  }
+  cpu_set_t before_;
+};
+
+TEST(Threads, TwoThatShareACpuAreNotMuchSlowerThanOne) {
+  if (usable_threads() < 2) {
+    GTEST_SKIP() << "needs two CPUs";
+  }
+  ThreadPool one(1), two(2);  // which believes that it has two
+  const OneCpu held;
+  const auto seconds = [](ThreadPool& pool) {
+    const auto started = std::chrono::steady_clock::now();
+    for (int loop = 0; loop < 1000; ++loop) {
+      pool.parallel_for(2, 1, [](int64_t begin, int64_t end, int) {
+        volatile int work = 0;
+        for (int64_t i = 0; i < (end - begin) * 10000; ++i) {
+          work = work + 1;
+        }
+      });
+    }
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  };
+  std::vector<double> ones, twos;
+  for (int i = 0; i < 7; ++i) {
+    ones.push_back(seconds(one));
+    twos.push_back(seconds(two));
+  }
+  EXPECT_LT(*std::min_element(twos.begin(), twos.end()),
+            2 * *std::min_element(ones.begin(), ones.end()));
 }
 
 TEST(Interrupt, IsAFlag) {

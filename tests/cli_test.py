@@ -102,6 +102,14 @@ class WithoutModel(CliTest):
                                 (("eval", "-m", "x", "--ppl", "--ctx", "64"), "--ppl: needs a value before --ctx"),
                                 (("bench", "-m", "x", "-t", "-o", "json"), "--threads: needs a value before -o")):
             self.fails(*arguments, code=USAGE, says=says)
+        for command in (("run", "-p", "a"), ("eval", "--ppl", "y"), ("bench",)):
+            for option, value, says in (("--kernels", "foo", "no kernels named 'foo' run here; there are .*reference"),
+                                        ("--device", "foo", "no device is called 'foo'"),
+                                        ("--kernels", "", "needs a name"), ("--device", "", "needs a name"),
+                                        ("--cache-type", "", "'' is none of f16, q8_0"),
+                                        ("--cache-type", "q4", "'q4' is none of f16, q8_0")):
+                self.fails(*command, "-m", "x", option, value, code=USAGE, says=f"{option}: {says}")
+        self.fails("bench", "--shape", "foo", code=USAGE, says="--shape: no shape is called 'foo'")
         # Both names, for either may have been written.
         self.fails("run", "-m", "x", "-p", "a", "--predict", "many", code=USAGE, says="-n,--predict: 'many' is not")
 
@@ -161,7 +169,7 @@ class WithoutModel(CliTest):
         bench = ("bench", "--shape", "smollm2-135m", "--layers", 1, "-p", 1, "-n", 0, "-r", 1)
         self.assertIn("pp1", self.succeeds(*bench, "--device", "cpu"))
         for name in ("gpu", "cuda:", "cuda:x", "CUDA"):
-            self.fails(*bench, "--device", name, says=f"no device is called '{name}'; there are cpu, cuda and cuda:N")
+            self.fails(*bench, "--device", name, code=USAGE, says=f"no device is called '{name}'; there are cpu, cuda and cuda:N")
         self.fails(*bench, "--device", "cuda:999",
                    says="built without CUDA: build it with|no NVIDIA GPU can be used here|there is no device cuda:999")
 
@@ -256,6 +264,11 @@ class WithModel(CliTest):
         self.assertEqual((told["stop_reason"], told["ctx"]), ("context", 9))
         # The last token drawn need not fit: nothing is computed from it.
         self.assertEqual(told["prompt_tokens"] + told["generated_tokens"], 9 + 1)
+        long = ("run", "-m", MODEL, "-p", "a " * 9000, "-n", 3)
+        self.fails(*long, says="the prompt has 9001 tokens and the context holds 8192: shorten it or take a larger -c")
+        said = run(*arguments[:-1], "-n", 9000, "--temp", 0).stderr.decode()
+        self.assertIn("rabit: warning: generation stops at the 8192 positions that the model was trained for; "
+                      "-c 9005 takes all that -n asks for\n", said)
 
     def test_bad_prompts(self):
         self.fails("run", "-m", MODEL, "-p", b"\xff\xfe".decode("utf-8", "surrogateescape"),
@@ -268,7 +281,6 @@ class WithModel(CliTest):
             path = self.file(name, content)
             self.fails("run", "-m", MODEL, "-f", path, "-c", 16, says=says)
         self.fails("run", "-m", MODEL, "-f", self.folder / "missing.txt", says="missing.txt")
-        self.fails("run", "-m", MODEL, "-p", "a", "-n", 1, "--kernels", "none", says="none")
 
     def test_kernels_by_environment(self):
         arguments = ("run", "-m", MODEL, "-p", "a", "-n", 1, "--json")
@@ -381,6 +393,23 @@ class WithModel(CliTest):
         self.assertEqual(len(lines), 10)
         self.assertEqual(len({len(line) for line in lines}), 1, lines)
 
+    def test_eval_interrupted(self):
+        """What was scored by then is said, with the error."""
+        options = ("-m", MODEL, "--ppl", self.file("text.txt", TEXT * 2000), "--ctx", 16)
+        process = subprocess.Popen([RABIT, "eval", *map(str, options), "--json"], stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, INTERRUPTED, error)
+        told = json.loads(out)
+        self.assertIs(told["interrupted"], True)
+        self.assertEqual(told["tokens_scored"], 15 * told["windows"])
+        self.assertLess(told["windows"], told["tokens_total"] // 16)
+        again = json.loads(self.succeeds("eval", *options, "--json", "--windows", told["windows"]))
+        self.assertIs(again["interrupted"], False)
+        self.assertEqual(again["perplexity"], told["perplexity"])
+
     def test_bench_of_a_shape(self):
         environment = {**os.environ, "TMPDIR": str(self.folder)}
         told = json.loads(self.succeeds("bench", "--shape", "smollm2-135m", "--layers", 1, "--bits", 16, "-p", 2, "-n", 1, "-r", 1,
@@ -413,11 +442,11 @@ class WithModel(CliTest):
         self.fails("bench", "-m", kept, "--save", kept, *rows, code=USAGE, says="requires --shape")
         environment["TMPDIR"] = "/none"
         done = run("bench", "--shape", "llama2-7b", "--kernels", "fast", env=environment)
-        self.assertRegex(done.stderr.decode(), "\\Arabit: no kernels named 'fast' run here[^\n]*\n\\Z")
+        self.assertRegex(done.stderr.decode(), "\\Arabit: --kernels: no kernels named 'fast' run here[^\n]*\n\\Z")
         done = run("bench", "--shape", "smollm2-135m", env=environment)
         self.assertEqual(done.returncode, FAILURE)
         self.assertIn("cannot make a folder /none/rabit-bench-", done.stderr.decode())
-        self.fails("bench", "--shape", "gpt", says="no shape is called 'gpt'; there are smollm2-135m, ")
+        self.fails("bench", "--shape", "gpt", code=USAGE, says="no shape is called 'gpt'; there are smollm2-135m, ")
         for arguments, says in ((("-m", MODEL, "--shape", "llama2-7b"), "excludes"), ((), "-m or --shape is required"),
                                 (("-m", MODEL, "--layers", 2), "requires --shape"),
                                 (("-m", MODEL, "-d", "1,x"), "-d")):
@@ -457,6 +486,22 @@ class WithModel(CliTest):
             self.assertEqual(process.returncode, INTERRUPTED, (arguments, error))
             self.assertRegex(error.decode().splitlines()[-1], "^rabit: .*interrupted", arguments)
             self.assertEqual(list(temporary.iterdir()), [], arguments)
+
+    def test_a_model_that_shrinks_while_it_is_in_use(self):
+        model = self.file("shrinks.gguf", Path(MODEL).read_bytes())
+        process = subprocess.Popen(
+            [RABIT, "run", "-m", model, "-p", "a", "-n", "4000", "--ignore-eos", "--no-display-prompt"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        process.stdout.read(1)  # it is loaded
+        os.truncate(model, 0)
+        _, error = process.communicate(timeout=60)
+        self.assertEqual((process.returncode, error.decode()), (FAILURE, f"rabit: {model} changed while it was in use\n"))
+        process = subprocess.Popen([RABIT, "bench", "-m", MODEL, "-n", "4000"], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        time.sleep(1)
+        process.send_signal(signal.SIGBUS)
+        self.assertEqual(process.wait(timeout=60), -signal.SIGBUS)
 
     def test_stderr_that_cannot_be_written(self):
         for to in ("2>/dev/full", "2>&-"):

@@ -320,6 +320,30 @@ TEST_F(Config, DamagedPackedLayers) {
           {name, "twice"});
 }
 
+TEST_F(Config, RefusesKeysThatContradictTensors) {
+  const std::string name = linear_name(1, Role::kFfnUp);
+  const auto with_paths = [&](Draft& draft, uint32_t said) {
+    pack(draft, name, 2);
+    draft.keys["rabit.paths"] = MetaValue::u32(said);
+  };
+  Draft fits = tiny();
+  with_paths(fits, 2);
+  fits.keys["llama.vocab_size"] = MetaValue::u32(10);
+  EXPECT_TRUE(read(fits));
+  for (const uint32_t said : {0U, 7U, 1U << 31}) {
+    refused([&](Draft& draft) { with_paths(draft, said); },
+            {"\"rabit.paths\" is " + std::to_string(said), "1 to 4"});
+  }
+  refused([&](Draft& draft) { with_paths(draft, 1); },
+          {name + ".sign\" has 2 paths", "\"rabit.paths\" is 1"});
+  for (const uint32_t said : {9U, 11U}) {
+    key_refused(
+        "llama.vocab_size", MetaValue::u32(said),
+        {"\"llama.vocab_size\" is " + std::to_string(said), "\"token_embd.weight\" has 10 rows"});
+  }
+  key_refused("llama.vocab_size", MetaValue::u32(0), {"llama.vocab_size", "1 to"});
+}
+
 TEST(ConfigModel, ReadsARealModel) {
   if (!std::filesystem::exists(RABIT_MODEL)) {
     GTEST_SKIP() << "no model at " << RABIT_MODEL;

@@ -56,11 +56,11 @@ TEST(Perplexity, UniformModelHasTheVocabularySize) {
 TEST(Perplexity, WindowsDoNotOverlapAndTheShortLastIsDropped) {
   KnownLosses model([](int32_t) { return 1.0; });
   std::vector<std::pair<int64_t, int64_t>> seen;
-  const auto result =
-      perplexity(model, counting(29), {.ctx = 10}, [&](int64_t done, int64_t total, double nll) {
-        seen.emplace_back(done, total);
-        EXPECT_DOUBLE_EQ(nll, 1);
-      });
+  const auto result = perplexity(model, counting(29), {.ctx = 10},
+                                 [&](const PerplexityResult& so_far, int64_t windows) {
+                                   seen.emplace_back(so_far.windows, windows);
+                                   EXPECT_DOUBLE_EQ(so_far.mean_nll, 1);
+                                 });
   ASSERT_TRUE(result);
   EXPECT_EQ(model.firsts, (std::vector<int32_t>{0, 10}));
   EXPECT_EQ(result->tokens_scored, 18);
@@ -117,17 +117,23 @@ TEST(Perplexity, RefusesWhatCannotBeScored) {
 }
 
 TEST(Perplexity, StopsAtAnInterrupt) {
-  KnownLosses model([](int32_t) { return 1.0; });
+  KnownLosses model([](int32_t id) { return 0.01 * id; });
+  PerplexityResult last;
   const auto result =
-      perplexity(model, counting(50), {.ctx = 10}, [](int64_t done, int64_t, double) {
-        if (done == 2) {
-          set_interrupted(true);
-        }
+      perplexity(model, counting(50), {.ctx = 10}, [&](const PerplexityResult& so_far, int64_t) {
+        last = so_far;
+        set_interrupted(so_far.windows == 2);
       });
   set_interrupted(false);
   ASSERT_FALSE(result);
   EXPECT_TRUE(result.error().interrupted);
   EXPECT_EQ(model.firsts.size(), 2U);
+  // What was scored by then is what a text of that length gives.
+  const auto whole = perplexity(model, counting(20), {.ctx = 10}, {});
+  ASSERT_TRUE(whole);
+  EXPECT_EQ(last.perplexity, whole->perplexity);
+  EXPECT_EQ(last.perplexity_stderr, whole->perplexity_stderr);
+  EXPECT_EQ(last.tokens_scored, 18);
 }
 
 TEST(Perplexity, ProtocolNamesTheWindow) {

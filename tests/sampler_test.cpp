@@ -1,8 +1,11 @@
 // Sampling: distributions, bounds, hostile logits.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #include "rabit/engine.h"
@@ -75,6 +78,68 @@ TEST(SamplerTest, DrawsFromTheDistribution) {
   options = all;
   options.temperature = 0.5F;  // squares of the probabilities
   expect(options, {0.01 / 0.36, 0.25 / 0.36, 0.09 / 0.36, 0.01 / 0.36});
+}
+
+/// The token that a uniform number in [0, 1) draws, from all candidates in order.
+int32_t drawn(const SamplingOptions& options, const Floats& logits, double uniform) {
+  std::vector<int32_t> order(logits.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+  if (options.top_k > 0) {
+    order.resize(std::min<size_t>(order.size(), options.top_k));
+  }
+  const auto weight = [&](int32_t token, double temperature) {
+    return std::exp((static_cast<double>(logits[token]) - logits[order[0]]) / temperature);
+  };
+  double total = 0, sum = 0;
+  for (const int32_t token : order) {
+    total += weight(token, 1);
+  }
+  size_t kept = 0;
+  while (kept < order.size() && (kept == 0 || options.top_p >= 1 || sum < options.top_p * total)) {
+    sum += weight(order[kept++], 1);
+  }
+  while (kept > 1 && weight(order[kept - 1], 1) < options.min_p) {
+    --kept;
+  }
+  total = 0;
+  for (size_t i = 0; i < kept; ++i) {
+    total += weight(order[i], options.temperature);
+  }
+  double left = uniform * total;
+  for (size_t i = 0; i < kept; ++i) {
+    left -= weight(order[i], options.temperature);
+    if (left < 0) {
+      return order[i];
+    }
+  }
+  return order[0];
+}
+
+TEST(SamplerTest, DrawsWhatAFullSortDraws) {
+  std::mt19937_64 random(5);
+  for (const float spread : {0.0F, 0.1F, 1.0F, 4.0F}) {
+    for (const int64_t top_k : {0, 1, 40, 300, 5000}) {
+      for (const float top_p : {0.0F, 0.5F, 0.95F, 1.0F}) {
+        for (const float min_p : {0.0F, 0.05F, 1.0F}) {
+          const SamplingOptions options = {
+              .temperature = 0.8F, .top_k = top_k, .top_p = top_p, .min_p = min_p, .seed = 9};
+          Sampler sampler(options);
+          std::mt19937_64 same(options.seed);
+          for (int i = 0; i < 5; ++i) {
+            Floats logits(2000);
+            for (float& logit : logits) {  // with some that are equal
+              logit = spread * static_cast<float>(random() % 1024) / 100;
+            }
+            const double uniform = static_cast<double>(same() >> 11) * 0x1p-53;
+            EXPECT_EQ(sampler.sample(logits), drawn(options, logits, uniform))
+                << spread << " " << top_k << " " << top_p << " " << min_p;
+          }
+        }
+      }
+    }
+  }
 }
 
 }  // namespace

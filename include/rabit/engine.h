@@ -48,6 +48,8 @@ class Model {
                                              const EngineOptions& options);
   /// Whether load() would find these kernels (see EngineOptions). Errors: an unknown kernel table.
   static Status check_kernels(const std::string& kernels);
+  /// Whether a device may be called so, there or not. Errors: a name that none can have.
+  static Status check_device(const std::string& device);
   virtual ~Model() = default;
 
   virtual int64_t vocab_size() const = 0;

@@ -8,6 +8,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
@@ -32,6 +34,10 @@ std::filesystem::path behind_links(std::filesystem::path path) {
   }
   return path;
 }
+
+// Maps that live, for a signal handler: no lock, so no more than there are places.
+std::array<std::atomic<const MappedFile*>, 64> g_maps{};
+static_assert(std::atomic<const MappedFile*>::is_always_lock_free);
 
 EVP_MD_CTX* evp(void* context) { return static_cast<EVP_MD_CTX*>(context); }
 
@@ -74,13 +80,33 @@ Result<std::shared_ptr<MappedFile>> MappedFile::open(const std::filesystem::path
       return error;
     }
     file->data_ = static_cast<const std::byte*>(data);
+    for (auto& place : g_maps) {
+      const MappedFile* none = nullptr;
+      if (place.compare_exchange_strong(none, file.get())) {
+        break;
+      }
+    }
   }
   ::close(fd);
   return file;
 }
 
+const char* MappedFile::name_at(const void* address) {
+  for (const auto& place : g_maps) {
+    const MappedFile* file = place;
+    if (file != nullptr && address >= file->data_ && address < file->data_ + file->size_) {
+      return file->path_.c_str();
+    }
+  }
+  return nullptr;
+}
+
 MappedFile::~MappedFile() {
   if (data_ != nullptr) {
+    for (auto& place : g_maps) {
+      const MappedFile* here = this;
+      place.compare_exchange_strong(here, nullptr);
+    }
     ::munmap(const_cast<std::byte*>(data_), size_);
   }
 }

@@ -29,6 +29,10 @@ class MappedFile {
   void release(std::span<const std::byte> bytes) const;
   const std::filesystem::path& path() const { return path_; }
 
+  /// Path of the file mapped at `address` (of the first 64 that live at a time), null: of none.
+  /// Safe in a signal handler: what was cut off a mapped file raises SIGBUS where it is read.
+  static const char* name_at(const void* address);
+
  private:
   MappedFile() = default;
   std::filesystem::path path_;

@@ -6,7 +6,6 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
-#include <condition_variable>
 #include <exception>
 #include <fstream>
 #include <limits>
@@ -22,9 +21,13 @@
 namespace rabit {
 namespace {
 
-// Workers look for the next loop so long before they sleep: products of one token follow each other
-// within microseconds. Where there are more workers than CPUs they sleep at once.
-constexpr std::chrono::microseconds kSpin{100};
+using Clock = std::chrono::steady_clock;
+
+// Threads look for what they wait for at most so long before they sleep: products of one token
+// follow each other within microseconds.
+constexpr std::chrono::microseconds kMostSpin{100};
+// So long at most a caller leaves ranges to workers that have not begun: one may be on its way.
+constexpr std::chrono::microseconds kMostGrace{5};
 
 void relax() {
 #if defined(__x86_64__)
@@ -34,21 +37,52 @@ void relax() {
 #endif
 }
 
-/// Looks until done() holds, for about as long as `most`: how long a turn takes differs between
-/// processors.
+/// Looks a few times, for a microsecond or so: how long differs between processors.
 template <typename Done>
-void spin_until(std::chrono::microseconds most, const Done& done) {
-  constexpr int kTurns = 64;  // between looks at the clock
-  std::chrono::steady_clock::time_point started;
-  for (int turn = 0; most.count() > 0 && !done(); ++turn) {
+bool look(const Done& done) {
+  constexpr int kTurns = 64;
+  for (int turn = 0; turn < kTurns; ++turn) {
+    if (done()) {
+      return true;
+    }
     relax();
-    if (turn == 0) {
-      started = std::chrono::steady_clock::now();
-    } else if (turn % kTurns == 0 && std::chrono::steady_clock::now() - started > most) {
-      return;
+  }
+  return false;
+}
+
+/// How a thread waits: it spins, then sleeps. To spin in vain halves the time for it, for then
+/// something else needs the CPU, perhaps what it waits for; short waits let that time grow again.
+class Patience {
+ public:
+  explicit Patience(std::chrono::microseconds most) : most_(most), spin_(most) {}
+
+  template <typename Done, typename Sleep>
+  void wait(const Done& done, const Sleep& sleep) {
+    if (most_.count() == 0) {
+      return sleep();
+    }
+    if (look(done)) {
+      return grow();
+    }
+    const Clock::time_point started = Clock::now();
+    while (Clock::now() - started < spin_) {
+      if (look(done)) {
+        return grow();
+      }
+    }
+    spin_ /= 2;
+    sleep();
+    if (Clock::now() - started < most_) {
+      grow();
     }
   }
-}
+
+ private:
+  void grow() { spin_ = std::min<Clock::duration>(most_, spin_ + most_ / kGrowths); }
+
+  static constexpr int kGrowths = 64;
+  Clock::duration most_, spin_;
+};
 
 /// CPUs worth of time that a quota file allows: "QUOTA PERIOD" in microseconds, "max PERIOD" or, of
 /// version 1, a negative quota for no limit. The period may be in a file of its own.
@@ -162,55 +196,77 @@ int64_t last_level_caches(const std::vector<int>& cpus, const std::filesystem::p
                          [](int64_t sum, const auto& cache) { return sum + cache.second; });
 }
 
+// A loop has a range for each thread. A worker takes its own when it has seen the loop; the caller
+// takes those that nobody has taken when it has done its own, so that it never waits for a worker
+// that has no CPU, but for one that lost it in the middle.
 struct ThreadPool::State {
-  std::vector<std::thread> workers;
-  std::mutex mutex;
-  std::condition_variable wake;
+  struct alignas(64) Worker {
+    std::atomic<uint32_t> taken{0};  // loop whose range was taken last
+    std::thread thread;
+  };
+
+  bool take(Worker& worker, uint32_t loop) {
+    uint32_t before = loop - 1;
+    return worker.taken.load(std::memory_order_relaxed) == before &&
+           worker.taken.compare_exchange_strong(before, loop, std::memory_order_acq_rel);
+  }
+  void run(int thread) {
+    const int64_t begin = thread * chunk, end = std::min(count, begin + chunk);
+    if (begin < end) {
+      try {
+        (*body)(begin, end, thread);
+      } catch (...) {
+        const std::lock_guard lock(mutex);
+        failure = std::current_exception();
+      }
+    }
+  }
+
+  std::unique_ptr<Worker[]> workers;
+  int size = 0;  // of the workers
   // Waiting workers look at the one while others count down the other.
-  alignas(64) std::atomic<uint64_t> generation{0};
-  alignas(64) std::atomic<int> pending{0};
+  alignas(64) std::atomic<uint32_t> loop{0};
+  alignas(64) std::atomic<int> pending{0};  // ranges of workers that are not done
   alignas(64) std::atomic<bool> stop{false};
   const LoopBody* body = nullptr;
   int64_t count = 0, chunk = 0;
-  std::exception_ptr failure;  // of a worker, under the mutex
-  std::chrono::microseconds spin = kSpin;
+  std::mutex mutex;
+  std::exception_ptr failure;  // under the mutex
+  // The caller's: with workers that have not begun, and with those that have.
+  Patience grace{kMostGrace}, patience{kMostSpin};
 };
 
 ThreadPool::ThreadPool(int threads) : state_(new State) {
-  const auto work = [state = state_.get()](int thread) {
-    uint64_t seen = 0;
-    for (;;) {
-      spin_until(state->spin,
-                 [&] { return state->generation.load(std::memory_order_acquire) != seen; });
-      if (state->generation.load(std::memory_order_acquire) == seen) {
-        std::unique_lock lock(state->mutex);
-        state->wake.wait(lock, [&] { return state->generation.load() != seen; });
-      }
-      seen = state->generation.load(std::memory_order_acquire);
+  const bool crowded =
+      threads > std::min(static_cast<double>(allowed_cpus().size()), std::ceil(cpu_quota("/")));
+  const auto most_spin = crowded ? std::chrono::microseconds(0) : kMostSpin;
+  if (crowded) {
+    state_->grace = state_->patience = Patience(most_spin);
+  }
+  const auto work = [state = state_.get(), most_spin](int thread) {
+    State::Worker& self = state->workers[static_cast<size_t>(thread - 1)];
+    Patience patience(most_spin);
+    for (uint32_t seen = 0;;) {
+      patience.wait([&] { return state->loop.load(std::memory_order_acquire) != seen; },
+                    [&] { state->loop.wait(seen); });
+      seen = state->loop.load();
       if (state->stop.load()) {
         return;
       }
-      const int64_t begin = thread * state->chunk;
-      const int64_t end = std::min(state->count, begin + state->chunk);
-      if (begin < end) {
-        try {
-          (*state->body)(begin, end, thread);
-        } catch (...) {
-          const std::lock_guard lock(state->mutex);
-          state->failure = std::current_exception();
+      if (state->take(self, seen)) {
+        state->run(thread);
+        if (state->pending.fetch_sub(1) == 1) {
+          state->pending.notify_one();
         }
       }
-      state->pending.fetch_sub(1, std::memory_order_release);
     }
   };
-  if (threads > 1 &&
-      threads > std::min(static_cast<double>(allowed_cpus().size()), std::ceil(cpu_quota("/")))) {
-    state_->spin = {};
-  }
-  state_->workers.reserve(static_cast<size_t>(std::max(threads, 1)));
+  state_->workers =
+      std::make_unique<State::Worker[]>(static_cast<size_t>(std::max(threads - 1, 0)));
   try {
     for (int thread = 1; thread < threads; ++thread) {
-      state_->workers.emplace_back(work, thread);
+      state_->workers[static_cast<size_t>(thread - 1)].thread = std::thread(work, thread);
+      state_->size = thread;
     }
   } catch (const std::exception&) {
     // The system gives no more threads or no more memory: those that started do the work.
@@ -218,55 +274,50 @@ ThreadPool::ThreadPool(int threads) : state_(new State) {
 }
 
 ThreadPool::~ThreadPool() {
-  {
-    std::lock_guard lock(state_->mutex);
-    state_->stop = true;
-    state_->generation.fetch_add(1);
-  }
-  state_->wake.notify_all();
-  for (auto& worker : state_->workers) {
-    worker.join();
+  state_->stop = true;
+  ++state_->loop;
+  state_->loop.notify_all();
+  for (int i = 0; i < state_->size; ++i) {
+    state_->workers[static_cast<size_t>(i)].thread.join();
   }
 }
 
-int ThreadPool::size() const { return static_cast<int>(state_->workers.size()) + 1; }
+int ThreadPool::size() const { return state_->size + 1; }
 
 void ThreadPool::parallel_for(int64_t count, int64_t grain, LoopBody body) {
   if (count <= 0) {
     return;
   }
+  State& state = *state_;
   const int64_t grains = (count + grain - 1) / grain;
   const int64_t chunk = (grains + size() - 1) / size() * grain;
-  if (state_->workers.empty() || chunk >= count) {
+  if (state.size == 0 || chunk >= count) {
     body(0, count, 0);
     return;
   }
-  state_->body = &body;
-  state_->count = count;
-  state_->chunk = chunk;
-  state_->pending.store(static_cast<int>(state_->workers.size()), std::memory_order_relaxed);
-  {
-    std::lock_guard lock(state_->mutex);
-    state_->generation.fetch_add(1, std::memory_order_release);
-  }
-  state_->wake.notify_all();
-  std::exception_ptr failure;
-  try {
-    body(0, std::min(count, chunk), 0);
-  } catch (...) {  // the workers still read the loop's state
-    failure = std::current_exception();
-  }
-  const auto all_done = [&] { return state_->pending.load(std::memory_order_acquire) == 0; };
-  spin_until(state_->spin, all_done);
-  while (!all_done()) {
-    std::this_thread::yield();
-  }
-  if (failure == nullptr) {
-    failure = std::exchange(state_->failure, nullptr);
-  }
-  state_->failure = nullptr;
-  if (failure != nullptr) {
-    std::rethrow_exception(failure);
+  state.body = &body;
+  state.count = count;
+  state.chunk = chunk;
+  state.pending.store(state.size, std::memory_order_relaxed);
+  const uint32_t loop = state.loop.fetch_add(1) + 1;
+  state.loop.notify_all();
+  state.run(0);
+  const auto all_done = [&] { return state.pending.load(std::memory_order_acquire) == 0; };
+  state.grace.wait(all_done, [&] {
+    for (int i = 0; i < state.size; ++i) {
+      if (state.take(state.workers[static_cast<size_t>(i)], loop)) {
+        state.run(i + 1);
+        state.pending.fetch_sub(1);
+      }
+    }
+  });
+  state.patience.wait(all_done, [&] {
+    for (int left = state.pending.load(); left > 0; left = state.pending.load()) {
+      state.pending.wait(left);
+    }
+  });
+  if (state.failure != nullptr) {
+    std::rethrow_exception(std::exchange(state.failure, nullptr));
   }
 }
 

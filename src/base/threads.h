@@ -50,7 +50,8 @@ class ThreadPool {
 
   /// Splits [0, count) into at most size() contiguous ranges whose bounds are multiples of
   /// `grain` and calls body(begin, end, thread) for each, thread in [0, size()). Returns when all
-  /// have. The split depends on (count, grain, size()) alone. Of exceptions that bodies throw (out
+  /// have. The split depends on (count, grain, size()) alone; the caller also does, under their
+  /// numbers, ranges of threads that are late. Of exceptions that bodies throw (out
   /// of memory), one is thrown on.
   void parallel_for(int64_t count, int64_t grain, LoopBody body);
 

@@ -452,6 +452,10 @@ Command add_bench(CLI::App& app) {
       sub->add_option("--shape", options->shape,
                       "Instead of -m: a random packed model of the shape of one of " +
                           shape_names() + "; made for the time, in TMPDIR or /tmp")
+          ->check([](const std::string& name) {
+            const auto config = named_shape(name);
+            return config ? std::string() : config.error().message;
+          })
           ->type_name("NAME")
           ->excludes(model);
   add_integer(sub, "--layers", options->layers, 0, 1024, "Blocks of --shape; 0: all")->needs(shape);
@@ -479,7 +483,7 @@ Command add_bench(CLI::App& app) {
       ->type_name("N,...")
       ->capture_default_str();
   sub->add_option("-o,--output", options->output, "Output: md or json")
-      ->check(CLI::IsMember({"md", "json"}))
+      ->check(one_of({"md", "json"}))
       ->type_name("FORMAT")
       ->capture_default_str();
   add_engine_flags(sub, options->engine);

@@ -1,6 +1,7 @@
 #include "cli/common.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -113,6 +114,10 @@ std::string one_line(std::string_view text) {
   return out;
 }
 
+std::string counted(int64_t count, const std::string& thing) {
+  return fmt::format("{} {}{}", count, thing, count == 1 ? "" : "s");
+}
+
 void write_stderr(std::string_view text) {
   // Nobody is left to be told of a failure here, and none may end what is being done.
   (void)std::fwrite(text.data(), 1, text.size(), stderr);
@@ -167,6 +172,14 @@ CLI::Option* add_number(CLI::App* app, const std::string& names, double& value, 
       },
       help);
   return option->default_str(fmt::format("{}", value))->type_name("X");
+}
+
+std::function<std::string(const std::string&)> one_of(std::vector<std::string> values) {
+  return [values = std::move(values)](const std::string& value) {
+    return std::find(values.begin(), values.end(), value) != values.end()
+               ? std::string()
+               : fmt::format("'{}' is none of {}", one_line(value), fmt::join(values, ", "));
+  };
 }
 
 void refuse_options_as_values(CLI::App* app) {

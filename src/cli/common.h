@@ -6,6 +6,7 @@
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
+#include <vector>
 
 #include "io/gguf.h"
 #include "rabit/result.h"
@@ -53,6 +54,9 @@ Status write_stdout(std::string_view text);
 /// `text` with every control character (newlines among them) made a space: fit for one line.
 std::string one_line(std::string_view text);
 
+/// "1 token", "2 tokens".
+std::string counted(int64_t count, const std::string& thing);
+
 /// Writes to stderr at once; a stderr that cannot be written is no error.
 void write_stderr(std::string_view text);
 
@@ -73,6 +77,9 @@ CLI::Option* add_number(CLI::App* app, const std::string& names, double& value, 
 /// option.
 int64_t parse_integer(const std::string& option, const std::string& text, int64_t low,
                       int64_t high);
+
+/// A check that a value is one of these.
+std::function<std::string(const std::string&)> one_of(std::vector<std::string> values);
 
 /// Makes an error of a value that is the name of an option: one that was given without its value
 /// would take the next option as such.

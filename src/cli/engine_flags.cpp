@@ -5,22 +5,36 @@
 #include "cli/common.h"
 
 namespace rabit::cli {
+namespace {
+
+/// A check that a value is a name, and that `check` knows it.
+template <typename Check>
+auto named(const Check& check) {
+  return [check](const std::string& name) {
+    const Status status = name.empty() ? Status(Error{"needs a name"}) : check(name);
+    return status ? std::string() : status.error().message;
+  };
+}
+
+}  // namespace
 
 void add_engine_flags(CLI::App* app, EngineFlags& flags) {
   app->add_option("--device", flags.device,
                   "What computes: cpu; cuda or cuda:N, an NVIDIA GPU, in a build with CUDA")
+      ->check(named(Model::check_device))
       ->type_name("NAME")
       ->capture_default_str();
   CLI::Option* exact =
       app->add_flag("--dense-f32", flags.dense_f32,
                     "Hold dense weights and the cache in F32, and sum floats throughout");
   app->add_option("--cache-type", flags.cache_type, "KV cache: f16, or q8_0 in half the memory")
-      ->check(CLI::IsMember({"f16", "q8_0"}))
+      ->check(one_of({"f16", "q8_0"}))
       ->type_name("TYPE")
       ->capture_default_str()
       ->excludes(exact);
   app->add_option("--kernels", flags.kernels,
                   "Kernel table instead of the best that runs here, or that RABIT_ISA names")
+      ->check(named(Model::check_kernels))
       ->type_name("NAME");
   app->add_flag("-v,--verbose", flags.verbose, "Say on stderr which kernels run, and how");
 }

@@ -67,19 +67,25 @@ Status eval(const EvalOptions& options) {
                EngineLogitSource::create(model, options.ctx, options.together, teacher));
   Progress progress("eval, windows");
   const double started = now_seconds();
-  const auto result =
+  PerplexityResult result;  // and the other two: of the windows scored so far
+  DivergenceResult divergence;
+  double seconds = 0;
+  const auto scored =
       perplexity(*source, tokens, {.ctx = options.ctx, .max_windows = options.windows},
-                 [&](int64_t done, int64_t total, double nll) {
-                   progress.update(done, total, fmt::format("perplexity {:.4f}", std::exp(nll)));
+                 [&](const PerplexityResult& so_far, int64_t windows) {
+                   result = so_far;
+                   divergence = source->divergence();
+                   seconds = now_seconds() - started;
+                   progress.update(so_far.windows, windows,
+                                   fmt::format("perplexity {:.4f}", so_far.perplexity));
                  });
-  const double seconds = now_seconds() - started;
   progress.finish();
-  if (!result) {
-    return result.error();
+  const bool interrupted = !scored && scored.error().interrupted;
+  if (!scored && !(interrupted && result.windows > 0)) {
+    return scored.error();
   }
 
-  const double rate = static_cast<double>(result->windows * result->ctx) / std::max(seconds, 1e-9);
-  const DivergenceResult& divergence = source->divergence();
+  const double rate = static_cast<double>(result.windows * result.ctx) / std::max(seconds, 1e-9);
   const auto share = [&](int64_t part) {
     return static_cast<double>(part) /
            static_cast<double>(std::max<int64_t>(1, divergence.positions));
@@ -93,23 +99,26 @@ Status eval(const EvalOptions& options) {
                   std::exp(divergence.teacher_nll), divergence.mean_kl, divergence.largest_kl,
                   100 * share(divergence.same_top))
             : "";
-    return write_stdout(
+    RABIT_CHECK(write_stdout(
         from_teacher +
         fmt::format(
-            "perplexity {:.4f} ± {:.4f} ({} tokens scored in {} windows of {}, {:.0f} tokens/s{})\n"
+            "perplexity {:.4f} ± {:.4f} ({} tokens scored in {} of {}, {:.0f} tokens/s{}{})\n"
             "{}\n"
             "{:.4f} bits per weight over the linear layers, {:.4f} over the file\n",
-            result->perplexity, result->perplexity_stderr, result->tokens_scored, result->windows,
-            result->ctx, rate, teacher ? " with the teacher" : "", perplexity_protocol(options.ctx),
-            size.bits_per_weight(), size.file_bits_per_weight()));
+            result.perplexity, result.perplexity_stderr, result.tokens_scored,
+            counted(result.windows, "window"), result.ctx, rate, teacher ? " with the teacher" : "",
+            interrupted ? "; interrupted" : "", perplexity_protocol(options.ctx),
+            size.bits_per_weight(), size.file_bits_per_weight())));
+    return scored ? Status() : scored.error();
   }
-  nlohmann::ordered_json told = {{"perplexity", result->perplexity},
-                                 {"perplexity_stderr", result->perplexity_stderr},
-                                 {"mean_nll", result->mean_nll},
-                                 {"tokens_scored", result->tokens_scored},
+  nlohmann::ordered_json told = {{"perplexity", result.perplexity},
+                                 {"perplexity_stderr", result.perplexity_stderr},
+                                 {"mean_nll", result.mean_nll},
+                                 {"tokens_scored", result.tokens_scored},
                                  {"tokens_total", count},
-                                 {"windows", result->windows},
-                                 {"ctx", result->ctx},
+                                 {"windows", result.windows},
+                                 {"interrupted", interrupted},
+                                 {"ctx", result.ctx},
                                  {"protocol", perplexity_protocol(options.ctx)},
                                  {"model", options.model},
                                  {"model_label", model_label(config, size)},
@@ -137,7 +146,8 @@ Status eval(const EvalOptions& options) {
                        {"same_top", share(divergence.same_top)},
                        {"positions", divergence.positions}};
   }
-  return write_stdout(json_text(told));
+  RABIT_CHECK(write_stdout(json_text(told)));
+  return scored ? Status() : scored.error();
 }
 
 }  // namespace

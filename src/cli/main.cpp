@@ -12,6 +12,7 @@
 #include <new>
 #include <sstream>
 
+#include "base/files.h"
 #include "base/interrupt.h"
 #include "cli/common.h"
 
@@ -65,6 +66,39 @@ void catch_interrupts() {
     sigaction(SIGHUP, &action, nullptr);
   }
   std::signal(SIGXFSZ, SIG_IGN);  // a file that grew too large is an error of its write
+}
+
+extern "C" void on_bus_error(int signal, siginfo_t* info, void* /*context*/) {
+  const char* name = info->si_code > 0 ? MappedFile::name_at(info->si_addr) : nullptr;
+  if (name == nullptr) {
+    std::signal(signal, SIG_DFL);
+    std::raise(signal);
+    return;
+  }
+  static std::atomic_flag told;
+  while (told.test_and_set()) {  // another thread has met it too, and ends the process
+    ::pause();
+  }
+  // Only what is safe in a handler; nothing can be done if it fails.
+  char line[4096];
+  size_t size = 0;
+  for (const char* part : {"rabit: ", name, " changed while it was in use"}) {
+    for (; *part != 0 && size < sizeof line - 1; ++part) {
+      line[size++] = static_cast<unsigned char>(*part) < 0x20 || *part == 0x7F ? ' ' : *part;
+    }
+  }
+  line[size++] = '\n';
+  [[maybe_unused]] const auto written = ::write(STDERR_FILENO, line, size);
+  ::_exit(kFailure);
+}
+
+/// A mapped file that others cut short is an error like any other.
+void catch_lost_files() {
+  struct sigaction action {};
+  action.sa_sigaction = on_bus_error;
+  action.sa_flags = SA_SIGINFO;
+  sigemptyset(&action.sa_mask);
+  sigaction(SIGBUS, &action, nullptr);
 }
 
 int fail(int code, const std::string& message) {
@@ -154,6 +188,7 @@ int main(int argc, char** argv) {
     cli::occupy_standard_streams();
     std::signal(SIGPIPE, SIG_IGN);  // a reader that went away is a failed write, reported as such
     cli::catch_interrupts();
+    cli::catch_lost_files();
     return cli::run_program(argc, argv);
   } catch (const std::bad_alloc&) {
     return cli::fail(cli::kFailure, "out of memory: take a smaller model, context or batch");

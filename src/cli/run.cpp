@@ -76,14 +76,22 @@ Result<std::string> read_prompt(const RunOptions& options) {
 
 /// Positions to reserve: what was asked for, or just what the prompt and -n need.
 Result<int64_t> choose_ctx(const RunOptions& options, int64_t trained, int64_t prompt_tokens) {
+  const int64_t needed = prompt_tokens + std::max<int64_t>(options.predict, 0);
   int64_t ctx = options.ctx;
   if (ctx == 0) {
-    ctx = options.predict < 0 ? trained : std::min(trained, prompt_tokens + options.predict);
+    ctx = options.predict < 0 ? trained : std::min(trained, needed);
   }
   warn_of_context(trained, ctx);
   if (prompt_tokens >= ctx) {
-    return Error{fmt::format("the prompt has {} tokens and the context holds {}: shorten it{}",
-                             prompt_tokens, ctx, ctx < trained ? " or raise -c" : "")};
+    return Error{
+        fmt::format("the prompt has {} and the context holds {}: shorten it or take a larger -c",
+                    counted(prompt_tokens, "token"), ctx)};
+  }
+  if (options.ctx == 0 && needed > ctx) {
+    note(
+        fmt::format("warning: generation stops at the {} positions that the model was trained for; "
+                    "-c {} takes all that -n asks for",
+                    ctx, needed));
   }
   return ctx;
 }
@@ -141,12 +149,11 @@ Status report(const RunOptions& options, const GgufFile& file, const Model& mode
   const double prompt_rate = per_second(prompt_tokens, outcome.prompt_seconds);
   const double rate = per_second(outcome.steps, outcome.generation_seconds);
   if (!options.json) {
-    note(
-        fmt::format("prompt {} tokens, {:.2f} tokens/s; generation {} tokens, {:.2f} tokens/s; "
-                    "{}; seed {}, {}",
-                    prompt_tokens, prompt_rate, outcome.generated, rate,
-                    outcome.interrupted ? "interrupted" : "stopped by " + outcome.stop_reason, seed,
-                    runs_on(model)));
+    note(fmt::format(
+        "prompt {}, {:.2f} tokens/s; generation {}, {:.2f} tokens/s; {}; {}{}",
+        counted(prompt_tokens, "token"), prompt_rate, counted(outcome.generated, "token"), rate,
+        outcome.interrupted ? "interrupted" : "stopped by " + outcome.stop_reason,
+        options.temperature > 0 ? fmt::format("seed {}, ", seed) : "", runs_on(model)));
     return {};
   }
   return write_stdout(json_text({{"prompt", prompt},
@@ -236,7 +243,7 @@ Command add_run(CLI::App& app) {
   add_integer(sub, "-s,--seed", options->seed, -1, INT64_MAX,
               "Seed of the draws; -1: a random one");
   add_integer(sub, "-c,--ctx-size", options->ctx, 0, 1 << 24,
-              "Positions to reserve; 0: as many as prompt and -n need");
+              "Positions to reserve; 0: as many as prompt and -n need, at most those of training");
   sub->add_flag("--ignore-eos", options->ignore_eos, "Go on after the end-of-text token");
   sub->add_flag("--special", options->special,
                 "Read special tokens in the prompt, and show those generated");

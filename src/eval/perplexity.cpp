@@ -20,7 +20,7 @@ std::string perplexity_protocol(int64_t ctx) {
 
 Result<PerplexityResult> perplexity(LogitSource& model, std::span<const int32_t> tokens,
                                     const PerplexityOptions& options,
-                                    const std::function<void(int64_t, int64_t, double)>& progress) {
+                                    const PerplexityProgress& progress) {
   const int64_t ctx = options.ctx;
   if (ctx < 2) {
     return Error{fmt::format("a window needs at least 2 tokens, not {}", ctx)};
@@ -38,39 +38,34 @@ Result<PerplexityResult> perplexity(LogitSource& model, std::span<const int32_t>
   }
 
   std::vector<double> nll(static_cast<size_t>(ctx - 1));
-  double mean = 0, squares = 0;  // running mean and sum of squared deviations (Welford)
-  int64_t scored = 0;
-  for (int64_t window = 0; window < windows; ++window) {
+  PerplexityResult result{.tokens_total = total, .ctx = ctx};
+  double& mean = result.mean_nll;  // running mean and sum of squared deviations (Welford)
+  double squares = 0;
+  while (result.windows < windows) {
+    const int64_t first = result.windows * ctx;
     RABIT_CHECK(check_interrupt());
-    RABIT_CHECK(model.score(tokens.subspan(window * ctx, ctx), nll));
+    RABIT_CHECK(model.score(tokens.subspan(first, ctx), nll));
     for (int64_t i = 0; i < ctx - 1; ++i) {
       const double loss = nll[static_cast<size_t>(i)];
       if (!std::isfinite(loss)) {
         return Error{fmt::format("the loss of token {} is not finite ({}): the model is broken",
-                                 window * ctx + i + 1, loss)};
+                                 first + i + 1, loss)};
       }
-      ++scored;
+      ++result.tokens_scored;
       const double off = loss - mean;
-      mean += off / static_cast<double>(scored);
+      mean += off / static_cast<double>(result.tokens_scored);
       squares += off * (loss - mean);
     }
+    ++result.windows;
+    result.perplexity = std::exp(mean);
+    // Variance of the mean from the sample variance; d exp(m) = exp(m) dm.
+    if (const auto count = static_cast<double>(result.tokens_scored); count > 1) {
+      result.perplexity_stderr = result.perplexity * std::sqrt(squares / (count - 1) / count);
+    }
     if (progress) {
-      progress(window + 1, windows, mean);
+      progress(result, windows);
     }
   }
-
-  PerplexityResult result;
-  result.mean_nll = mean;
-  result.perplexity = std::exp(mean);
-  // Variance of the mean from the sample variance; d exp(m) = exp(m) dm.
-  if (scored > 1) {
-    const double count = static_cast<double>(scored);
-    result.perplexity_stderr = result.perplexity * std::sqrt(squares / (count - 1) / count);
-  }
-  result.tokens_scored = scored;
-  result.tokens_total = total;
-  result.windows = windows;
-  result.ctx = ctx;
   return result;
 }
 

@@ -26,14 +26,17 @@ struct PerplexityResult {
   int64_t ctx = 0;
 };
 
+using PerplexityProgress = std::function<void(const PerplexityResult&, int64_t)>;
+
 /// One line that names the protocol, for every output.
 std::string perplexity_protocol(int64_t ctx);
 
 /// Splits `tokens` into windows of ctx, scores all tokens of each but its first, drops a short last
-/// window. `progress(done, total, nll_so_far)` after each window. Errors: fewer tokens than one
-/// window, ctx < 2, an interrupt, a failing model, a loss that is not finite.
+/// window. `progress(so_far, windows)` after each window, with what all windows would give if it
+/// were the last. Errors: fewer tokens than one window, ctx < 2, an interrupt, a failing model, a
+/// loss that is not finite.
 Result<PerplexityResult> perplexity(LogitSource& model, std::span<const int32_t> tokens,
                                     const PerplexityOptions& options,
-                                    const std::function<void(int64_t, int64_t, double)>& progress);
+                                    const PerplexityProgress& progress);
 
 }  // namespace rabit

@@ -148,7 +148,9 @@ std::string extents_text(std::span<const int64_t> ne) {
 /// Ticks off the tensors that the model needs; what is left over at the end is foreign.
 class TensorCheck {
  public:
-  explicit TensorCheck(const GgufFile& file) : file_(file) {
+  /// packed_paths: of every packed layer, 0: as each has.
+  TensorCheck(const GgufFile& file, int64_t packed_paths)
+      : file_(file), packed_paths_(packed_paths) {
     for (const TensorInfo& tensor : file.tensors()) {
       left_.emplace(tensor.name, &tensor);
     }
@@ -198,6 +200,10 @@ class TensorCheck {
       return fail(file_, "tensor \"" + name + ".sign\" has " + std::to_string(paths) +
                              " paths, 1 to " + std::to_string(kMostPackedPaths) + " are supported");
     }
+    if (packed_paths_ > 0 && paths != packed_paths_) {
+      return fail(file_, "tensor \"" + name + ".sign\" has " + std::to_string(paths) +
+                             " paths, key \"rabit.paths\" is " + std::to_string(packed_paths_));
+    }
     RABIT_CHECK(
         need_type(name + ".sign", {(shape.d_in + 31) / 32, shape.d_out, paths}, TensorType::kI32));
     RABIT_CHECK(need_type(name + ".row_scale", {shape.d_out, paths}, TensorType::kF16));
@@ -239,6 +245,7 @@ class TensorCheck {
   }
 
   const GgufFile& file_;
+  const int64_t packed_paths_;
   std::unordered_map<std::string_view, const TensorInfo*> left_;
 };
 
@@ -288,7 +295,11 @@ std::string linear_name(int64_t layer, Role role) {
 
 Result<ModelConfig> read_model_config(const GgufFile& file) {
   RABIT_ASSIGN(ModelConfig config, read_sizes(file));
-  TensorCheck check(file);
+  int64_t packed_paths = 0;
+  if (const char* key = "rabit.paths"; file.find_meta(key) != nullptr) {
+    RABIT_ASSIGN(packed_paths, read_size(file, key, 1, kMostPackedPaths));
+  }
+  TensorCheck check(file, packed_paths);
   const TensorInfo* embedding = check.find("token_embd.weight");
   if (embedding == nullptr) {
     return fail(file, "tensor \"token_embd.weight\" is missing");
@@ -297,6 +308,13 @@ Result<ModelConfig> read_model_config(const GgufFile& file) {
   if (config.vocab_size > kMaxVocab) {
     return fail(file, "tensor \"token_embd.weight\" has " + std::to_string(config.vocab_size) +
                           " rows, the limit for a vocabulary is " + std::to_string(kMaxVocab));
+  }
+  RABIT_ASSIGN(const int64_t said, read_size(file, config.architecture + ".vocab_size", 1,
+                                             kMaxVocab, config.vocab_size));
+  if (said != config.vocab_size) {
+    return fail(file, "key \"" + config.architecture + ".vocab_size\" is " + std::to_string(said) +
+                          ", tensor \"token_embd.weight\" has " +
+                          std::to_string(config.vocab_size) + " rows");
   }
   RABIT_CHECK(check.need("token_embd.weight", {config.d_model, config.vocab_size}));
   RABIT_CHECK(check.need("output_norm.weight", {config.d_model}));

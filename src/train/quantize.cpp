@@ -86,13 +86,13 @@ Status evaluate(TrainSession& session, const HeldOut& held_out) {
     const char* name = student ? "student" : "teacher";
     RABIT_ASSIGN(
         const PerplexityResult result,
-        perplexity(
-            source, held_out.tokens, {held_out.ctx, 0},
-            [&](int64_t done, int64_t total, double nll) {
-              if (session.observer.progress) {
-                session.observer.progress({std::string("perplexity, ") + name, done, total, nll});
-              }
-            }));
+        perplexity(source, held_out.tokens, {held_out.ctx, 0},
+                   [&](const PerplexityResult& so_far, int64_t windows) {
+                     if (session.observer.progress) {
+                       session.observer.progress({std::string("perplexity, ") + name,
+                                                  so_far.windows, windows, so_far.mean_nll});
+                     }
+                   }));
     session.log["perplexity"][name] = {{"perplexity", result.perplexity},
                                        {"perplexity_stderr", result.perplexity_stderr},
                                        {"tokens_scored", result.tokens_scored},
