@@ -47,13 +47,23 @@ class ShapesTest(unittest.TestCase):
     def test_shapes_are_those_of_the_program(self):
         sys.path.insert(0, str(ROOT / "bench"))
         from compare_llamacpp import SHAPES  # noqa: PLC0415
+        from compare_torch import SHAPES as TORCH_SHAPES  # noqa: PLC0415
         rows = re.findall(r'Shape\{"([^"]+)", ([^}]+)\}', (ROOT / "src/model/random_model.cpp").read_text())
-        shapes = {}
+        shapes, tuples = {}, {}
         for name, numbers in rows:
+            tuples[name] = tuple(map(int, numbers.split(", ")[:6]))
             _, d_model, heads, kv_heads, d_ff, _, context = map(int, numbers.split(", ")[:7])
             shapes[name] = {"d-model": d_model, "heads": heads, "kv-heads": kv_heads, "d-ff": d_ff, "context": context}
         self.assertGreaterEqual(len(shapes), 7)
         self.assertEqual(SHAPES, {name: shapes.get(name) for name in SHAPES})
+        self.assertEqual(TORCH_SHAPES, {name: tuples.get(name) for name in TORCH_SHAPES})
+
+    def test_comparison_with_pytorch_says_what_it_lacks(self):
+        for arguments, code, says in (((), 1, "PyTorch"), (("--shape", "gpt"), 2, "--shape"), (("--context", "0"), 2, "--context")):
+            done = subprocess.run([sys.executable, str(ROOT / "bench/compare_torch.py"), *arguments], stderr=subprocess.PIPE,
+                                  env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, text=True, timeout=120, check=False)
+            self.assertEqual(done.returncode, code, done.stderr)
+            self.assertIn(says, done.stderr.splitlines()[-1])
 
 
 class ChartsTest(unittest.TestCase):
