@@ -234,6 +234,11 @@ class WithModel(CliTest):
             self.succeeds("run", "-m", MODEL, "-f", prompt, "-n", 1, "--temp", 0, "--json")
         )
         self.assertEqual(told["text"], " Paris")
+        with open(self.file("marked.txt", b"\xef\xbb\xbf" + prompt.read_bytes()), "rb") as marked:
+            done = run("run", "-m", MODEL, "-f", "-", "-n", 1, "--temp", 0, "--json", stdin=marked)
+        again = json.loads(done.stdout)
+        self.assertEqual((again["text"], again["prompt"]), (" Paris", told["prompt"]))
+        self.fails("run", "-m", MODEL, "-f", "-", says="standard input: empty")
 
     def test_run_reads_special_tokens_when_asked(self):
         chat = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n"
@@ -528,14 +533,18 @@ class WithModel(CliTest):
                     "bench": ["-p", "8", "-n", "2", "-r", "1", "-t", "2"],
                 }
                 if len(words) > 1:
-                    arguments = words[1:]
+                    arguments, given = words[1:], subprocess.DEVNULL
+                    if "<" in arguments:
+                        given = open(self.folder / arguments.pop(), "rb")
+                        self.addCleanup(given.close)
+                        arguments.remove("<")
                     for option, value in zip(*[iter(small.get(words[1], []))] * 2):
                         if option in arguments:
                             arguments[arguments.index(option) + 1] = value
                         elif "--help" not in arguments:
                             arguments += [option, value]
                     done = subprocess.run(
-                        [binary, *arguments], cwd=self.folder, stdin=subprocess.DEVNULL,
+                        [binary, *arguments], cwd=self.folder, stdin=given,
                         capture_output=True, timeout=300, check=False
                     )
                     self.assertEqual(done.returncode, SUCCESS, (line, done.stderr))
