@@ -269,6 +269,10 @@ class WithModel(CliTest):
         self.assertEqual(told["prompt_tokens"] + told["generated_tokens"], 9 + 1)
         long = ("run", "-m", MODEL, "-p", "a " * 9000, "-n", 3)
         self.fails(*long, says="the prompt has 9001 tokens and the context holds 8192: shorten it or take a larger -c")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        if memory < 300:
+            self.assertIn(f"rabit: a context of 16777216 positions needs 360 GiB for keys and values, this machine has "
+                          f"{memory:.0f} GiB of memory; ask", run(*arguments, "-c", 16777216).stderr.decode())
         said = run(*arguments[:-1], "-n", 9000, "--temp", 0).stderr.decode()
         self.assertIn("rabit: warning: generation stops at the 8192 positions that the model was trained for; "
                       "-c 9005 takes all that -n asks for\n", said)
@@ -354,6 +358,7 @@ class WithModel(CliTest):
     def test_bench(self):
         arguments = ("bench", "-m", MODEL, "-p", 8, "-n", 2, "-r", 2, "-t", "1,2", "-d", "0,5")
         told = json.loads(self.succeeds(*arguments, "-o", "json"))
+        self.assertIs(told["interrupted"], False)
         tests = [(row["test"], row["threads"], row["depth"]) for row in told["rows"]]
         self.assertEqual(tests, [(f"{test}{at}", threads, depth) for threads in (1, 2)
                                  for depth, at in ((0, ""), (5, " @ d5")) for test in ("pp8", "tg2")])
@@ -504,6 +509,26 @@ class WithModel(CliTest):
         process.send_signal(signal.SIGCONT)
         _, error = process.communicate(timeout=60)
         return process.returncode, error.decode().splitlines()[-1]
+
+    def test_bench_interrupted_or_killed(self):
+        """Rows that are done are said with the error; the model of a shape is in no folder while it is measured."""
+        for stop in (signal.SIGINT, signal.SIGKILL):
+            process = subprocess.Popen(
+                [RABIT, "bench", "--shape", "smollm2-135m", "--layers", "2", "-p", "4", "-n", "1000000", "-o", "json"],
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(self.folder)}
+            )
+            while "(deleted)" not in Path(f"/proc/{process.pid}/maps").read_text():
+                self.assertIsNone(process.poll())
+                time.sleep(0.05)
+            time.sleep(3)
+            process.send_signal(stop)
+            out, _ = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, INTERRUPTED if stop == signal.SIGINT else -stop)
+            if stop == signal.SIGINT:
+                told = json.loads(out)
+                self.assertIs(told["interrupted"], True)
+                self.assertEqual([row["test"] for row in told["rows"]], ["pp4"])
+            self.assertEqual(list(self.folder.iterdir()), [])
 
     def test_second_interrupt(self):
         for _ in range(5):  # the program may have been just between two pieces of its work
