@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from svg_charts import svg_lines  # noqa: E402
 
 LABELS = {"depth": "positions before", "threads": "threads"}
-OTHERS = {"depth": ("threads", "{} threads"), "threads": ("depth", "after {}")}  # a line for each of these
+OPTIONS = {"depth": "-d 0,1024", "threads": "-t 1,2"}
+# A line for each of these.
+OTHERS = {"depth": ("threads", lambda n: f"{n} thread{'s' if n != 1 else ''}"), "threads": ("depth", lambda n: f"after {n}")}
 
 
 def fail(message):
@@ -42,7 +44,7 @@ def series_of(label, file, x):
         fail(f"{file} is no output of rabit bench -o json")
     lines = {}
     for kind, value, at, rate in rows:
-        parts = [label, kind] + ([wording.format(value)] if len({row[1] for row in rows}) > 1 else [])
+        parts = [label, kind] + ([wording(value)] if len({row[1] for row in rows}) > 1 else [])
         lines.setdefault(", ".join(filter(None, parts)), []).append((at, rate))
     return lines
 
@@ -64,6 +66,10 @@ def main():
             if name in lines:
                 fail(f"two lines are named {name!r}: give the files labels of their own")
             lines[name] = points
+    found = {at for points in lines.values() for at, _ in points}
+    if len(found) < 2:
+        fail(f"a chart over {LABELS[options.x]} needs two of them, all rows have {found.pop()}: measure with rabit bench "
+             f"{OPTIONS[options.x]}, or take another --x")
     part = output.with_name(output.name + ".part")
     try:
         part.write_bytes(svg_lines(options.title, LABELS[options.x], lines).encode())

@@ -26,6 +26,14 @@ SHAPES = {  # as rabit bench --shape has them
     "llama3-8b": {"d-model": 4096, "heads": 32, "kv-heads": 8, "d-ff": 14336, "context": 8192},
 }
 
+TYPES = """F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q2_K_S Q3_K Q3_K_S Q3_K_M Q3_K_L Q4_K Q4_K_S Q4_K_M Q5_K Q5_K_S Q5_K_M Q6_K
+IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ2_M IQ3_XXS IQ3_XS IQ3_S IQ3_M IQ4_NL IQ4_XS TQ1_0 TQ2_0""".split()
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"compare_llamacpp: {' '.join(message.split())} (see --help)\n")
+
 
 def run(*command):
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -34,6 +42,11 @@ def run(*command):
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise SystemExit(f"compare_llamacpp: {' '.join(map(str, command))}: {lines[-1] if lines else done.returncode}")
     return done.stdout
+
+
+def stop(number, _):
+    say("stopped")
+    sys.exit(128 + number)
 
 
 def say(line):
@@ -122,9 +135,9 @@ def page(options, times, reading, layer_bytes, kernels):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="compare_llamacpp.sh builds llama.cpp in "
-                                     "RABIT_LLAMA_BUILD (out/llamacpp) with CC and CXX where --llama is left out, then runs this.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog="compare_llamacpp.sh builds llama.cpp in RABIT_LLAMA_BUILD "
+                    "(out/llamacpp) with CC and CXX where --llama is left out, then runs this.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--check", action="store_true", help="check the options but for --llama, and do no more")
     parser.add_argument("--llama", default="out/llamacpp/build/bin", help="folder of llama-bench and llama-quantize")
     parser.add_argument("--vocabulary", required=True, help="GGUF file that gives llama.cpp's models a vocabulary")
@@ -148,13 +161,19 @@ def parse(argv):
     for name in ("prompt", "generate", "repetitions", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: must be 1 or more")
-    for name, pattern in (("threads", "[1-9][0-9]*"), ("bits", "[1-4]"), ("types", "[A-Za-z0-9_]+")):
+    for name, pattern in (("threads", "[1-9][0-9]*"), ("bits", "[1-4]"), ("types", f"({'|'.join(TYPES)})")):
         if not re.fullmatch(f"{pattern}(,{pattern})*", getattr(options, name)):
             parser.error(f"--{name} {getattr(options, name)!r}: a list such as {parser.get_default(name)}")
     llama = [] if options.check else [Path(options.llama) / "llama-bench", Path(options.llama) / "llama-quantize"]
     for program in (options.rabit, *llama):
         if not os.access(program, os.X_OK):
             parser.error(f"{program}: no program")
+    try:
+        said = subprocess.run([options.rabit, "--version"], stdin=subprocess.DEVNULL, capture_output=True, check=False).stdout
+    except OSError as error:
+        said = str(error).encode()
+    if not said.startswith(b"rabit "):
+        parser.error(f"--rabit {options.rabit}: this is not rabit, by what --version says")
     if not os.path.isfile(options.vocabulary):
         parser.error(f"--vocabulary {options.vocabulary}: no such file")
     return options, blocks
@@ -164,9 +183,8 @@ def main(argv):
     options, blocks = parse(argv)
     if options.check:
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("compare_llamacpp: stopped"))
-    signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
-    signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, stop)
     with tempfile.TemporaryDirectory() as folder:
         files = make_models(options, Path(folder), blocks)
         print(page(options, *measure(options, files, blocks)))

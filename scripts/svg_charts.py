@@ -25,6 +25,18 @@ def svg_bars(title, rows):
     return "\n".join(parts) + "\n</svg>\n"
 
 
+def ticks_between(low, high):
+    """Round numbers in a logarithmic range, three at least."""
+    ticks = [tick for tick in (t * 10 ** p for p in range(0, 5) for t in (1, 1.5, 2, 3, 4, 5, 7)) if low <= tick <= high]
+    power = math.floor(math.log10(high))
+    while len(ticks) < 3:
+        for step in (5 * 10.0 ** power, 2 * 10.0 ** power, 10.0 ** power):
+            if len(ticks) < 3:
+                ticks = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        power -= 1
+    return ticks
+
+
 def svg_lines(title, x_label, series):
     """Lines over x; series: {name: [(x, y)]}. y is logarithmic."""
     colours = ["#3b82c4", "#d6604d", "#2e9a4b", "#9970ab"]
@@ -41,12 +53,10 @@ def svg_lines(title, x_label, series):
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
              'font-family="system-ui, sans-serif" font-size="13">',
              f'<text x="0" y="16" font-weight="600" fill="#808890">{escape(title)}</text>']
-    ticks = [t * 10 ** p for p in range(0, 5) for t in (1, 1.5, 2, 3, 4, 5, 7)]
-    for tick in ticks:
-        if y0 <= math.log(tick) <= y1:
-            _, y = place(x0, tick)
-            parts.append(f'<path d="M{left} {y:.1f} H{width - right}" stroke="#808890" stroke-opacity="0.3"/>')
-            parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#808890">{tick:g}</text>')
+    for tick in ticks_between(math.exp(y0), math.exp(y1)):
+        _, y = place(x0, tick)
+        parts.append(f'<path d="M{left} {y:.1f} H{width - right}" stroke="#808890" stroke-opacity="0.3"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#808890">{tick:g}</text>')
     for x in sorted(set(xs)):
         at, _ = place(x, math.exp(y0))
         parts.append(f'<text x="{at:.1f}" y="{height - bottom + 18}" text-anchor="middle" fill="#808890">{x:g}</text>')

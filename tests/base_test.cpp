@@ -92,9 +92,15 @@ TEST_F(Files, RefusesWhatIsNoReadableFile) {
 
 TEST_F(Files, TextMustBeUtf8AndNotEmpty) {
   EXPECT_TRUE(read_text_file(put("good", "gr\xC3\xBC\xC3\x9F dich")));
-  const auto empty = read_text_file(put("empty", ""));
-  ASSERT_FALSE(empty);
-  EXPECT_TRUE(contains(empty.error().message, "empty"));
+  EXPECT_EQ(*read_text_file(put("marked",
+                                "\xEF\xBB\xBF"
+                                "a\xEF\xBB\xBF")),
+            "a\xEF\xBB\xBF");
+  for (const char* nothing : {"", "\xEF\xBB\xBF"}) {
+    const auto empty = read_text_file(put("empty", nothing));
+    ASSERT_FALSE(empty);
+    EXPECT_TRUE(contains(empty.error().message, "empty: empty;"));
+  }
   const auto bad = read_text_file(put("bad", "abc\xFF"));
   ASSERT_FALSE(bad);
   EXPECT_TRUE(contains(bad.error().message, "byte 3")) << bad.error().message;

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,9 @@ print(json.dumps([{"n_prompt": 8, "n_gen": 0, "samples_ts": [10 * rate] * 3},
 # 1 ms a token and path and block, 3 ms for the rest, a prompt 4 times as fast; 5 MB a path and block, 20 GB/s to be had.
 RABIT_BENCH = """#!/usr/bin/env python3
 import json, sys
+if sys.argv[1] == "--version":
+    print("rabit 0")
+    sys.exit()
 given = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 blocks, bits = int(given["--layers"]), int(given["--bits"])
 rate = 1 / (1e-3 * bits * blocks + 3e-3)
@@ -84,13 +88,24 @@ class ChartsTest(unittest.TestCase):
                 self.charts("--x", x, "--title", "Speed & size", "-o", folder / "a.svg", f"F16={folder}/a.json")
                 chart = xml.etree.ElementTree.parse(folder / "a.svg").getroot()
                 texts = ["".join(part.itertext()) for part in chart.iter() if part.tag.endswith("text")]
-                others = ("1 threads", "2 threads") if x == "depth" else ("after 0", "after 6")
+                others = ("1 thread", "2 threads") if x == "depth" else ("after 0", "after 6")
                 for text in ("Speed & size", what, *(f"F16, {test}, {of}" for test in ("pp4", "tg2") for of in others)):
                     self.assertIn(text, texts)
                 self.assertEqual(len([part for part in chart.iter() if part.tag.endswith("circle")]), 8)
             self.charts("-o", folder / "a.svg", folder / "a.json")  # no label
             before = (folder / "a.svg").read_bytes()
             row = {"test": "tg2", "threads": 1, "depth": 0}
+            for rates in ((64, 68), (64, 64.1), (0.02, 0.021), (3, 3), (1, 50), (123456, 234567)):
+                rows = [{**row, "depth": at, "tokens_per_second": rate} for at, rate in enumerate(rates)]
+                (folder / "close.json").write_text(json.dumps({"rows": rows}))
+                self.charts("-o", folder / "close.svg", folder / "close.json")
+                chart = xml.etree.ElementTree.parse(folder / "close.svg").getroot()
+                ticks = [float(part.text) for part in chart.iter() if part.get("text-anchor") == "end"]
+                self.assertTrue(3 <= len(set(ticks)) <= 16, ticks)
+                self.assertTrue(all(0.9 * rates[0] < tick < 1.1 * rates[1] for tick in ticks), ticks)
+            error = self.charts("--x", "threads", "-o", folder / "a.svg", f"F16={folder}/close.json", code=1)
+            self.assertEqual(error, "bench_charts: a chart over threads needs two of them, all rows have 1: measure with rabit "
+                                    "bench -t 1,2, or take another --x\n")
             bad = ["{}", '{"rows": []}', '{"rows": 3}', "[" * 100000, "\0", '{"rows": [["tg2"]]}',
                    *(json.dumps({"rows": [{**row, "tokens_per_second": rate}]}) for rate in (None, 0, -5, math.nan, "x", 10 ** 400))]
             for number, text in enumerate(bad):
@@ -148,10 +163,15 @@ class CompareTest(unittest.TestCase):
     def test_refusals(self):
         for arguments, says in ((("--blocks", "3,1"), "--blocks 3,1: two numbers"), (("--rounds", "0"), "must be 1 or more"),
                                 (("--rabit", "none"), "none: no program"),
+                                (("--rabit", "/bin/false"), "--rabit /bin/false: this is not rabit"),
+                                (("--rabit", self.vocabulary), "no program"), (("--bogus",), "unrecognized arguments: --bogus"),
+                                (("--types", "Q4_0,FOO"), "--types 'Q4_0,FOO': a list such as TQ2_0,"),
                                 (("--threads", "0"), "--threads '0': a list such as"), (("--bits", "7"), "--bits '7': a list"),
                                 (("--types", ""), "--types '': a list"),
                                 (("--vocabulary", "none.gguf"), "none.gguf: no such file")):
-            self.assertIn(says, self.compare(*arguments, code=2).stderr)
+            error = self.compare(*arguments, code=2).stderr
+            self.assertIn(says, error)
+            self.assertRegex(error, r"\Acompare_llamacpp: [^\n]+\n\Z")
         (self.folder / "llama-quantize").write_text("#!/bin/sh\necho no such type >&2\nexit 3\n")
         self.assertIn("no such type", self.compare(code=1).stderr)
         (self.folder / "llama-quantize").write_text(QUANTIZE)
@@ -160,16 +180,18 @@ class CompareTest(unittest.TestCase):
 
     def test_stopped(self):
         (self.folder / "llama-quantize").write_text("#!/bin/sh\ntouch \"$(dirname \"$0\")/started\"\nexec sleep 60\n")
-        process = subprocess.Popen([str(ROOT / "bench/compare_llamacpp.sh"), "--llama", self.folder, "--vocabulary",
-                                    self.vocabulary, "--rabit", RABIT, "--shape", "smollm2-135m", "--blocks", "1,2", "--types",
-                                    "Q2_K"], stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(self.folder)})
-        while process.poll() is None and not (self.folder / "started").exists():
-            time.sleep(0.1)
-        process.terminate()
-        _, error = process.communicate(timeout=120)
-        self.assertEqual(process.returncode, 1, error)
-        self.assertEqual(error.splitlines()[-1], "compare_llamacpp: stopped")
-        self.assertEqual([path.name for path in self.folder.iterdir() if path.is_dir()], [])
+        for number in (signal.SIGTERM, signal.SIGINT):
+            process = subprocess.Popen([str(ROOT / "bench/compare_llamacpp.sh"), "--llama", self.folder, "--vocabulary",
+                                        self.vocabulary, "--rabit", RABIT, "--shape", "smollm2-135m", "--blocks", "1,2", "--types",
+                                        "Q2_K"], stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(self.folder)})
+            while process.poll() is None and not (self.folder / "started").exists():
+                time.sleep(0.1)
+            process.send_signal(number)
+            _, error = process.communicate(timeout=120)
+            self.assertEqual(process.returncode, 128 + number, error)
+            self.assertEqual(error.splitlines()[-1], "compare_llamacpp: stopped")
+            self.assertEqual([path.name for path in self.folder.iterdir() if path.is_dir()], [])
+            (self.folder / "started").unlink()
 
     def test_options_are_checked_before_anything_is_built(self):
         for arguments in (("--bogus",), (), ("--vocabulary", "none.gguf")):

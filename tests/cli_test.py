@@ -21,7 +21,6 @@ from pathlib import Path
 RABIT = os.environ.get("RABIT_BINARY", "build/release/bin/rabit")
 MODEL = os.environ.get("RABIT_MODEL", ".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
 COMMANDS = ("quantize", "diagnose", "report", "eval", "run", "bench", "inspect")
-PROGRAM_BYTES = 16 << 20  # of memory that a process holds whatever its model
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 TEXT = (
@@ -236,6 +235,11 @@ class WithModel(CliTest):
             self.succeeds("run", "-m", MODEL, "-f", prompt, "-n", 1, "--temp", 0, "--json")
         )
         self.assertEqual(told["text"], " Paris")
+        with open(self.file("marked.txt", b"\xef\xbb\xbf" + prompt.read_bytes()), "rb") as marked:
+            done = run("run", "-m", MODEL, "-f", "-", "-n", 1, "--temp", 0, "--json", stdin=marked)
+        again = json.loads(done.stdout)
+        self.assertEqual((again["text"], again["prompt"]), (" Paris", told["prompt"]))
+        self.fails("run", "-m", MODEL, "-f", "-", says="standard input: empty")
 
     def test_run_reads_special_tokens_when_asked(self):
         chat = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n"
@@ -266,6 +270,10 @@ class WithModel(CliTest):
         self.assertEqual(told["prompt_tokens"] + told["generated_tokens"], 9 + 1)
         long = ("run", "-m", MODEL, "-p", "a " * 9000, "-n", 3)
         self.fails(*long, says="the prompt has 9001 tokens and the context holds 8192: shorten it or take a larger -c")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        if memory < 300:
+            self.assertIn(f"rabit: a context of 16777216 positions needs 360 GiB for keys and values, this machine has "
+                          f"{memory:.0f} GiB of memory; ask", run(*arguments, "-c", 16777216).stderr.decode())
         said = run(*arguments[:-1], "-n", 9000, "--temp", 0).stderr.decode()
         self.assertIn("rabit: warning: generation stops at the 8192 positions that the model was trained for; "
                       "-c 9005 takes all that -n asks for\n", said)
@@ -351,6 +359,7 @@ class WithModel(CliTest):
     def test_bench(self):
         arguments = ("bench", "-m", MODEL, "-p", 8, "-n", 2, "-r", 2, "-t", "1,2", "-d", "0,5")
         told = json.loads(self.succeeds(*arguments, "-o", "json"))
+        self.assertIs(told["interrupted"], False)
         tests = [(row["test"], row["threads"], row["depth"]) for row in told["rows"]]
         self.assertEqual(tests, [(f"{test}{at}", threads, depth) for threads in (1, 2)
                                  for depth, at in ((0, ""), (5, " @ d5")) for test in ("pp8", "tg2")])
@@ -432,7 +441,10 @@ class WithModel(CliTest):
         # What is rearranged is not held twice.
         done = run("bench", "--shape", "smollm2-135m", "--bits", 4, "-p", 0, "-n", 1, "-r", 1, "-t", 2, "-o", "json", env=environment)
         told = json.loads(done.stdout)
-        self.assertLess(told["rows"][0]["load_memory_bytes"], 1.15 * told["file_bytes"] + PROGRAM_BYTES)
+        tiny_model(self.folder / "tiny.gguf")
+        least = json.loads(self.succeeds("bench", "-m", self.folder / "tiny.gguf", "-p", 0, "-n", 1, "-r", 1, "-t", 2, "-o", "json"))
+        program = least["rows"][0]["load_memory_bytes"]  # what a process holds whatever its model
+        self.assertLess(told["rows"][0]["load_memory_bytes"], 1.15 * told["file_bytes"] + program)
         self.assertEqual(list(self.folder.glob("*bench*")), [])
         kept = self.folder / "kept.gguf"
         rows = ("-p", 0, "-n", 1, "-r", 1)
@@ -540,6 +552,26 @@ class WithModel(CliTest):
         _, error = process.communicate(timeout=60)
         return process.returncode, error.decode().splitlines()[-1]
 
+    def test_bench_interrupted_or_killed(self):
+        """Rows that are done are said with the error; the model of a shape is in no folder while it is measured."""
+        for stop in (signal.SIGINT, signal.SIGKILL):
+            process = subprocess.Popen(
+                [RABIT, "bench", "--shape", "smollm2-135m", "--layers", "2", "-p", "4", "-n", "1000000", "-o", "json"],
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(self.folder)}
+            )
+            while "(deleted)" not in Path(f"/proc/{process.pid}/maps").read_text():
+                self.assertIsNone(process.poll())
+                time.sleep(0.05)
+            time.sleep(3)
+            process.send_signal(stop)
+            out, _ = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, INTERRUPTED if stop == signal.SIGINT else -stop)
+            if stop == signal.SIGINT:
+                told = json.loads(out)
+                self.assertIs(told["interrupted"], True)
+                self.assertEqual([row["test"] for row in told["rows"]], ["pp4"])
+            self.assertEqual(list(self.folder.iterdir()), [])
+
     def test_second_interrupt(self):
         for _ in range(5):  # the program may have been just between two pieces of its work
             code, line = self.bench_with_signals(0.4)
@@ -568,14 +600,18 @@ class WithModel(CliTest):
                     "bench": ["-p", "8", "-n", "2", "-r", "1", "-t", "2"],
                 }
                 if len(words) > 1:
-                    arguments = words[1:]
+                    arguments, given = words[1:], subprocess.DEVNULL
+                    if "<" in arguments:
+                        given = open(self.folder / arguments.pop(), "rb")
+                        self.addCleanup(given.close)
+                        arguments.remove("<")
                     for option, value in zip(*[iter(small.get(words[1], []))] * 2):
                         if option in arguments:
                             arguments[arguments.index(option) + 1] = value
                         elif "--help" not in arguments:
                             arguments += [option, value]
                     done = subprocess.run(
-                        [binary, *arguments], cwd=self.folder, stdin=subprocess.DEVNULL,
+                        [binary, *arguments], cwd=self.folder, stdin=given,
                         capture_output=True, timeout=300, check=False
                     )
                     self.assertEqual(done.returncode, SUCCESS, (line, done.stderr))

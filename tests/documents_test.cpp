@@ -98,6 +98,10 @@ TEST_F(Documents, EndAtMarkerLinesAndWithTheFile) {
          {"one<|endoftext|>\n", "two\n <|endoftext|>\n"});
   expect(write("c.txt", "<|endoftext|>\n<|endoftext|>\none\n<|endoftext|>"), {"one\n"});
   expect(write("d.text", "\n\n"), {"\n\n"});
+  const std::string mark = "\xEF\xBB\xBF";  // counts at the beginning alone
+  expect(write("e.txt", mark + "one\n" + mark + "two"), {"one\n" + mark + "two"});
+  expect(write("f.txt", mark + "<|endoftext|>\none"), {"one"});
+  expect(write("g.jsonl", mark + "{\"text\": \"one\"}\n"), {"one"});
   expect(write("any name", "ü\n"), {"ü\n"});
 }
 

@@ -314,15 +314,25 @@ Result<std::string> read_file(const std::filesystem::path& path) {
 }
 
 Result<std::string> read_text_file(const std::filesystem::path& path) {
-  RABIT_ASSIGN(std::string text, read_file(path));
+  RABIT_ASSIGN(const std::string bytes, read_file(path));
+  return text_of(bytes, path.string());
+}
+
+Result<std::string> text_of(std::string_view bytes, const std::string& from) {
+  if (const size_t bad = first_invalid_utf8(bytes); bad != bytes.size()) {
+    return Error{from + ": not UTF-8 at byte " + std::to_string(bad) +
+                 "; convert it to plain UTF-8 text first"};
+  }
+  const std::string_view text = without_byte_order_mark(bytes);
   if (text.empty()) {
-    return Error{path.string() + ": the file is empty; give a plain UTF-8 text"};
+    return Error{from + ": empty; give a plain UTF-8 text"};
   }
-  if (const size_t bad = first_invalid_utf8(text); bad != text.size()) {
-    return Error{path.string() + ": not UTF-8 at byte " + std::to_string(bad) +
-                 "; convert the file to plain UTF-8 text first"};
-  }
-  return text;
+  return std::string(text);
+}
+
+std::string_view without_byte_order_mark(std::string_view text) {
+  constexpr std::string_view kMark = "\xEF\xBB\xBF";
+  return text.substr(text.starts_with(kMark) ? kMark.size() : 0);
 }
 
 size_t first_invalid_utf8(std::string_view text) {

@@ -110,8 +110,11 @@ class FileLock {
 Result<std::string> read_file(const std::filesystem::path& path);
 
 /// Whole file as text. Errors: as read_file, and an empty file, or bytes that are not UTF-8 (with
-/// the offset of the first bad byte).
+/// the offset of the first bad byte). A byte order mark at its beginning is left out.
 Result<std::string> read_text_file(const std::filesystem::path& path);
+/// The same of bytes that came `from` elsewhere.
+Result<std::string> text_of(std::string_view bytes, const std::string& from);
+std::string_view without_byte_order_mark(std::string_view text);
 
 /// Offset of the first byte that does not begin or continue a well-formed UTF-8 sequence
 /// (Unicode 15, table 3-7), or text.size() if there is none.

@@ -1,6 +1,7 @@
 // `rabit bench`: speed of reading a prompt (pp) and of generating (tg), as llama-bench reports it.
 // Each row is repeated; a run before the first is not counted. Before every repetition the memory
 // is read once, so that both are measured under the same conditions.
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <unistd.h>
 
@@ -144,7 +145,7 @@ Result<double> time_once(std::span<Session* const> sessions, const Row& row,
 }
 
 std::string where(const Row& row) {
-  return row.on_gpu ? row.device : fmt::format("{} threads", row.threads);
+  return row.on_gpu ? row.device : counted(row.threads, "thread");
 }
 
 /// Bytes that the process has held at most since forget_peak_memory(), what it read of mapped files
@@ -395,6 +396,35 @@ class TemporaryFolder {
   std::filesystem::path path_;
 };
 
+/// A file that stays until this goes, even without a name.
+class OpenFile {
+ public:
+  OpenFile() = default;
+  /// Errors: a file that cannot be read.
+  static Result<OpenFile> open(const std::filesystem::path& path) {
+    OpenFile file;
+    file.fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (file.fd_ < 0) {
+      return Error{"cannot open " + path.string() + ": " + std::strerror(errno)};
+    }
+    return file;
+  }
+  ~OpenFile() {
+    if (fd_ >= 0) {
+      ::close(fd_);
+    }
+  }
+  OpenFile(OpenFile&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  OpenFile& operator=(OpenFile&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
+  std::filesystem::path path() const { return fmt::format("/proc/self/fd/{}", fd_); }
+
+ private:
+  int fd_ = -1;
+};
+
 Status bench(const BenchOptions& options) {
   if (options.model.empty() && options.shape.empty()) {
     throw CLI::RequiredError("-m or --shape");
@@ -410,19 +440,23 @@ Status bench(const BenchOptions& options) {
   const std::vector<int64_t> sequences =
       parse_list("-s,--sequences", options.sequences, kMostSequences, 1);
   std::filesystem::path path = options.model;
-  std::optional<TemporaryFolder> temporary;
+  OpenFile made;
   if (!options.shape.empty()) {
     RABIT_ASSIGN(ModelConfig config, named_shape(options.shape));
     config.layers = options.layers > 0 ? options.layers : config.layers;
-    path = options.save;
-    if (path.empty()) {
-      RABIT_ASSIGN(temporary, TemporaryFolder::make());
-      path = temporary->path() / "model.gguf";
-    }
     if (options.bits > kMostPackedPaths && options.bits != kDenseBits) {
       throw CLI::ValidationError("--bits", "the model of --shape has 1 to 4, or 16");
     }
-    RABIT_CHECK(write_random_model(path, config, options.bits == kDenseBits ? 0 : options.bits));
+    const int64_t paths = options.bits == kDenseBits ? 0 : options.bits;
+    path = options.save;
+    if (!path.empty()) {
+      RABIT_CHECK(write_random_model(path, config, paths));
+    } else {
+      RABIT_ASSIGN(const auto temporary, TemporaryFolder::make());
+      RABIT_CHECK(write_random_model(temporary.path() / "model.gguf", config, paths));
+      RABIT_ASSIGN(made, OpenFile::open(temporary.path() / "model.gguf"));
+      path = made.path();  // which outlives its folder, and no kill leaves it behind
+    }
   }
   RABIT_ASSIGN(const auto file, GgufFile::open(path));
   RABIT_ASSIGN(const ModelConfig config, read_model_config(*file));
@@ -431,10 +465,12 @@ Status bench(const BenchOptions& options) {
                                              std::max(options.prompt, options.generate));
   std::vector<Row> rows;
   const Status measured = measure(options, path, config, threads, depths, sequences, rows);
-  if (!rows.empty()) {  // also of a measurement that was interrupted
-    RABIT_CHECK(write_stdout(options.output == "md"
-                                 ? to_markdown(config, size, rows)
-                                 : json_text(to_json(options, *file, config, size, rows))));
+  if (!rows.empty() && options.output == "md") {  // also of a measurement that was interrupted
+    RABIT_CHECK(write_stdout(to_markdown(config, size, rows)));
+  } else if (!rows.empty()) {
+    Json told = to_json(options, *file, config, size, rows);
+    told["interrupted"] = !measured && measured.error().interrupted;
+    RABIT_CHECK(write_stdout(json_text(told)));
   }
   return measured;
 }

@@ -48,18 +48,19 @@ Result<std::shared_ptr<Model>> load_model(const std::filesystem::path& path,
                                               .cache_q8_0 = flags.cache_type == "q8_0",
                                               .device = flags.device}));
   if (flags.verbose) {
-    note(fmt::format(
-        "{}: {}, dense weights {}, KV cache {}; loaded in {:.2f} s", path.string(),
-        model->on_gpu() ? model->device()
-                        : fmt::format("kernels {}, {} threads", model->kernels(), model->threads()),
-        dense_type(flags), cache_type(flags), now_seconds() - started));
+    note(fmt::format("{}: {}, dense weights {}, KV cache {}; loaded in {:.2f} s", path.string(),
+                     model->on_gpu() ? model->device()
+                                     : fmt::format("kernels {}, {}", model->kernels(),
+                                                   counted(model->threads(), "thread")),
+                     dense_type(flags), cache_type(flags), now_seconds() - started));
   }
   return model;
 }
 
 std::string runs_on(const Model& model) {
-  return model.on_gpu() ? model.device()
-                        : fmt::format("{} threads, {} kernels", model.threads(), model.kernels());
+  return model.on_gpu()
+             ? model.device()
+             : fmt::format("{}, {} kernels", counted(model.threads(), "thread"), model.kernels());
 }
 
 std::string dense_type(const EngineFlags& flags) {

@@ -50,9 +50,9 @@ Status eval(const EvalOptions& options) {
   const auto count = static_cast<int64_t>(tokens.size());
   if (count < options.ctx) {
     return Error{
-        fmt::format("{} has {} tokens, less than one window of --ctx {}: take a longer text "
+        fmt::format("{} has {}, less than one window of --ctx {}: take a longer text "
                     "or a smaller --ctx",
-                    options.text, count, options.ctx)};
+                    options.text, counted(count, "token"), options.ctx)};
   }
   warn_of_context(config.context_length, options.ctx);
 
@@ -101,14 +101,14 @@ Status eval(const EvalOptions& options) {
             : "";
     RABIT_CHECK(write_stdout(
         from_teacher +
-        fmt::format(
-            "perplexity {:.4f} ± {:.4f} ({} tokens scored in {} of {}, {:.0f} tokens/s{}{})\n"
-            "{}\n"
-            "{:.4f} bits per weight over the linear layers, {:.4f} over the file\n",
-            result.perplexity, result.perplexity_stderr, result.tokens_scored,
-            counted(result.windows, "window"), result.ctx, rate, teacher ? " with the teacher" : "",
-            interrupted ? "; interrupted" : "", perplexity_protocol(options.ctx),
-            size.bits_per_weight(), size.file_bits_per_weight())));
+        fmt::format("perplexity {:.4f} ± {:.4f} ({} scored in {} of {}, {:.0f} tokens/s{}{})\n"
+                    "{}\n"
+                    "{:.4f} bits per weight over the linear layers, {:.4f} over the file\n",
+                    result.perplexity, result.perplexity_stderr,
+                    counted(result.tokens_scored, "token"), counted(result.windows, "window"),
+                    result.ctx, rate, teacher ? " with the teacher" : "",
+                    interrupted ? "; interrupted" : "", perplexity_protocol(options.ctx),
+                    size.bits_per_weight(), size.file_bits_per_weight())));
     return scored ? Status() : scored.error();
   }
   nlohmann::ordered_json told = {{"perplexity", result.perplexity},

@@ -132,7 +132,7 @@ void append_tensors(std::string& out, const GgufFile& file, bool all) {
   constexpr size_t kShown = 16;
   const auto& tensors = file.tensors();
   const size_t shown = all ? tensors.size() : std::min(kShown, tensors.size());
-  out += fmt::format("\n{} tensors\n", tensors.size());
+  out += "\n" + counted(static_cast<int64_t>(tensors.size()), "tensor") + "\n";
   for (size_t i = 0; i < shown; ++i) {
     out += fmt::format("  {:<32} {:<5} {:>22} {:>12} bytes\n", one_line(tensors[i].name),
                        tensor_type_name(tensors[i].type), extents_text(tensors[i].ne),
@@ -151,10 +151,10 @@ std::string to_text(const GgufFile& file, const Facts& facts, bool all_tensors) 
     out += fmt::format("model      {}{}{}\n", one_line(c.name), c.name.empty() ? "" : ", ",
                        c.architecture);
     out += fmt::format(
-        "sizes      {} layers, d_model {}, {} heads of {} ({} for keys and values), d_ff {}, "
+        "sizes      {}, d_model {}, {} of {} ({} for keys and values), d_ff {}, "
         "vocabulary {}, context {}\n",
-        c.layers, c.d_model, c.heads, c.head_dim, c.kv_heads, c.d_ff, c.vocab_size,
-        c.context_length);
+        counted(c.layers, "layer"), c.d_model, counted(c.heads, "head"), c.head_dim, c.kv_heads,
+        c.d_ff, c.vocab_size, c.context_length);
   }
   if (facts.size) {
     const SizeReport& size = *facts.size;

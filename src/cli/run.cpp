@@ -1,11 +1,15 @@
 // `rabit run`: continues a prompt. The text goes to stdout as it is made, everything else to
 // stderr.
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <nlohmann/json.hpp>
 #include <random>
 
+#include "base/files.h"
 #include "base/interrupt.h"
 #include "cli/common.h"
 #include "cli/engine_flags.h"
@@ -61,7 +65,27 @@ struct Outcome {
   bool interrupted = false;
 };
 
+Result<std::string> read_stdin() {
+  std::string bytes;
+  char block[65536];
+  while (true) {
+    const ssize_t got = ::read(STDIN_FILENO, block, sizeof block);
+    RABIT_CHECK(check_interrupt());
+    if (got == 0) {
+      return text_of(bytes, "standard input");
+    }
+    if (got > 0) {
+      bytes.append(block, static_cast<size_t>(got));
+    } else if (errno != EINTR) {
+      return Error{std::string("cannot read standard input: ") + std::strerror(errno)};
+    }
+  }
+}
+
 Result<std::string> read_prompt(const RunOptions& options) {
+  if (options.prompt_file == "-") {
+    return read_stdin();
+  }
   if (!options.prompt_file.empty()) {
     return read_text_file(options.prompt_file);
   }
@@ -226,7 +250,8 @@ Command add_run(CLI::App& app) {
   CLI::Option* prompt =
       sub->add_option("-p,--prompt", options->prompt, "Text to continue, taken as it is")
           ->type_name("TEXT");
-  sub->add_option("-f,--file", options->prompt_file, "File with the text to continue")
+  sub->add_option("-f,--file", options->prompt_file,
+                  "File with the text to continue; -: standard input")
       ->type_name("FILE")
       ->excludes(prompt);
   add_integer(sub, "-n,--predict", options->predict, -1, 1 << 24,
@@ -254,7 +279,8 @@ Command add_run(CLI::App& app) {
       "Examples:\n"
       "  rabit run -m model.gguf -p \"The capital of France is\" -n 32\n"
       "  rabit run -m model.gguf -p \"Once upon a time\" -n 64 --temp 0 -t 2\n"
-      "  rabit run -m model.gguf -f prompt.txt -n 16 -s 1 --top-k 20 --json");
+      "  rabit run -m model.gguf -f prompt.txt -n 16 -s 1 --top-k 20 --json\n"
+      "  rabit run -m model.gguf -f - -n 16 < prompt.txt");
   return {sub, [options] { return run(*options); }};
 }
 

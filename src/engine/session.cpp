@@ -138,8 +138,12 @@ Status LoadedSession::allocate() {
   const auto page = static_cast<uint64_t>(std::max(0L, ::sysconf(_SC_PAGESIZE)));
   if (__builtin_mul_overflow(static_cast<uint64_t>(capacity_), 2 * per_position, &bytes) ||
       bytes > pages * page) {
-    return Error{"a context of " + std::to_string(capacity_) +
-                 " positions does not fit this machine's memory; ask for a smaller one"};
+    const auto gib = [](double size) { return std::to_string(std::llround(size * 0x1p-30)); };
+    return Error{"a context of " + std::to_string(capacity_) + " positions needs " +
+                 gib(2.0 * static_cast<double>(per_position) * static_cast<double>(capacity_)) +
+                 " GiB for keys and values, this machine has " +
+                 gib(static_cast<double>(pages) * static_cast<double>(page)) +
+                 " GiB of memory; ask for a smaller one"};
   }
   RABIT_ASSIGN(keys_, Buffer::make(bytes / 2, 1, "the cache of keys"));
   RABIT_ASSIGN(values_, Buffer::make(bytes / 2, 1, "the cache of values"));

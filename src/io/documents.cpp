@@ -95,6 +95,11 @@ Status for_each_line(const std::filesystem::path& path, const Line& line) {
   size_t offset = 0;   // of `held` in the text
   size_t checked = 0;  // bytes of `held` that are UTF-8
   int64_t number = 0;
+  const auto whole = [&](size_t begin, size_t end) {
+    const auto text = std::string_view(held).substr(begin, end - begin);
+    ++number;
+    return line(number == 1 ? without_byte_order_mark(text) : text, number);
+  };
   while (true) {
     RABIT_ASSIGN(const std::string_view more, stream.next());
     held += more;
@@ -107,11 +112,11 @@ Status for_each_line(const std::filesystem::path& path, const Line& line) {
     }
     size_t begin = 0;
     for (size_t end = held.find('\n', checked); end < valid; end = held.find('\n', begin)) {
-      RABIT_CHECK(line(std::string_view(held).substr(begin, end + 1 - begin), ++number));
+      RABIT_CHECK(whole(begin, end + 1));
       begin = end + 1;
     }
     if (more.empty()) {
-      return begin < held.size() ? line(std::string_view(held).substr(begin), ++number) : Status();
+      return begin < held.size() ? whole(begin, held.size()) : Status();
     }
     offset += begin;
     held.erase(0, begin);
