@@ -18,6 +18,8 @@ import time
 import unittest
 from pathlib import Path
 
+from tiny_model import tiny_model
+
 RABIT = os.environ.get("RABIT_BINARY", "build/release/bin/rabit")
 MODEL = os.environ.get("RABIT_MODEL", ".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
 COMMANDS = ("quantize", "diagnose", "report", "eval", "run", "bench", "inspect")
