@@ -104,14 +104,14 @@ inline double median(std::vector<float> times) {
 }
 
 template <typename Work>
-std::vector<float> time_each(int repetitions, const Work& work) {
+std::vector<float> time_each(int repetitions, const Work& work, cudaStream_t stream = nullptr) {
   cudaEvent_t begin, end;
   cudaEventCreate(&begin), cudaEventCreate(&end);
   std::vector<float> times;
   for (int i = -3; i < repetitions; ++i) {
-    cudaEventRecord(begin);
+    cudaEventRecord(begin, stream);
     work();
-    cudaEventRecord(end);
+    cudaEventRecord(end, stream);
     check(cudaEventSynchronize(end), "run");
     float time = 0;
     cudaEventElapsedTime(&time, begin, end);

@@ -24,34 +24,22 @@ struct Times {
   double median_us, least_us, most_us;
 };
 
-/// Of each of `copies` in turn, so that no weights are in the caches: a graph of all, timed as one.
+/// Of each of `copies` in turn, so that no weights are in the caches: recorded and timed as one.
 template <typename Work>
 Times time_of(const gpu::Queue& queue, int copies, int repetitions, const Work& work) {
-  cudaGraph_t graph;
-  cudaGraphExec_t launch;
   work(0);  // what is only done once
-  expect(queue.wait());
-  check(cudaStreamBeginCapture(queue.stream(), cudaStreamCaptureModeThreadLocal), "capture");
-  for (int i = 0; i < copies; ++i) {
-    work(i);
-  }
-  check(cudaStreamEndCapture(queue.stream(), &graph), "capture");
-  check(cudaGraphInstantiate(&launch, graph, 0), "graph");
-  cudaEvent_t begin, end;
-  cudaEventCreate(&begin), cudaEventCreate(&end);
-  std::vector<float> times;
-  for (int i = -2; i < repetitions; ++i) {
-    cudaEventRecord(begin, queue.stream());
-    check(cudaGraphLaunch(launch, queue.stream()), "run");
-    cudaEventRecord(end, queue.stream());
-    check(cudaEventSynchronize(end), "run");
-    float time = 0;
-    cudaEventElapsedTime(&time, begin, end);
-    if (i >= 0) {
-      times.push_back(time * 1e3F / static_cast<float>(copies));
+  const auto recording = queue.record([&]() -> Status {
+    for (int i = 0; i < copies; ++i) {
+      work(i);
     }
+    return {};
+  });
+  expect(recording ? Status() : Status(recording.error()));
+  std::vector<float> times = time_each(
+      repetitions, [&] { expect(queue.replay(*recording)); }, queue.stream());
+  for (float& time : times) {
+    time *= 1e3F / static_cast<float>(copies);
   }
-  cudaGraphExecDestroy(launch), cudaGraphDestroy(graph);
   return {median(times), *std::min_element(times.begin(), times.end()),
           *std::max_element(times.begin(), times.end())};
 }

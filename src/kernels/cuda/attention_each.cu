@@ -25,14 +25,6 @@ struct EachArgs {
   uint16_t* out;        // as q
 };
 
-__device__ __forceinline__ void eight_floats(const uint4& halves, float (&out)[8]) {
-  const uint32_t words[4] = {halves.x, halves.y, halves.z, halves.w};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    out[i] = half_to_float(static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2)));
-  }
-}
-
 /// Part of a softmax over positions: the largest score, the sum of exponentials relative to it, and
 /// values weighted by them.
 template <int kValues>
@@ -58,7 +50,6 @@ template <int kHeads>
 __global__ void __launch_bounds__(kThreads) attention_each_kernel(EachArgs args) {
   __shared__ float sums[kWarps * kHeads * kMostWidth];
   __shared__ float states[kWarps * kHeads * 2];
-  __shared__ unsigned before;
   const int d = args.sizes.head_dim, group = args.sizes.heads / args.sizes.kv_heads;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int kv = static_cast<int>(blockIdx.x), token = static_cast<int>(blockIdx.y);
@@ -84,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) attention_each_kernel(EachArgs args)
       if (h < heads && at < d) {
         halves = *reinterpret_cast<const uint4*>(args.q + (head + h) * d + at);
       }
-      eight_floats(halves, query[h]);
+      eight_halves(halves, query[h]);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         query[h][i] *= args.scale;
@@ -98,8 +89,8 @@ __global__ void __launch_bounds__(kThreads) attention_each_kernel(EachArgs args)
         values = *reinterpret_cast<const uint4*>(place.v + plane + p * d);
       }
       float key[8], value[8];
-      eight_floats(keys, key);
-      eight_floats(values, value);
+      eight_halves(keys, key);
+      eight_halves(values, value);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
         float score = 0;
@@ -162,22 +153,8 @@ __global__ void __launch_bounds__(kThreads) attention_each_kernel(EachArgs args)
     }
     __syncthreads();
   }
-  if (parts == 1) {
+  if (parts == 1 || !last_to_come(args.counters + token * args.sizes.kv_heads + kv, parts)) {
     return;
-  }
-  __threadfence();
-  __syncthreads();
-  uint32_t* const counter = args.counters + token * args.sizes.kv_heads + kv;
-  if (thread == 0) {
-    before = atomicAdd(counter, 1U);
-  }
-  __syncthreads();
-  if (before + 1 < static_cast<unsigned>(parts)) {
-    return;
-  }
-  __threadfence();
-  if (thread == 0) {
-    *counter = 0;
   }
   const int64_t head = int64_t{token} * args.sizes.heads + kv * group;
   for (int item = thread; item < group * d; item += kThreads) {

@@ -7,15 +7,6 @@
 
 namespace rabit::gpu {
 
-__device__ __forceinline__ void eight_halves(const uint4& bits, float (&out)[8]) {
-  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    out[2 * i] = half_to_float(static_cast<uint16_t>(words[i]));
-    out[2 * i + 1] = half_to_float(static_cast<uint16_t>(words[i] >> 16));
-  }
-}
-
 /// Some positions of a KV head of a token.
 struct Unit {
   int token, kv, part, position, begin, end;

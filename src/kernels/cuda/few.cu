@@ -113,8 +113,7 @@ __device__ __forceinline__ uint32_t weights_of(const uint32_t (&signs)[kPaths],
 #pragma unroll
   for (int path = 0; path < kPaths; ++path) {
     const uint32_t minus = ~(signs[path] << shift) & 0x80008000U;
-    sum = path == 0 ? multiply_pair(scales[path] ^ minus, row.ratios[path])
-                    : multiply_add_pair(scales[path] ^ minus, row.ratios[path], sum);
+    sum = multiply_add_pair(scales[path] ^ minus, row.ratios[path], sum);
   }
   return sum;
 }
@@ -237,19 +236,8 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(FewA
             make_float4(s[0], s[1], s[2], s[3]);
       }
     }
-    __threadfence();
-    __syncthreads();
-    __shared__ unsigned before;
-    if (thread == 0) {
-      before = atomicAdd(args.counters + block, 1U);
-    }
-    __syncthreads();
-    if (before + 1 < static_cast<unsigned>(args.splits)) {
+    if (!last_to_come(args.counters + block, args.splits)) {
       return;
-    }
-    __threadfence();
-    if (thread == 0) {
-      args.counters[block] = 0;
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {

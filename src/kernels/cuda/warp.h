@@ -118,24 +118,6 @@ __device__ __forceinline__ void multiply_bits(int (&c)[4], const uint4& a, uint3
 #endif
 }
 
-/// a b of pairs of halves.
-__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
-#ifdef __CUDA_ARCH__
-  uint32_t d;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-#else
-  uint32_t d = 0;
-  for (int i = 0; i < 32; i += 16) {
-    const auto half = [i](uint32_t pair) {
-      return half_to_float(static_cast<uint16_t>(pair >> i & 0xFFFFU));
-    };
-    d |= static_cast<uint32_t>(float_to_half(half(a) * half(b))) << i;
-  }
-  return d;
-#endif
-}
-
 /// a b + c of pairs of halves, each rounded once.
 __device__ __forceinline__ uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c) {
 #ifdef __CUDA_ARCH__
@@ -212,6 +194,35 @@ __device__ __forceinline__ void fetch_ahead(const void* at, int bytes, int membe
 #else
   (void)at, (void)bytes, (void)member, (void)members;
 #endif
+}
+
+__device__ __forceinline__ void eight_halves(const uint4& bits, float (&out)[8]) {
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = half_to_float(static_cast<uint16_t>(words[i]));
+    out[2 * i + 1] = half_to_float(static_cast<uint16_t>(words[i] >> 16));
+  }
+}
+
+/// Whether this block is the last of `blocks` to come here, by all its threads; what they all wrote
+/// before can then be read. The counter is zero before the first and after the last.
+__device__ __forceinline__ bool last_to_come(uint32_t* counter, int blocks) {
+  __shared__ uint32_t before;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    before = atomicAdd(counter, 1U);
+    if (before + 1 == static_cast<uint32_t>(blocks)) {
+      *counter = 0;
+    }
+  }
+  __syncthreads();
+  if (before + 1 < static_cast<uint32_t>(blocks)) {
+    return false;
+  }
+  __threadfence();
+  return true;
 }
 
 /// Floats that blocks hand each other in one launch, each by itself and in its own time: the lowest
