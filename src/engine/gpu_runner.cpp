@@ -39,22 +39,27 @@ void GpuRunner::plan_whole() {
   }
 }
 
+Status GpuRunner::start() {
+  RABIT_CHECK(gpu::activate(model_.info.index));
+  RABIT_ASSIGN(queue_, gpu::Queue::make());
+  return {};
+}
+
 Status GpuRunner::prepare(int64_t tokens) {
   RABIT_CHECK(gpu::activate(model_.info.index));
-  if (!queue_) {
-    RABIT_ASSIGN(queue_, gpu::Queue::make());
-  }
-  const int64_t wanted = std::min(tokens, kChunk);
-  if (wanted <= chunk_) {
+  const int64_t wanted = std::min(tokens, kChunk), before = chunk_;
+  if (wanted <= before) {
     return {};
   }
   plan_whole();
   recordings_.clear();
   memory_ = {};
   chunk_ = 0;
+  // What there was before fits again, for the sessions that have it.
+  const int64_t least = before == 0 ? kLeastChunk : std::min(before, kLeastChunk);
   for (int64_t chunk = wanted;; chunk = (chunk + 1) / 2) {
     rows_ = std::max(chunk, gpu::kFewTokens);
-    if (const Status status = allocate(); status || chunk <= kLeastChunk) {
+    if (const Status status = allocate(); status || chunk <= least) {
       RABIT_CHECK(status);
       chunk_ = chunk;
       break;
@@ -250,10 +255,18 @@ Status GpuRunner::run_block(int64_t layer, int64_t tokens, const Attend& attend)
   return multiply({&block.down}, hidden_, tokens, x_, true);
 }
 
+Status GpuRunner::begin() const {
+  if (chunk_ == 0) {
+    return Error{"the GPU has no memory left for a pass"};
+  }
+  RABIT_CHECK(check_interrupt());
+  return gpu::activate(model_.info.index);
+}
+
 Status GpuRunner::run_chunk(const GpuCache& cache, std::span<const int32_t> tokens) {
+  RABIT_CHECK(begin());
   const auto count = static_cast<int64_t>(tokens.size());
   const gpu::Stream stream = queue_->stream();
-  RABIT_CHECK(gpu::activate(model_.info.index));
   RABIT_CHECK(queue_->upload(tokens_, tokens.data(), tokens.size_bytes()));
   RABIT_CHECK(gpu::embed(model_.embedding, tokens_, count, sizes_.d_model, x_, stream));
   for (int64_t layer = 0; layer < sizes_.layers; ++layer) {
@@ -275,8 +288,7 @@ Result<const float*> GpuRunner::run_whole(const GpuCache& cache, int32_t token) 
   if (!plan_) {
     return nullptr;
   }
-  RABIT_CHECK(check_interrupt());
-  RABIT_CHECK(gpu::activate(model_.info.index));
+  RABIT_CHECK(begin());
   auto* const next = host_next_.as<int32_t>();
   next[0] = token;
   next[1] = static_cast<int32_t>(cache.position);
@@ -344,8 +356,7 @@ Status GpuRunner::queue_each(int64_t tokens) {
 
 Result<const float*> GpuRunner::run_each(std::span<const GpuCache* const> caches,
                                          std::span<const int32_t> tokens) {
-  RABIT_CHECK(check_interrupt());
-  RABIT_CHECK(gpu::activate(model_.info.index));
+  RABIT_CHECK(begin());
   const auto count = static_cast<int64_t>(caches.size());
   auto* const places = host_places_.as<gpu::Place>();
   for (int64_t i = 0; i < count; ++i) {

@@ -26,6 +26,8 @@ class GpuRunner {
  public:
   explicit GpuRunner(const GpuModel& model) : model_(model), sizes_(model.sizes) {}
 
+  /// Before all else. Errors: what cuBLAS lacks.
+  Status start();
   /// Room for prompts of `tokens` tokens, in chunks of them if memory is short. Errors: memory that
   /// cannot be had.
   Status prepare(int64_t tokens);
@@ -55,6 +57,7 @@ class GpuRunner {
 
  private:
   Status allocate();
+  Status begin() const;  // of every pass
   void plan_whole();
   Status fill_turns(const GpuCache& cache);
   template <typename Attend>

@@ -166,9 +166,10 @@ Result<std::unique_ptr<Session>> create_gpu_session(std::shared_ptr<Model> model
     return Error{"a context needs at least one position, not " + std::to_string(capacity)};
   }
   if (on_gpu->runner == nullptr) {
-    on_gpu->runner = std::make_shared<GpuRunner>(*on_gpu);
+    auto runner = std::make_shared<GpuRunner>(*on_gpu);
+    RABIT_CHECK(runner->start());
+    on_gpu->runner = std::move(runner);
   }
-  RABIT_CHECK(on_gpu->runner->prepare(1));
   RABIT_ASSIGN(GpuCache cache, on_gpu->runner->make_cache(capacity));
   RABIT_CHECK(on_gpu->runner->prepare(capacity));
   return std::unique_ptr<Session>(new GpuSession(std::move(on_gpu), std::move(cache)));
