@@ -93,8 +93,11 @@ class Session {
   virtual void truncate(int64_t position) = 0;
 
  protected:
-  /// What a session does as the first of forward_each(), whose arguments have been checked to be as
-  /// many, and to be different.
+  virtual const Model& model() const = 0;
+  /// Errors: tokens that forward() would refuse.
+  virtual Status check(std::span<const int32_t> tokens) const = 0;
+  /// What a session does as the first of forward_each(), whose arguments have been checked:
+  /// sessions of its model, each with room for its token.
   virtual Result<std::span<const float>> lead(std::span<Session* const> sessions,
                                               std::span<const int32_t> tokens) = 0;
 };

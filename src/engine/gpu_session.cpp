@@ -39,6 +39,10 @@ class GpuSession : public Session {
   int64_t whole_tokens() const { return whole_tokens_; }
 
  protected:
+  const Model& model() const override { return *model_; }
+  Status check(std::span<const int32_t> tokens) const override {
+    return check_input(tokens, cache_.position, cache_.capacity, vocab());
+  }
   Result<std::span<const float>> lead(std::span<Session* const> sessions,
                                       std::span<const int32_t> tokens) override;
 
@@ -65,7 +69,7 @@ Result<const float*> GpuSession::run_alone(std::span<const int32_t> tokens) {
 }
 
 Status GpuSession::forward_all(std::span<const int32_t> tokens, const LogitSink& sink) {
-  RABIT_CHECK(check_input(tokens, cache_.position, cache_.capacity, vocab()));
+  RABIT_CHECK(check(tokens));
   const auto total = static_cast<int64_t>(tokens.size());
   const int64_t start = cache_.position;
   const auto run = [&]() -> Status {
@@ -93,7 +97,7 @@ Status GpuSession::forward_all(std::span<const int32_t> tokens, const LogitSink&
 }
 
 Result<std::span<const float>> GpuSession::forward(std::span<const int32_t> tokens) {
-  RABIT_CHECK(check_input(tokens, cache_.position, cache_.capacity, vocab()));
+  RABIT_CHECK(check(tokens));
   const auto total = static_cast<int64_t>(tokens.size());
   const int64_t start = cache_.position;
   const auto run = [&]() -> Result<const float*> {
@@ -122,13 +126,8 @@ Result<std::span<const float>> GpuSession::lead(std::span<Session* const> sessio
                                                 std::span<const int32_t> tokens) {
   std::vector<GpuSession*> all;
   std::vector<const GpuCache*> caches;
-  for (size_t i = 0; i < sessions.size(); ++i) {
-    auto* const own = dynamic_cast<GpuSession*>(sessions[i]);
-    if (own == nullptr || own->model_ != model_) {
-      return Error{"sessions of several models cannot take a token at once"};
-    }
-    RABIT_CHECK(
-        check_input(tokens.subspan(i, 1), own->cache_.position, own->cache_.capacity, vocab()));
+  for (Session* session : sessions) {
+    auto* const own = static_cast<GpuSession*>(session);
     all.push_back(own);
     caches.push_back(&own->cache_);
   }

@@ -64,6 +64,10 @@ class LoadedSession : public Session {
   Status allocate();
   Status forward_all(std::span<const int32_t> tokens, const LogitSink& sink) override;
   Result<std::span<const float>> forward(std::span<const int32_t> tokens) override;
+  const Model& model() const override { return *model_; }
+  Status check(std::span<const int32_t> tokens) const override {
+    return check_input(tokens, position_, capacity_, config_.vocab_size);
+  }
   Result<std::span<const float>> lead(std::span<Session* const> sessions,
                                       std::span<const int32_t> tokens) override;
   int64_t position() const override { return position_; }
@@ -72,9 +76,6 @@ class LoadedSession : public Session {
   }
 
  private:
-  Status check(std::span<const int32_t> tokens) const {
-    return check_input(tokens, position_, capacity_, config_.vocab_size);
-  }
   Status run_blocks(std::span<const int32_t> tokens);
   void run_block(int64_t layer, int64_t tokens);
   /// Whose a token of the chunk is, and its position there.
@@ -513,12 +514,8 @@ Result<std::span<const float>> LoadedSession::lead(std::span<Session* const> ses
                                                    std::span<const int32_t> tokens) {
   std::vector<LoadedSession*> all;
   LoadedSession* largest = this;  // whose scratch is enough for all
-  for (size_t i = 0; i < sessions.size(); ++i) {
-    auto* const own = dynamic_cast<LoadedSession*>(sessions[i]);
-    if (own == nullptr || own->model_ != model_) {
-      return Error{"sessions of several models cannot take a token at once"};
-    }
-    RABIT_CHECK(own->check(tokens.subspan(i, 1)));
+  for (Session* session : sessions) {
+    auto* const own = static_cast<LoadedSession*>(session);
     largest = own->capacity_ > largest->capacity_ ? own : largest;
     all.push_back(own);
   }
@@ -593,6 +590,12 @@ Result<std::span<const float>> Session::forward_each(std::span<Session* const> s
   std::sort(sorted.begin(), sorted.end());
   if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) {
     return Error{"a session cannot take two tokens at once"};
+  }
+  for (size_t i = 0; i < sessions.size(); ++i) {
+    if (&sessions[i]->model() != &sessions.front()->model()) {
+      return Error{"sessions of several models cannot take a token at once"};
+    }
+    RABIT_CHECK(sessions[i]->check(tokens.subspan(i, 1)));
   }
   return sessions.front()->lead(sessions, tokens);
 }

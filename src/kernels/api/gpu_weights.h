@@ -21,14 +21,14 @@ enum class Format : int32_t {
 inline constexpr int32_t kTileRows = 16;
 inline constexpr int32_t kTileColumns = 256;
 inline constexpr int32_t kTileWords = 128;
-/// Even columns in the lower half of a word.
 #ifdef __CUDACC__
-__host__ __device__
+#define RABIT_HOST_DEVICE __host__ __device__
+#else
+#define RABIT_HOST_DEVICE
 #endif
-    constexpr int32_t
-    tile_column(int32_t bit) {
-  return 2 * (bit % 16) + bit / 16;
-}
+
+/// Even columns in the lower half of a word.
+RABIT_HOST_DEVICE constexpr int32_t tile_column(int32_t bit) { return 2 * (bit % 16) + bit / 16; }
 
 struct Linear {
   Format format = Format::kF16;
