@@ -1,5 +1,6 @@
 // Times single products at the widths of known models, random weights, beside a copy within the
-// device's memory: packed weights as they lie, unpacked before cuBLAS, and F16 with cuBLAS.
+// device's memory: packed weights as they lie, by warps and by warpgroups, unpacked before cuBLAS,
+// and F16 with cuBLAS.
 //
 //   gpu_products_bench --widths 4096x4096,28672x8192 --tokens 1,8,64,512
 #include <CLI/CLI.hpp>
@@ -22,6 +23,12 @@ void expect(const Status& status) {
 
 struct Times {
   double median_us, least_us, most_us;
+};
+
+/// A kernel for packed products, and its memory.
+struct Way {
+  gpu::DeviceInfo device;
+  gpu::PackedWork work;
 };
 
 /// Of each of `copies` in turn, so that no weights are in the caches: recorded and timed as one.
@@ -59,11 +66,12 @@ int main(int argc, char** argv) {
   app.add_option("--repetitions", repetitions);
   CLI11_PARSE(app, argc, argv);
 
-  cudaDeviceProp device;
-  check(cudaGetDeviceProperties(&device, 0), "device");
+  const auto used = gpu::use_device(0);
+  expect(used ? Status() : Status(used.error()));
+  const gpu::DeviceInfo& device = *used;
   const double bandwidth = copy_bandwidth();
-  std::printf("%s, copy %.0f GB/s; %lld paths; medians of %d, least and most\n", device.name,
-              bandwidth / 1e9, static_cast<long long>(paths), repetitions);
+  std::printf("%s, copy %.0f GB/s; %lld paths; medians of %d, least and most\n",
+              device.name.c_str(), bandwidth / 1e9, static_cast<long long>(paths), repetitions);
   const auto made = gpu::Queue::make();
   if (!made) {
     std::fprintf(stderr, "%s\n", made.error().message.c_str());
@@ -94,12 +102,18 @@ int main(int argc, char** argv) {
     const uint16_t* const input = memory.halves(most * in, 1.0F);
     auto* const y = static_cast<float*>(memory.room(most * out * 4));
     auto* const unpacked = static_cast<uint16_t*>(memory.room(out * in * 2));
-    const auto work_bytes = gpu::few_work({&linears[0]}, device.multiProcessorCount) * 4;
-    const auto counter_bytes = gpu::few_counters({&linears[0]}) * 4;
-    const gpu::FewWork work = {static_cast<float*>(memory.room(work_bytes)),
-                               static_cast<uint32_t*>(memory.room(counter_bytes)),
-                               device.multiProcessorCount};
-    check(cudaMemset(work.counters, 0, static_cast<size_t>(counter_bytes)), "memory");
+    std::vector<Way> ways;
+    for (const bool warpgroups : {false, true}) {
+      if (warpgroups && !device.warpgroups) {
+        continue;
+      }
+      Way& way = ways.emplace_back(Way{device});
+      way.device.warpgroups = warpgroups;
+      const gpu::PackedNeeds needs = gpu::packed_needs({&linears[0]}, way.device);
+      way.work = {static_cast<float*>(memory.room(needs.floats * 4)),
+                  static_cast<uint32_t*>(memory.room(needs.counters * 4))};
+      check(cudaMemset(way.work.counters, 0, static_cast<size_t>(needs.counters * 4)), "memory");
+    }
     for (const int64_t count : tokens) {
       const auto multiply = [&](const void* w) {
         expect(queue.multiply({.w = static_cast<const uint16_t*>(w),
@@ -112,13 +126,17 @@ int main(int argc, char** argv) {
                                .y_stride = out}));
       };
       std::printf("%s, %lld tokens:", width.c_str(), static_cast<long long>(count));
-      if (gpu::takes_few({&linears[0]}, count)) {
+      for (const Way& way : ways) {
+        if (!gpu::takes_packed({&linears[0]}, count, way.device)) {
+          continue;
+        }
         const Times t = time_of(queue, copies, repetitions, [&](int i) {
-          expect(gpu::multiply_few({&linears[i]}, input, count, y, false, work, queue.stream()));
+          expect(gpu::multiply_packed({&linears[i]}, input, count, y, false, way.work, way.device,
+                                      queue.stream()));
         });
-        std::printf(" packed %.1f us (%.1f to %.1f), %.0f GB/s, %.0f %% of the copy;", t.median_us,
-                    t.least_us, t.most_us, bytes / t.median_us / 1e3,
-                    bytes / t.median_us * 1e8 / bandwidth);
+        std::printf(" %s %.1f us (%.1f to %.1f), %.0f GB/s, %.0f %% of the copy;",
+                    way.device.warpgroups ? "warpgroups" : "warps", t.median_us, t.least_us,
+                    t.most_us, bytes / t.median_us / 1e3, bytes / t.median_us * 1e8 / bandwidth);
       }
       const Times u = time_of(queue, copies, repetitions, [&](int i) {
         expect(gpu::unpack(linears[i], unpacked, in, queue.stream()));

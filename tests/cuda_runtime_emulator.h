@@ -49,6 +49,41 @@ inline void multiply_tile(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
   });
 }
 
+/// wgmma.m64nNk16 of F16, sums in F32, of one of its four warps: the right side by rows of 128
+/// bytes in shared memory, swizzled.
+template <size_t kQuads>
+void multiply_group(float (&d)[kQuads][4], const uint32_t (&a)[4], const uint4* slab, int step) {
+  if (reinterpret_cast<uintptr_t>(slab) % 1024 != 0) {
+    std::fputs("cuda_emulator: a slab that is not aligned\n", stderr);
+    std::abort();
+  }
+  Block& block = *Block::current();
+  const unsigned g = block.lane() / 4, t = block.lane() % 4;
+  const auto* const columns = reinterpret_cast<const uint16_t*>(slab);
+  const auto right = [&](int k, size_t n) {
+    const size_t chunk = static_cast<size_t>(step * 16 + k) / 8 ^ n % 8;
+    return half_value(columns[n * 64 + chunk * 8 + static_cast<size_t>(k) % 8]);
+  };
+  const auto pair = [](uint32_t low, uint32_t high) {
+    return low | static_cast<uint64_t>(high) << 32;
+  };
+  block.exchange_words({pair(a[0], a[1]), pair(a[2], a[3]), 0, 0}, [&](auto of) {
+    float left[2][16];
+    for (unsigned k = 0; k < 16; ++k) {
+      const uint64_t words = of(g * 4 + k % 8 / 2)[k / 8] >> 16 * (k % 2);
+      left[0][k] = half_value(static_cast<uint32_t>(words) & 0xFFFFU);
+      left[1][k] = half_value(static_cast<uint32_t>(words >> 32) & 0xFFFFU);
+    }
+    for (size_t quad = 0; quad < kQuads; ++quad) {
+      for (unsigned i = 0; i < 4; ++i) {
+        for (int k = 0; k < 16; ++k) {
+          d[quad][i] += left[i / 2][k] * right(k, quad * 8 + 2 * t + i % 2);
+        }
+      }
+    }
+  });
+}
+
 /// ldmatrix.x4.trans of 16-bit elements.
 inline void load_turned(uint32_t (&out)[4], const uint16_t* row) {
   Block& block = *Block::current();

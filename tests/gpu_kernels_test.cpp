@@ -197,17 +197,29 @@ struct PackedOnDevice {
   }
 };
 
-TEST_F(GpuKernels, ProductsOfAFewTokens) {
+/// With and without products of warpgroups, where the device has them.
+std::vector<gpu::DeviceInfo> ways_of_products(int32_t multiprocessors) {
+  const auto device = gpu::use_device(0);
+  std::vector<gpu::DeviceInfo> ways(device && device->warpgroups ? 2 : 1);
+  for (gpu::DeviceInfo& way : ways) {
+    way.multiprocessors = multiprocessors;
+  }
+  ways.back().warpgroups = ways.size() == 2;
+  return ways;
+}
+
+TEST_F(GpuKernels, ProductsOfPackedWeights) {
   struct Case {
     std::vector<int64_t> d_out;  // of layers that share their input
     int64_t d_in, paths, tokens;
     int32_t multiprocessors;
   };
-  std::vector<Case> cases = {{{1}, 8, 2, 1, 1},       {{130, 5, 17}, 264, 2, 3, 9},
-                             {{300}, 1032, 2, 8, 20}, {{257, 16}, 512, 2, 17, 40},
-                             {{40}, 800, 2, 64, 3},   {{24}, 256, 2, 33, 100}};
+  std::vector<Case> cases = {{{1}, 8, 2, 1, 1},          {{130, 5, 17}, 264, 2, 3, 9},
+                             {{300}, 1032, 2, 8, 20},    {{257, 16}, 512, 2, 17, 40},
+                             {{40}, 800, 2, 64, 3},      {{24}, 256, 2, 33, 100},
+                             {{260, 3}, 1288, 2, 65, 9}, {{128}, 320, 2, 257, 1}};
   for (int64_t paths = 1; paths <= 4; ++paths) {
-    for (const int64_t tokens : {2, 16, 31, 50}) {
+    for (const int64_t tokens : {2, 16, 31, 50, 130}) {
       cases.push_back({{33}, 536, paths, tokens, paths == 3 ? 1 : 5});
     }
   }
@@ -229,21 +241,24 @@ TEST_F(GpuKernels, ProductsOfAFewTokens) {
       device.emplace_back(queue_, layer);
       width += d_out;
     }
-    const auto multiply = [&](const auto&... linear) {
+    const auto multiply = [&](const gpu::DeviceInfo& way, const auto&... linear) {
       const std::initializer_list<const gpu::Linear*> all = {&linear...};
-      EXPECT_TRUE(gpu::takes_few(all, c.tokens));
+      EXPECT_EQ(gpu::takes_packed(all, c.tokens, way), way.warpgroups || c.tokens <= 64);
+      if (!gpu::takes_packed(all, c.tokens, way)) {
+        return;
+      }
       const Floats x = rounded(normals(c.tokens * c.d_in));
       const auto input = up(to_halves(x));
-      const auto partial = room<float>(gpu::few_work(all, c.multiprocessors));
-      const auto counters = up(std::vector<uint32_t>(static_cast<size_t>(gpu::few_counters(all))));
+      const gpu::PackedNeeds needs = gpu::packed_needs(all, way);
+      const auto partial = room<float>(needs.floats);
+      const auto counters = up(std::vector<uint32_t>(static_cast<size_t>(needs.counters)));
       const Floats start = normals(c.tokens * width);
       for (const bool add : {false, true}) {
         const auto y = up(start);
         // Twice: the counters are as before.
         for (int pass = 0; pass < (add ? 1 : 2); ++pass) {
-          expect_ok(gpu::multiply_few(all, input.data(), c.tokens, y.data(), add,
-                                      {partial.data(), counters.data(), c.multiprocessors},
-                                      stream()));
+          expect_ok(gpu::multiply_packed(all, input.data(), c.tokens, y.data(), add,
+                                         {partial.data(), counters.data()}, way, stream()));
         }
         Floats want;
         std::vector<double> tolerance;
@@ -279,31 +294,55 @@ TEST_F(GpuKernels, ProductsOfAFewTokens) {
         EXPECT_LE(std::sqrt(errors), kHalf * std::sqrt(squares) + 1e-6);
       }
     };
-    if (device.size() == 1) {
-      multiply(device[0].linear);
-    } else if (device.size() == 2) {
-      multiply(device[0].linear, device[1].linear);
-    } else {
-      multiply(device[0].linear, device[1].linear, device[2].linear);
+    for (const gpu::DeviceInfo& way : ways_of_products(c.multiprocessors)) {
+      SCOPED_TRACE(way.warpgroups ? "by warpgroups" : "by warps");
+      if (device.size() == 1) {
+        multiply(way, device[0].linear);
+      } else if (device.size() == 2) {
+        multiply(way, device[0].linear, device[1].linear);
+      } else {
+        multiply(way, device[0].linear, device[1].linear, device[2].linear);
+      }
     }
   }
 }
 
-TEST_F(GpuKernels, ProductsThatAFewTokensDoNotTake) {
+TEST_F(GpuKernels, ProductsThatStayUnpacked) {
   const gpu::Linear packed = {
       .format = gpu::Format::kResidualBinary, .d_out = 8, .d_in = 64, .paths = 2};
   gpu::Linear other = packed;
-  EXPECT_TRUE(gpu::takes_few({&packed, &other}, 64));
-  EXPECT_FALSE(gpu::takes_few({&packed}, 65));
-  EXPECT_FALSE(gpu::takes_few({&packed}, 0));
-  other.paths = 3;
-  EXPECT_FALSE(gpu::takes_few({&packed, &other}, 1));
-  other = packed, other.d_in = 72;
-  EXPECT_FALSE(gpu::takes_few({&packed, &other}, 1));
-  other.d_in = 68;
-  EXPECT_FALSE(gpu::takes_few({&other}, 1));
-  other = packed, other.format = gpu::Format::kF16;
-  EXPECT_FALSE(gpu::takes_few({&other}, 1));
+  const gpu::DeviceInfo warps, warpgroups = {.warpgroups = true};
+  for (const gpu::DeviceInfo& device : {warps, warpgroups}) {
+    other = packed;
+    EXPECT_TRUE(gpu::takes_packed({&packed, &other}, 64, device));
+    EXPECT_EQ(gpu::takes_packed({&packed}, 65, device), device.warpgroups);
+    EXPECT_FALSE(gpu::takes_packed({&packed}, 0, device));
+    other.paths = 3;
+    EXPECT_FALSE(gpu::takes_packed({&packed, &other}, 1, device));
+    other = packed, other.d_in = 72;
+    EXPECT_FALSE(gpu::takes_packed({&packed, &other}, 1, device));
+    other.d_in = 68;
+    EXPECT_FALSE(gpu::takes_packed({&other}, 1, device));
+    other = packed, other.format = gpu::Format::kF16;
+    EXPECT_FALSE(gpu::takes_packed({&other}, 1, device));
+  }
+}
+
+/// Work for products of any number of tokens is what packed_needs() says, at widths of known
+/// models.
+TEST_F(GpuKernels, WorkOfPackedProducts) {
+  for (const auto& [d_out, d_in] :
+       {std::pair(4096, 4096), {22016, 4096}, {4096, 11008}, {576, 1536}}) {
+    const gpu::Linear w = {
+        .format = gpu::Format::kResidualBinary, .d_out = d_out, .d_in = d_in, .paths = 2};
+    for (const bool warpgroups : {false, true}) {
+      const gpu::PackedNeeds needs =
+          gpu::packed_needs({&w}, {.multiprocessors = 132, .warpgroups = warpgroups});
+      EXPECT_GT(needs.floats, 0);
+      EXPECT_LE(needs.floats, int64_t{132} * 2 * 256 * 128);
+      EXPECT_LE(needs.counters, 132 * 2);
+    }
+  }
 }
 
 TEST_F(GpuKernels, BlocksAsAMatrix) {

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kChunk = 4096;      // tokens that go through the blocks together
 constexpr int64_t kLeastChunk = 256;  // where memory is short
 constexpr int32_t kWholeMajor = 8;    // compute capability that whole tokens need
-static_assert(GpuRunner::kLogitsTogether >= gpu::kFewTokens);
+static_assert(GpuRunner::kLogitsTogether >= GpuRunner::kEach);
 
 /// Rows of an unpacked matrix lie this many elements apart.
 int64_t stride_of(const gpu::Linear& w) { return (int64_t{w.d_in} + 7) / 8 * 8; }
@@ -58,7 +58,7 @@ Status GpuRunner::prepare(int64_t tokens) {
   // What there was before fits again, for the sessions that have it.
   const int64_t least = before == 0 ? kLeastChunk : std::min(before, kLeastChunk);
   for (int64_t chunk = wanted;; chunk = (chunk + 1) / 2) {
-    rows_ = std::max(chunk, gpu::kFewTokens);
+    rows_ = std::max(chunk, kEach);
     if (const Status status = allocate(); status || chunk <= least) {
       RABIT_CHECK(status);
       chunk_ = chunk;
@@ -69,16 +69,20 @@ Status GpuRunner::prepare(int64_t tokens) {
 }
 
 Status GpuRunner::allocate() {
-  int64_t unpacked = 0, partial = 0, counters = 0;
+  int64_t unpacked = 0;
+  gpu::PackedNeeds needs;
   const auto grow = [&](std::initializer_list<const gpu::Linear*> linears) {
     int64_t elements = 0;
     for (const gpu::Linear* linear : linears) {
       elements += is_packed(*linear) ? linear->d_out * stride_of(*linear) : 0;
     }
-    unpacked = std::max(unpacked, elements);
-    if (gpu::takes_few(linears, 1)) {
-      partial = std::max(partial, gpu::few_work(linears, model_.info.multiprocessors));
-      counters = std::max(counters, gpu::few_counters(linears));
+    if (!gpu::takes_packed(linears, rows_, model_.info)) {
+      unpacked = std::max(unpacked, elements);
+    }
+    if (gpu::takes_packed(linears, 1, model_.info)) {
+      const gpu::PackedNeeds own = gpu::packed_needs(linears, model_.info);
+      needs.floats = std::max(needs.floats, own.floats);
+      needs.counters = std::max(needs.counters, own.counters);
     }
   };
   for (const gpu::Block& block : model_.blocks) {
@@ -88,7 +92,6 @@ Status GpuRunner::allocate() {
     grow({&block.down});
   }
   grow({&model_.head});
-  few_.multiprocessors = model_.info.multiprocessors;
   DeviceParts parts;
   parts.add(tokens_, rows_);
   parts.add(x_, rows_ * sizes_.d_model);
@@ -100,11 +103,11 @@ Status GpuRunner::allocate() {
   parts.add(hidden_, rows_ * sizes_.d_ff);
   parts.add(unpacked_, unpacked);
   parts.add(logits_, kLogitsTogether * sizes_.vocab);
-  parts.add(few_.partial, partial);
-  parts.add(few_.counters, counters);
-  parts.add(places_, gpu::kFewTokens);
-  parts.add(partial_, gpu::each_work(sizes_, gpu::kFewTokens, few_.multiprocessors));
-  parts.add(counters_, gpu::kFewTokens * sizes_.kv_heads);
+  parts.add(packed_.partial, needs.floats);
+  parts.add(packed_.counters, needs.counters);
+  parts.add(places_, kEach);
+  parts.add(partial_, gpu::each_work(sizes_, kEach, model_.info.multiprocessors));
+  parts.add(counters_, kEach * sizes_.kv_heads);
   if (plan_) {
     parts.add(jobs_, static_cast<int64_t>(plan_->jobs.size()));
     parts.add(first_, static_cast<int64_t>(plan_->first.size()));
@@ -119,11 +122,12 @@ Status GpuRunner::allocate() {
   }
   RABIT_ASSIGN(memory_, gpu::Memory::make(parts.bytes(), "a pass"));
   parts.place(memory_);
-  RABIT_CHECK(queue_->clear(few_.counters, static_cast<uint64_t>(counters) * sizeof(uint32_t)));
-  RABIT_CHECK(queue_->clear(
-      counters_, static_cast<uint64_t>(gpu::kFewTokens * sizes_.kv_heads) * sizeof(uint32_t)));
+  RABIT_CHECK(
+      queue_->clear(packed_.counters, static_cast<uint64_t>(needs.counters) * sizeof(uint32_t)));
+  RABIT_CHECK(
+      queue_->clear(counters_, static_cast<uint64_t>(kEach * sizes_.kv_heads) * sizeof(uint32_t)));
   RABIT_ASSIGN(host_places_,
-               gpu::HostMemory::make(gpu::kFewTokens * sizeof(gpu::Place), "several sequences"));
+               gpu::HostMemory::make(kEach * sizeof(gpu::Place), "several sequences"));
   if (plan_) {
     gpu::bind_decode(sizes_, *plan_, work_, args_);
     args_.pass = 0;
@@ -205,8 +209,8 @@ Status GpuRunner::multiply(std::initializer_list<const gpu::Linear*> linears, co
     all += linear->d_out;
     packed = packed && is_packed(*linear);
   }
-  if (gpu::takes_few(linears, tokens)) {
-    return gpu::multiply_few(linears, x, tokens, y, add, few_, queue_->stream());
+  if (gpu::takes_packed(linears, tokens, model_.info)) {
+    return gpu::multiply_packed(linears, x, tokens, y, add, packed_, model_.info, queue_->stream());
   }
   const auto product = [&](const gpu::Linear& w, const uint16_t* weights, int64_t d_out,
                            int64_t stride, int64_t column) {
@@ -347,8 +351,8 @@ Status GpuRunner::queue_each(int64_t tokens) {
   for (int64_t layer = 0; layer < sizes_.layers; ++layer) {
     RABIT_CHECK(run_block(layer, tokens, [&]() -> Status {
       RABIT_CHECK(gpu::rope_each(sizes_, layer, qkv_, tokens, places_, q_, stream));
-      return gpu::attention_each(sizes_, layer, q_, tokens, places_, few_.multiprocessors, partial_,
-                                 counters_, attended_, stream);
+      return gpu::attention_each(sizes_, layer, q_, tokens, places_, model_.info.multiprocessors,
+                                 partial_, counters_, attended_, stream);
     }));
   }
   return queue_logits(0, tokens);

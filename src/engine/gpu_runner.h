@@ -46,7 +46,7 @@ class GpuRunner {
   /// returns: one copy there, one back, one wait. The position is not moved. nullptr: nothing was
   /// done.
   Result<const float*> run_whole(const GpuCache& cache, int32_t token);
-  /// A token of each of up to gpu::kFewTokens sequences, their logits, (sequences, vocab), on the
+  /// A token of each of up to kEach sequences, their logits, (sequences, vocab), on the
   /// host when this returns. No position is moved.
   Result<const float*> run_each(std::span<const GpuCache* const> caches,
                                 std::span<const int32_t> tokens);
@@ -54,6 +54,7 @@ class GpuRunner {
   size_t alone() const;
 
   static constexpr int64_t kLogitsTogether = 64;  // tokens whose logits are in memory at once
+  static constexpr int64_t kEach = 64;            // sequences that run_each() takes at most
 
  private:
   Status allocate();
@@ -87,14 +88,14 @@ class GpuRunner {
   uint16_t* hidden_ = nullptr;    // F16 (rows, d_ff)
   uint16_t* unpacked_ = nullptr;  // F16: the packed weights of one product
   float* logits_ = nullptr;       // (kLogitsTogether, vocab)
-  gpu::FewWork few_;              // of products of a few tokens
+  gpu::PackedWork packed_;        // of products with packed weights
   gpu::HostMemory host_logits_;   // (host_rows_, vocab)
   int64_t host_rows_ = 0;
 
   // Of several sequences.
-  gpu::Place* places_ = nullptr;                  // (kFewTokens)
+  gpu::Place* places_ = nullptr;                  // (kEach)
   float* partial_ = nullptr;                      // of attention
-  uint32_t* counters_ = nullptr;                  // (kFewTokens, kv_heads)
+  uint32_t* counters_ = nullptr;                  // (kEach, kv_heads)
   gpu::HostMemory host_places_;                   // as places_
   std::map<int64_t, gpu::Recording> recordings_;  // by the number of sequences
 

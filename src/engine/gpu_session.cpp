@@ -135,11 +135,11 @@ Result<std::span<const float>> GpuSession::lead(std::span<Session* const> sessio
     RABIT_CHECK(forward_in_turn(sessions, tokens, each_));
     return std::span<const float>(each_);
   }
-  const bool together = all.size() <= gpu::kFewTokens;  // else in groups, logits put side by side
+  const bool together = all.size() <= GpuRunner::kEach;  // else in groups, logits put side by side
   std::span<const float> logits;
   each_.clear();
-  for (size_t first = 0; first < all.size(); first += gpu::kFewTokens) {
-    const size_t count = std::min<size_t>(gpu::kFewTokens, all.size() - first);
+  for (size_t first = 0; first < all.size(); first += GpuRunner::kEach) {
+    const size_t count = std::min<size_t>(GpuRunner::kEach, all.size() - first);
     RABIT_ASSIGN(const float* const some, runner_.run_each(std::span(caches).subspan(first, count),
                                                            tokens.subspan(first, count)));
     logits = {some, count * static_cast<size_t>(vocab())};

@@ -31,6 +31,7 @@ struct DeviceInfo {
   int32_t multiprocessors = 0;
   bool cooperative = false;  // blocks of a kernel may wait for each other
   int64_t block_bytes = 0;   // of shared memory that one block may have
+  bool warpgroups = false;   // packed products by those of warpgroups: 9.0
   uint64_t total_bytes = 0, free_bytes = 0;
 
   std::string label() const { return "cuda:" + std::to_string(index) + " (" + name + ")"; }
@@ -161,27 +162,30 @@ Status unpack(const Linear& w, uint16_t* out, int64_t stride, Stream stream);
 Status unpack_blocks(WeightFormat format, const void* blocks, int64_t count, uint16_t* out,
                      Stream stream);
 
-/// Tokens that multiply_few() takes at most.
+/// Tokens that multiply_packed() takes at most where a GPU has no products of warpgroups.
 inline constexpr int64_t kFewTokens = 64;
 
-/// Device memory that products of a few tokens need.
-struct FewWork {
-  float* partial = nullptr;      // as few_work() says
-  uint32_t* counters = nullptr;  // as few_counters() says, zero
-  int32_t multiprocessors = 1;   // as few_work() was told
+/// Device memory that packed products need beside their operands.
+struct PackedNeeds {
+  int64_t floats = 0, counters = 0;
+};
+struct PackedWork {
+  float* partial = nullptr;
+  uint32_t* counters = nullptr;  // zero
 };
 
-/// Whether multiply_few() can: packed layers of one width, a multiple of 8, and number of paths.
-bool takes_few(std::initializer_list<const Linear*> linears, int64_t tokens);
-/// Floats of FewWork::partial, and elements of FewWork::counters.
-int64_t few_work(std::initializer_list<const Linear*> linears, int32_t multiprocessors);
-int64_t few_counters(std::initializer_list<const Linear*> linears);
+/// Whether multiply_packed() can: packed layers of one width, a multiple of 8, and number of paths.
+bool takes_packed(std::initializer_list<const Linear*> linears, int64_t tokens,
+                  const DeviceInfo& device);
+/// For any number of tokens.
+PackedNeeds packed_needs(std::initializer_list<const Linear*> linears, const DeviceInfo& device);
 
-/// y (+)= W x of layers that share x, side by side in y, (tokens, sum of d_out); x: F16 (tokens,
-/// d_in), 16-byte aligned. A row's weights are sums of its paths in F16, in units of its largest
-/// scale; sums over columns are of F32, in one order.
-Status multiply_few(std::initializer_list<const Linear*> linears, const uint16_t* x, int64_t tokens,
-                    float* y, bool add, const FewWork& work, Stream stream);
+/// y (+)= W x of layers that share x, side by side in y, (tokens, sum of d_out), weights read as
+/// they lie; x: F16 (tokens, d_in), 16-byte aligned. A row's weights are sums of its paths in F16,
+/// in units of its largest scale; sums over columns are of F32, in one order.
+Status multiply_packed(std::initializer_list<const Linear*> linears, const uint16_t* x,
+                       int64_t tokens, float* y, bool add, const PackedWork& work,
+                       const DeviceInfo& device, Stream stream);
 
 /// x[t, :] = table[ids[t], :]. table: F16 (vocab, d); ids: (tokens); x: (tokens, d).
 Status embed(const uint16_t* table, const int32_t* ids, int64_t tokens, int64_t d, float* x,

@@ -76,6 +76,7 @@ Result<DeviceInfo> use_device(int32_t index) {
   size_t free = 0, total = 0;
   RABIT_CHECK(checked(cudaMemGetInfo(&free, &total), "asked for its memory"));
   device.free_bytes = free;
+  device.warpgroups = device.major == 9 && has_warpgroups();
   return device;
 }
 

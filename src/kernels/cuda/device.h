@@ -10,6 +10,9 @@ namespace rabit::gpu {
 /// Whether this build has code for the device at hand.
 bool code_fits();
 
+/// Whether its tensor cores take products of warpgroups, and this build has code for them.
+bool has_warpgroups();
+
 /// Reads all bytes once, a multiple of 16. out: one word, written if at all.
 Status start_reading(const void* data, int64_t bytes, uint32_t* out, Stream stream);
 

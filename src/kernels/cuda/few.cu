@@ -6,30 +6,15 @@
 #include <algorithm>
 #include <limits>
 
-#include "kernels/api/gpu.h"
-#include "kernels/cuda/warp.h"
+#include "kernels/cuda/packed.h"
 
 namespace rabit::gpu {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kStages = 3;
-constexpr int kMostLinears = 3;
 constexpr int kMostSplits = 16;
 constexpr int kChunks = kTileColumns / 8;  // of 16 bytes, of a token's columns in a column tile
-
-struct FewArgs {
-  Linear linears[kMostLinears];
-  int32_t first_block[kMostLinears];  // of each; beyond the last: more than there are
-  int32_t first_row[kMostLinears];    // of each in y
-  const uint16_t* x;                  // F16 (tokens, d_in)
-  float* y;                           // (tokens, y_stride)
-  int64_t y_stride;
-  int32_t tokens, splits;
-  bool add;
-  float* partial;      // (row blocks, splits, values of a thread / 4, threads, 4)
-  uint32_t* counters;  // (row blocks), zero before and after
-};
 
 /// Of a stage in shared memory: the tokens' columns, the columns' scales, the warps' weights.
 template <int kPaths, int kEights, int kTiles>
@@ -46,7 +31,7 @@ __device__ __forceinline__ int place_of(int token, int chunk) {
 }
 
 template <int kPaths, int kEights, int kTiles>
-__device__ __forceinline__ void load_stage(const FewArgs& args, const Linear& w, int row_tile,
+__device__ __forceinline__ void load_stage(const PackedArgs& args, const Linear& w, int row_tile,
                                            int column_tile, uint4* stage) {
   using S = Stage<kPaths, kEights, kTiles>;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
@@ -81,61 +66,20 @@ __device__ __forceinline__ void load_stage(const FewArgs& args, const Linear& w,
   }
 }
 
-/// The largest of a row's scales, and all in units of it, each as a pair of halves.
-template <int kPaths>
-struct RowScale {
-  float unit = 0;
-  uint32_t ratios[kPaths];
-
-  __device__ __forceinline__ void read(const Linear& w, int row) {
-    float scales[kPaths];
-#pragma unroll
-    for (int path = 0; path < kPaths; ++path) {
-      scales[path] =
-          row < w.d_out ? half_to_float(w.row_scale[path * int64_t{w.d_out} + row]) : 0.0F;
-      unit = fmaxf(unit, fabsf(scales[path]));
-    }
-#pragma unroll
-    for (int path = 0; path < kPaths; ++path) {
-      const float ratio = unit > 0 ? scales[path] / unit : 0.0F;
-      ratios[path] = pack_halves(ratio, ratio);
-    }
-  }
-};
-
-/// Two neighbouring weights of a row, in units of its scale: bits `shift` and `shift` + 16 from the
-/// top of each word of signs.
-template <int kPaths>
-__device__ __forceinline__ uint32_t weights_of(const uint32_t (&signs)[kPaths],
-                                               const uint32_t (&scales)[kPaths],
-                                               const RowScale<kPaths>& row, int shift) {
-  uint32_t sum = 0;
-#pragma unroll
-  for (int path = 0; path < kPaths; ++path) {
-    const uint32_t minus = ~(signs[path] << shift) & 0x80008000U;
-    sum = multiply_add_pair(scales[path] ^ minus, row.ratios[path], sum);
-  }
-  return sum;
-}
-
 __device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
   return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
 /// kEights: tokens, in eights. kTiles: row tiles of a warp.
 template <int kPaths, int kEights, int kTiles>
-__global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(FewArgs args) {
+__global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(PackedArgs args) {
   RABIT_DYNAMIC_SHARED(memory);
   auto* const stages = reinterpret_cast<uint4*>(memory);
   using S = Stage<kPaths, kEights, kTiles>;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int g = lane / 4, t = lane % 4;
   const int block = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.y);
-  int which = 0;
-#pragma unroll
-  for (int i = 1; i < kMostLinears; ++i) {
-    which = block >= args.first_block[i] ? i : which;
-  }
+  const int which = layer_of(args, block);
   const Linear& w = args.linears[which];
   const int row_tile = ((block - args.first_block[which]) * kWarps + thread / 32) * kTiles;
   const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
@@ -224,34 +168,8 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(FewA
     }
   }
 
-  if (args.splits > 1) {
-    const int64_t values = int64_t{kTiles} * kEights * kThreads;
-    auto* const partial = reinterpret_cast<float4*>(args.partial) + block * args.splits * values;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int eight = 0; eight < kEights; ++eight) {
-        const float(&s)[4] = sums[tile][eight];
-        partial[split * values + (tile * kEights + eight) * kThreads + thread] =
-            make_float4(s[0], s[1], s[2], s[3]);
-      }
-    }
-    if (!last_to_come(args.counters + block, args.splits)) {
-      return;
-    }
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int eight = 0; eight < kEights; ++eight) {
-        float(&s)[4] = sums[tile][eight];
-        s[0] = s[1] = s[2] = s[3] = 0;
-        for (int from = 0; from < args.splits; ++from) {
-          const float4 part =
-              __ldcg(partial + from * values + (tile * kEights + eight) * kThreads + thread);
-          s[0] += part.x, s[1] += part.y, s[2] += part.z, s[3] += part.w;
-        }
-      }
-    }
+  if (args.splits > 1 && !sum_of_splits<kThreads>(args, block, split, sums)) {
+    return;
   }
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
@@ -262,9 +180,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(FewA
         const int row = (row_tile + tile) * kTileRows + g + 8 * (i / 2);
         const int token = eight * 8 + 2 * t + i % 2;
         if (row < w.d_out && token < args.tokens) {
-          float* const to = args.y + token * args.y_stride + args.first_row[which] + row;
-          const float value = rows[tile][i / 2].unit * sums[tile][eight][i];
-          *to = args.add ? *to + value : value;
+          put(args, which, row, token, rows[tile][i / 2].unit * sums[tile][eight][i]);
         }
       }
     }
@@ -305,25 +221,18 @@ Sharing share(std::initializer_list<const Linear*> linears, int64_t tokens,
 }
 
 template <int kPaths, int kEights>
-Status start(const FewArgs& args, const Sharing& sharing, Stream stream) {
+Status start(const PackedArgs& args, const Sharing& sharing, Stream stream) {
   constexpr int kTiles = kEights <= 2 ? 1 : 2;
-  [[maybe_unused]] constexpr int kBytes = kStages * Stage<kPaths, kEights, kTiles>::kSize * 16;
+  constexpr int kBytes = kStages * Stage<kPaths, kEights, kTiles>::kSize * 16;
   const auto kernel = few_kernel<kPaths, kEights, kTiles>;
   const dim3 grid(static_cast<unsigned>(sharing.row_blocks), static_cast<unsigned>(sharing.splits));
-#ifndef RABIT_CUDA_EMULATOR
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (status != cudaSuccess) {
-    return Error{std::string("the GPU has too little shared memory for a product: ") +
-                 cudaGetErrorString(status)};
-  }
-#endif
+  RABIT_CHECK(give_shared(kernel, kBytes));
   RABIT_LAUNCH_SHARED(kernel, grid, dim3(kThreads), kBytes, stream, args);
   return launched("a product of a few tokens");
 }
 
 template <int kPaths>
-Status start_paths(const FewArgs& args, const Sharing& sharing, Stream stream) {
+Status start_paths(const PackedArgs& args, const Sharing& sharing, Stream stream) {
   return sharing.eights == 1   ? start<kPaths, 1>(args, sharing, stream)
          : sharing.eights == 2 ? start<kPaths, 2>(args, sharing, stream)
          : sharing.eights == 4 ? start<kPaths, 4>(args, sharing, stream)
@@ -332,67 +241,26 @@ Status start_paths(const FewArgs& args, const Sharing& sharing, Stream stream) {
 
 }  // namespace
 
-bool takes_few(std::initializer_list<const Linear*> linears, int64_t tokens) {
-  bool takes =
-      tokens >= 1 && tokens <= kFewTokens && linears.size() <= static_cast<size_t>(kMostLinears);
-  for (const Linear* w : linears) {
-    takes = takes && w->format == Format::kResidualBinary && w->d_in % 8 == 0 &&
-            w->d_in == (*linears.begin())->d_in && w->paths == (*linears.begin())->paths;
-  }
-  return takes;
-}
-
-int64_t few_work(std::initializer_list<const Linear*> linears, int32_t multiprocessors) {
-  int64_t most = 0;
+PackedNeeds few_needs(std::initializer_list<const Linear*> linears, int32_t multiprocessors) {
+  PackedNeeds needs;
   for (const int64_t tokens : {8, 16, 32, 64}) {
     const Sharing s = share(linears, tokens, multiprocessors);
     const int64_t partial =
         s.splits == 1 ? 0 : s.row_blocks * s.splits * kThreads * 4 * int64_t{s.tiles} * s.eights;
-    most = std::max(most, partial);
+    needs.floats = std::max(needs.floats, partial);
+    needs.counters = std::max(needs.counters, s.row_blocks);
   }
-  return most;
+  return needs;
 }
 
-int64_t few_counters(std::initializer_list<const Linear*> linears) {
-  return share(linears, 1, 1).row_blocks;
-}
-
-Status multiply_few(std::initializer_list<const Linear*> linears, const uint16_t* x, int64_t tokens,
-                    float* y, bool add, const FewWork& work, Stream stream) {
-  const Sharing sharing = share(linears, tokens, work.multiprocessors);
-  FewArgs args = {};
-  int32_t blocks = 0, rows = 0;
-  size_t i = 0;
-  for (const Linear* w : linears) {
-    args.linears[i] = *w;
-    args.first_block[i] = blocks;
-    args.first_row[i] = rows;
-    blocks += static_cast<int32_t>(
-        ceil_divide(ceil_divide(w->d_out, kTileRows), int64_t{kWarps} * sharing.tiles));
-    rows += w->d_out;
-    ++i;
-  }
-  for (; i < kMostLinears; ++i) {
-    args.first_block[i] = blocks;
-  }
-  args.x = x;
-  args.y = y;
-  args.y_stride = rows;
-  args.tokens = static_cast<int32_t>(tokens);
+Status multiply_few(std::initializer_list<const Linear*> linears, PackedArgs args,
+                    int32_t multiprocessors, Stream stream) {
+  const Sharing sharing = share(linears, args.tokens, multiprocessors);
   args.splits = sharing.splits;
-  args.add = add;
-  args.partial = work.partial;
-  args.counters = work.counters;
-  switch ((*linears.begin())->paths) {
-    case 1:
-      return start_paths<1>(args, sharing, stream);
-    case 2:
-      return start_paths<2>(args, sharing, stream);
-    case 3:
-      return start_paths<3>(args, sharing, stream);
-    default:
-      return start_paths<4>(args, sharing, stream);
-  }
+  place_layers(args, linears, int64_t{kWarps} * sharing.tiles);
+  return with_paths(**linears.begin(), [&](auto paths) {
+    return start_paths<decltype(paths)::value>(args, sharing, stream);
+  });
 }
 
 }  // namespace rabit::gpu

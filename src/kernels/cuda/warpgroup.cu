@@ -1,0 +1,425 @@
+// Products of packed weights on GPUs whose tensor cores take the products of a warpgroup (compute
+// capability 9.0): any number of tokens, weights as they lie. Four warps make halves of signs in
+// registers, 64 rows of them, each the sum of its paths in units of the row's largest scale, and
+// multiply them with tokens in shared memory, while they make the next. Where there are fewer rows
+// and tokens than multiprocessors take, several blocks share them by columns.
+#include <algorithm>
+#include <limits>
+
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/packed.h"
+
+namespace rabit::gpu {
+namespace {
+
+constexpr int kGroups = 2, kWarps = 4 * kGroups, kThreads = 32 * kWarps;
+constexpr int kSlab = 64;                     // columns of 128 bytes, as the tensor cores read them
+constexpr int kSlabs = kTileColumns / kSlab;  // of a column tile
+constexpr int kChunks = kSlab / 8;            // of 16 bytes, in a slab's row
+constexpr int kAlignment = 1024;              // of slabs: eight tokens
+constexpr int kSharedBytes = 224 << 10;       // of a multiprocessor
+constexpr int kMostTokens = 128;              // of a block
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define RABIT_WARPGROUPS 1
+#elif defined(RABIT_CUDA_EMULATOR)
+#define RABIT_WARPGROUPS 1
+#else
+#define RABIT_WARPGROUPS 0
+#endif
+
+/// Of the machine code that was loaded.
+[[maybe_unused]] __device__ int warpgroups_there = RABIT_WARPGROUPS;
+
+#if RABIT_WARPGROUPS
+#ifdef RABIT_CUDA_EMULATOR
+__device__ __forceinline__ void begin_products() {}
+__device__ __forceinline__ void end_products() {}
+template <int kPending>
+__device__ __forceinline__ void await_products() {}
+__device__ __forceinline__ void show_to_products() {}
+template <int kQuads>
+__device__ __forceinline__ void multiply_group(float (&d)[kQuads][4], const uint32_t (&a)[4],
+                                               const uint4* slab, int step) {
+  emulator::multiply_group(d, a, slab, step);
+}
+#else
+/// Before the products that read what was written to registers.
+__device__ __forceinline__ void begin_products() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void end_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+/// Until at most kPending of the groups that end_products() closed are under way.
+template <int kPending>
+__device__ __forceinline__ void await_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+/// Lets products see what this thread has put into shared memory.
+__device__ __forceinline__ void show_to_products() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+#define RABIT_D_1 "%0, %1, %2, %3"
+#define RABIT_D_2 RABIT_D_1 ", %4, %5, %6, %7"
+#define RABIT_D_4 RABIT_D_2 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define RABIT_D_8 \
+  RABIT_D_4       \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define RABIT_D_16                                                                               \
+  RABIT_D_8                                                                                      \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define RABIT_Q_1(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define RABIT_Q_2(i) RABIT_Q_1(i), RABIT_Q_1(i + 1)
+#define RABIT_Q_4(i) RABIT_Q_2(i), RABIT_Q_2(i + 2)
+#define RABIT_Q_8(i) RABIT_Q_4(i), RABIT_Q_4(i + 4)
+#define RABIT_Q_16(i) RABIT_Q_8(i), RABIT_Q_8(i + 8)
+#define RABIT_MULTIPLY(n, quads, a0, a1, a2, a3, b)                                          \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n" #n   \
+               "k16.f32.f16.f16 {" RABIT_D_##quads "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 \
+                                                   "}, %" #b ", p, 1, 1, 0; }"               \
+               : RABIT_Q_##quads(0)                                                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_slab)                     \
+               : "memory")
+
+/// d += a b, of a warpgroup: a (64, 16) and b (16, 8 kQuads) in F16, sums in F32; a and d of a
+/// warp, its 16 rows, as multiply_tile() has them. slab: (8 kQuads tokens, kSlab columns),
+/// kAlignment-byte aligned, chunk c of token n in place c ^ (n % 8); the step's 16 columns of it.
+template <int kQuads>
+__device__ __forceinline__ void multiply_group(float (&d)[kQuads][4], const uint32_t (&a)[4],
+                                               const uint4* slab, int step) {
+  // Eight tokens lie 1,024 bytes apart; swizzled by 128 bytes.
+  const uint64_t at = static_cast<uint32_t>(__cvta_generic_to_shared(slab)) + step * 32;
+  const uint64_t b_slab =
+      (at & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{kAlignment >> 4} << 32 | uint64_t{1} << 62;
+  if constexpr (kQuads == 1) {
+    RABIT_MULTIPLY(8, 1, 4, 5, 6, 7, 8);
+  } else if constexpr (kQuads == 2) {
+    RABIT_MULTIPLY(16, 2, 8, 9, 10, 11, 12);
+  } else if constexpr (kQuads == 4) {
+    RABIT_MULTIPLY(32, 4, 16, 17, 18, 19, 20);
+  } else if constexpr (kQuads == 8) {
+    RABIT_MULTIPLY(64, 8, 32, 33, 34, 35, 36);
+  } else {
+    RABIT_MULTIPLY(128, 16, 64, 65, 66, 67, 68);
+  }
+}
+#endif  // RABIT_CUDA_EMULATOR
+#endif  // RABIT_WARPGROUPS
+
+/// Of a stage in shared memory, in 16 bytes: the tokens' columns in slabs, the columns' scales, the
+/// warps' weights.
+template <int kPaths, int kTokens, int kTiles>
+struct Stage {
+  static constexpr int kInput = kSlabs * kTokens * kChunks;
+  static constexpr int kScales = kPaths * kTileColumns / 8;
+  static constexpr int kWeights = kWarps * kTiles * kPaths * 32;
+  static constexpr int kSize =
+      (kInput + kScales + kWeights + kAlignment / 16 - 1) / (kAlignment / 16) * (kAlignment / 16);
+  /// Blocks of a multiprocessor, by their registers, and stages of each.
+  static constexpr int kBlocks = kTiles * kTokens <= 64 ? 2 : 1;
+  static constexpr int kStages =
+      std::clamp((kSharedBytes / kBlocks - 2 * kAlignment) / (kSize * 16), 2, 4);
+  static constexpr int kBytes = kStages * kSize * 16 + kAlignment;
+};
+
+template <int kPaths, int kTokens, int kTiles>
+__device__ __forceinline__ void load_stage(const PackedArgs& args, const Linear& w, int row_tile,
+                                           int first_token, int column_tile, uint4* stage) {
+  using S = Stage<kPaths, kTokens, kTiles>;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const int column = column_tile * kTileColumns + lane * 8;
+  const bool inside = column < w.d_in;
+#pragma unroll
+  for (int i = 0; i < kTokens / kWarps; ++i) {
+    const int token = thread / 32 + i * kWarps;
+    const bool there = inside && first_token + token < args.tokens;
+    uint4* const slab = stage + lane / kChunks * kTokens * kChunks;
+    copy_16_or_zeros(slab + token * kChunks + (lane % kChunks ^ token % 8),
+                     args.x + (there ? int64_t{first_token + token} * w.d_in + column : 0), there);
+  }
+  if (thread < S::kScales) {
+    const int path = thread / 32;
+    copy_16_or_zeros(stage + S::kInput + thread,
+                     w.col_scale + (inside ? path * int64_t{w.d_in} + column : 0), inside);
+  }
+  const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
+  const int row_tiles = (w.d_out + kTileRows - 1) / kTileRows;
+  uint4* const own = stage + S::kInput + S::kScales + thread / 32 * kTiles * kPaths * 32 + lane;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int row = row_tile + tile * 4;
+    const bool there = row < row_tiles;
+    const auto* const from =
+        static_cast<const uint4*>(w.weights) +
+        (there ? (int64_t{row} * column_tiles + column_tile) * kPaths * 32 : 0) + lane;
+#pragma unroll
+    for (int path = 0; path < kPaths; ++path) {
+      copy_16_or_zeros(own + (tile * kPaths + path) * 32, from + (there ? path * 32 : 0), there);
+    }
+  }
+}
+
+/// kTokens: of a block, 8 to 128. kTiles: row tiles of a warp, four apart.
+template <int kPaths, int kTokens, int kTiles>
+__global__ void __launch_bounds__(kThreads, Stage<kPaths, kTokens, kTiles>::kBlocks)
+    warpgroup_kernel(const __grid_constant__ PackedArgs args) {
+#if RABIT_WARPGROUPS
+  using S = Stage<kPaths, kTokens, kTiles>;
+  RABIT_DYNAMIC_SHARED(memory);
+  auto* const stages = reinterpret_cast<uint4*>(
+      (reinterpret_cast<uintptr_t>(memory) + kAlignment - 1) / kAlignment * kAlignment);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int g = lane / 4, t = lane % 4;
+  const int block = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.z);
+  const int first_token = static_cast<int>(blockIdx.y) * kTokens;
+  const int which = layer_of(args, block);
+  const Linear& w = args.linears[which];
+  const int row_tile =
+      (block - args.first_block[which]) * kWarps * kTiles + warp / 4 * 4 * kTiles + warp % 4;
+  const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
+  const int begin = column_tiles * split / args.splits;
+  const int end = column_tiles * (split + 1) / args.splits;
+
+  RowScale<kPaths> rows[kTiles][2];
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      rows[tile][i].read(w, (row_tile + tile * 4) * kTileRows + g + 8 * i);
+    }
+  }
+  float sums[kTiles][kTokens / 8][4] = {};
+
+  const auto load = [&](int column) {
+    if (column < end) {
+      load_stage<kPaths, kTokens, kTiles>(args, w, row_tile, first_token, column,
+                                          stages + (column - begin) % S::kStages * S::kSize);
+    }
+    end_copies();
+  };
+  for (int i = 0; i < S::kStages - 1; ++i) {
+    load(begin + i);
+  }
+#pragma unroll 1
+  for (int column = begin; column < end; ++column) {
+    await_copies<S::kStages - 2>();
+    show_to_products();
+    __syncthreads();
+    load(column + S::kStages - 1);
+    const uint4* const stage = stages + (column - begin) % S::kStages * S::kSize;
+    const uint4* const scales = stage + S::kInput;
+    const uint4* const own = scales + S::kScales + warp * kTiles * kPaths * 32 + g * 4;
+    uint32_t a[2][kTiles][4];
+#pragma unroll
+    for (int word = 0; word < kTileColumns / 32; ++word) {
+      // Of rows g and g + 8, so that the lane's pairs of columns, t and each fourth from there, are
+      // at bits 3, 7, 11, 15 of each half.
+      uint32_t signs[kTiles][2][kPaths];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int path = 0; path < kPaths; ++path) {
+          const auto* const both =
+              reinterpret_cast<const uint2*>(own + (tile * kPaths + path) * 32 + word % 4);
+          const uint2 two = both[word / 4];
+          signs[tile][0][path] = two.x << (3 - t);
+          signs[tile][1][path] = two.y << (3 - t);
+        }
+      }
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const int step = word * 2 + part;
+        uint32_t column_scales[2][kPaths];
+#pragma unroll
+        for (int path = 0; path < kPaths; ++path) {
+          const auto* const pairs =
+              reinterpret_cast<const uint32_t*>(scales + path * 32) + step * 8;
+          column_scales[0][path] = pairs[t];
+          column_scales[1][path] = pairs[t + 4];
+        }
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            a[step % 2][tile][i] =
+                weights_of<kPaths>(signs[tile][i % 2], column_scales[i / 2], rows[tile][i % 2],
+                                   12 - 8 * part - 4 * (i / 2));
+          }
+        }
+        begin_products();
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          multiply_group(sums[tile], a[step % 2][tile], stage + step / 4 * kTokens * kChunks,
+                         step % 4);
+        }
+        end_products();
+        // Then the other half of `a` can be written; after the last, this stage.
+        if (step + 1 < kTileColumns / 16) {
+          await_products<1>();
+        } else {
+          await_products<0>();
+        }
+      }
+    }
+  }
+
+  const int64_t place = int64_t{blockIdx.y} * gridDim.x + block;
+  if (args.splits > 1 && !sum_of_splits<kThreads>(args, place, split, sums)) {
+    return;
+  }
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int quad = 0; quad < kTokens / 8; ++quad) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = (row_tile + tile * 4) * kTileRows + g + 8 * (i / 2);
+        const int token = first_token + quad * 8 + 2 * t + i % 2;
+        if (row < w.d_out && token < args.tokens) {
+          put(args, which, row, token, rows[tile][i / 2].unit * sums[tile][quad][i]);
+        }
+      }
+    }
+  }
+#else
+  __trap();  // the caller has asked has_warpgroups()
+#endif
+}
+
+/// How a product is shared out.
+struct Sharing {
+  int32_t tokens = 8, tiles = 1;  // of a block, and of a warp
+  int64_t row_blocks = 1, token_blocks = 1;
+  int32_t splits = 1;
+  double cycles = std::numeric_limits<double>::max();
+
+  int64_t places() const { return row_blocks * token_blocks; }
+  int64_t partial() const {
+    return splits == 1 ? 0 : places() * splits * kWarps * tiles * kTileRows * tokens;
+  }
+};
+
+/// Estimated cycles of a product, and whether it is worth trying: what a multiprocessor's tensor
+/// cores, its instructions, and its share of memory take for a column tile.
+double estimate(const Sharing& s, int64_t column_tiles, int64_t paths, int32_t multiprocessors) {
+  constexpr double kMemory = 18, kCache = 30;  // bytes a cycle
+  const double tensor = 16.0 * s.tiles * std::max(s.tokens, 24);
+  const double issue = 32.0 * (15.0 * static_cast<double>(paths) * s.tiles + 20);
+  const double bytes = static_cast<double>(kWarps * s.tiles * paths * kTileWords * 4) / kMemory +
+                       static_cast<double>(s.tokens * kTileColumns * 2) / kCache;
+  const double tile = std::max({tensor, issue, bytes}) + 100;
+  const double together = s.tiles * s.tokens <= 64 ? 2 : 1;
+  const double blocks = static_cast<double>(s.places() * s.splits);
+  const double per = std::ceil(blocks / multiprocessors);  // of the busiest multiprocessor
+  const double rounds = std::ceil(per / together);
+  const double sum = s.splits == 1 ? 0
+                                   : 2000 + static_cast<double>(s.splits) * s.tiles * kWarps *
+                                                kTileRows * s.tokens * 4 / kCache;
+  const double columns = std::ceil(static_cast<double>(column_tiles) / s.splits);
+  // A block by itself leaves gaps that a second one fills.
+  const double alone = per < together ? 1.3 : 1.0;
+  return per * columns * tile * alone + rounds * 3000 + sum;
+}
+
+Sharing share(std::initializer_list<const Linear*> linears, int64_t tokens,
+              int32_t multiprocessors) {
+  const int64_t paths = (*linears.begin())->paths;
+  const int64_t column_tiles = ceil_divide((*linears.begin())->d_in, kTileColumns);
+  Sharing best;
+  for (int32_t of_block = 8; of_block <= kMostTokens; of_block *= 2) {
+    if (of_block < kMostTokens && of_block < tokens) {
+      continue;
+    }
+    for (int32_t tiles = 1; tiles <= 2; ++tiles) {
+      Sharing s;
+      s.tokens = of_block;
+      s.tiles = tiles;
+      s.token_blocks = ceil_divide(tokens, of_block);
+      s.row_blocks = 0;
+      for (const Linear* w : linears) {
+        s.row_blocks += ceil_divide(ceil_divide(w->d_out, kTileRows), int64_t{kWarps} * tiles);
+      }
+      const int64_t at_once = multiprocessors * (tiles * of_block <= 64 ? 2 : 1);
+      const int64_t most = std::clamp<int64_t>(at_once / s.places(), 1, column_tiles);
+      for (int64_t splits = 1; splits <= most; ++splits) {
+        s.splits = static_cast<int32_t>(splits);
+        s.cycles = estimate(s, column_tiles, paths, multiprocessors);
+        best = s.cycles < best.cycles ? s : best;
+      }
+    }
+    if (of_block >= tokens) {
+      break;
+    }
+  }
+  return best;
+}
+
+template <int kPaths, int kTokens, int kTiles>
+Status start(const PackedArgs& args, const Sharing& sharing, Stream stream) {
+  const auto kernel = warpgroup_kernel<kPaths, kTokens, kTiles>;
+  constexpr int kBytes = Stage<kPaths, kTokens, kTiles>::kBytes;
+  const dim3 grid(static_cast<unsigned>(sharing.row_blocks),
+                  static_cast<unsigned>(sharing.token_blocks),
+                  static_cast<unsigned>(sharing.splits));
+  RABIT_CHECK(give_shared(kernel, kBytes));
+  RABIT_LAUNCH_SHARED(kernel, grid, dim3(kThreads), kBytes, stream, args);
+  return launched("a product of packed weights");
+}
+
+template <int kPaths, int kTiles>
+Status start_tokens(const PackedArgs& args, const Sharing& sharing, Stream stream) {
+  switch (sharing.tokens) {
+    case 8:
+      return start<kPaths, 8, kTiles>(args, sharing, stream);
+    case 16:
+      return start<kPaths, 16, kTiles>(args, sharing, stream);
+    case 32:
+      return start<kPaths, 32, kTiles>(args, sharing, stream);
+    case 64:
+      return start<kPaths, 64, kTiles>(args, sharing, stream);
+    default:
+      return start<kPaths, kMostTokens, kTiles>(args, sharing, stream);
+  }
+}
+
+}  // namespace
+
+bool has_warpgroups() {
+#ifdef RABIT_CUDA_EMULATOR
+  return true;
+#else
+  int there = 0;
+  const bool known = cudaMemcpyFromSymbol(&there, warpgroups_there, sizeof there) == cudaSuccess;
+  cudaGetLastError();
+  return known && there != 0;
+#endif
+}
+
+PackedNeeds warpgroup_needs(std::initializer_list<const Linear*> linears, int32_t multiprocessors) {
+  PackedNeeds needs;
+  // From so many on, rows and tokens alone keep all multiprocessors busy.
+  const int64_t most = int64_t{multiprocessors} * kMostTokens;
+  for (int64_t tokens = 8; tokens <= most; tokens += std::min<int64_t>(tokens, kMostTokens)) {
+    const Sharing s = share(linears, tokens, multiprocessors);
+    needs.floats = std::max(needs.floats, s.partial());
+    needs.counters = std::max(needs.counters, s.splits == 1 ? 0 : s.places());
+  }
+  return needs;
+}
+
+Status multiply_warpgroups(std::initializer_list<const Linear*> linears, PackedArgs args,
+                           int32_t multiprocessors, Stream stream) {
+  const Sharing sharing = share(linears, args.tokens, multiprocessors);
+  args.splits = sharing.splits;
+  place_layers(args, linears, int64_t{kWarps} * sharing.tiles);
+  return with_paths(**linears.begin(), [&](auto paths) {
+    constexpr int kPaths = decltype(paths)::value;
+    return sharing.tiles == 1 ? start_tokens<kPaths, 1>(args, sharing, stream)
+                              : start_tokens<kPaths, 2>(args, sharing, stream);
+  });
+}
+
+}  // namespace rabit::gpu
