@@ -74,7 +74,7 @@ __device__ __forceinline__ void put(const PackedArgs& args, int which, int row, 
   *to = args.add ? *to + value : value;
 }
 
-/// The largest of a row's scales, and all in units of it, each as a pair of halves.
+/// The largest of a row's scales, and all in units of it, negative, each as a pair of halves.
 template <int kPaths>
 struct RowScale {
   float unit = 0;
@@ -91,7 +91,7 @@ struct RowScale {
 #pragma unroll
     for (int path = 0; path < kPaths; ++path) {
       const float ratio = unit > 0 ? scales[path] / unit : 0.0F;
-      ratios[path] = pack_halves(ratio, ratio);
+      ratios[path] = pack_halves(-ratio, -ratio);
     }
   }
 };
@@ -105,8 +105,8 @@ __device__ __forceinline__ uint32_t weights_of(const uint32_t (&signs)[kPaths],
   uint32_t sum = 0;
 #pragma unroll
   for (int path = 0; path < kPaths; ++path) {
-    const uint32_t minus = ~(signs[path] << shift) & 0x80008000U;
-    sum = multiply_add_pair(scales[path] ^ minus, row.ratios[path], sum);
+    const uint32_t turned = scales[path] ^ (signs[path] << shift & 0x80008000U);
+    sum = multiply_add_pair(turned, row.ratios[path], sum);
   }
   return sum;
 }

@@ -12,12 +12,12 @@
 namespace rabit::gpu {
 namespace {
 
-constexpr int kGroups = 2, kWarps = 4 * kGroups, kThreads = 32 * kWarps;
 constexpr int kSlab = 64;                     // columns of 128 bytes, as the tensor cores read them
 constexpr int kSlabs = kTileColumns / kSlab;  // of a column tile
 constexpr int kChunks = kSlab / 8;            // of 16 bytes, in a slab's row
 constexpr int kAlignment = 1024;              // of slabs: eight tokens
 constexpr int kSharedBytes = 224 << 10;       // of a multiprocessor
+constexpr int64_t kGroupRows = 64;            // of a warpgroup
 constexpr int kMostTokens = 128;              // of a block
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -38,23 +38,25 @@ __device__ __forceinline__ void end_products() {}
 template <int kPending>
 __device__ __forceinline__ void await_products() {}
 __device__ __forceinline__ void show_to_products() {}
+__device__ __forceinline__ uint64_t describe(const uint4* slabs) {
+  return reinterpret_cast<uint64_t>(slabs);
+}
 template <int kQuads>
 __device__ __forceinline__ void multiply_group(float (&d)[kQuads][4], const uint32_t (&a)[4],
-                                               const uint4* slab, int step) {
-  emulator::multiply_group(d, a, slab, step);
+                                               uint64_t slabs, int slab, int step) {
+  emulator::multiply_group(
+      d, a,
+      reinterpret_cast<const uint4*>(slabs + static_cast<uint64_t>(slab) * kQuads * kAlignment),
+      step);
 }
 #else
 /// Before the products that read what was written to registers.
-__device__ __forceinline__ void begin_products() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void end_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;"); }
+__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;"); }
 /// Until at most kPending of the groups that end_products() closed are under way.
 template <int kPending>
 __device__ __forceinline__ void await_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending));
 }
 /// Lets products see what this thread has put into shared memory.
 __device__ __forceinline__ void show_to_products() {
@@ -81,19 +83,24 @@ __device__ __forceinline__ void show_to_products() {
                "k16.f32.f16.f16 {" RABIT_D_##quads "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 \
                                                    "}, %" #b ", p, 1, 1, 0; }"               \
                : RABIT_Q_##quads(0)                                                          \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_slab)                     \
-               : "memory")
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_slab))
+
+/// Slabs in shared memory for multiply_group(), kAlignment-byte aligned.
+__device__ __forceinline__ uint64_t describe(const uint4* slabs) {
+  // Eight tokens lie 1,024 bytes apart; swizzled by 128 bytes.
+  const uint64_t at = static_cast<uint32_t>(__cvta_generic_to_shared(slabs));
+  return (at & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{kAlignment >> 4} << 32 |
+         uint64_t{1} << 62;
+}
 
 /// d += a b, of a warpgroup: a (64, 16) and b (16, 8 kQuads) in F16, sums in F32; a and d of a
-/// warp, its 16 rows, as multiply_tile() has them. slab: (8 kQuads tokens, kSlab columns),
-/// kAlignment-byte aligned, chunk c of token n in place c ^ (n % 8); the step's 16 columns of it.
+/// warp, its 16 rows, as multiply_tile() has them. A slab: (8 kQuads tokens, kSlab columns), chunk
+/// c of token n in place c ^ (n % 8); the step's 16 columns of it.
 template <int kQuads>
 __device__ __forceinline__ void multiply_group(float (&d)[kQuads][4], const uint32_t (&a)[4],
-                                               const uint4* slab, int step) {
-  // Eight tokens lie 1,024 bytes apart; swizzled by 128 bytes.
-  const uint64_t at = static_cast<uint32_t>(__cvta_generic_to_shared(slab)) + step * 32;
+                                               uint64_t slabs, int slab, int step) {
   const uint64_t b_slab =
-      (at & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{kAlignment >> 4} << 32 | uint64_t{1} << 62;
+      slabs + static_cast<uint64_t>((slab * kQuads * kAlignment + step * 32) >> 4);
   if constexpr (kQuads == 1) {
     RABIT_MULTIPLY(8, 1, 4, 5, 6, 7, 8);
   } else if constexpr (kQuads == 2) {
@@ -109,94 +116,118 @@ __device__ __forceinline__ void multiply_group(float (&d)[kQuads][4], const uint
 #endif  // RABIT_CUDA_EMULATOR
 #endif  // RABIT_WARPGROUPS
 
-/// Of a stage in shared memory, in 16 bytes: the tokens' columns in slabs, the columns' scales, the
-/// warps' weights.
-template <int kPaths, int kTokens, int kTiles>
+/// Blocks of a multiprocessor.
+constexpr int blocks_at_once(int tokens, int groups) { return groups * tokens <= 128 ? 2 : 1; }
+
+/// Of a block of kGroups warpgroups, 64 rows each. A stage in shared memory, in 16 bytes: the
+/// tokens' columns in slabs, the columns' scales, the warps' weights.
+template <int kPaths, int kTokens, int kGroups>
 struct Stage {
+  static constexpr int kWarps = 4 * kGroups, kThreads = 32 * kWarps;
   static constexpr int kInput = kSlabs * kTokens * kChunks;
   static constexpr int kScales = kPaths * kTileColumns / 8;
-  static constexpr int kWeights = kWarps * kTiles * kPaths * 32;
+  static constexpr int kWeights = kWarps * kPaths * 32;
   static constexpr int kSize =
       (kInput + kScales + kWeights + kAlignment / 16 - 1) / (kAlignment / 16) * (kAlignment / 16);
   /// Blocks of a multiprocessor, by their registers, and stages of each.
-  static constexpr int kBlocks = kTiles * kTokens <= 64 ? 2 : 1;
+  static constexpr int kBlocks = blocks_at_once(kTokens, kGroups);
   static constexpr int kStages =
       std::clamp((kSharedBytes / kBlocks - 2 * kAlignment) / (kSize * 16), 2, 4);
   static constexpr int kBytes = kStages * kSize * 16 + kAlignment;
 };
 
-template <int kPaths, int kTokens, int kTiles>
-__device__ __forceinline__ void load_stage(const PackedArgs& args, const Linear& w, int row_tile,
-                                           int first_token, int column_tile, uint4* stage) {
-  using S = Stage<kPaths, kTokens, kTiles>;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  const int column = column_tile * kTileColumns + lane * 8;
-  const bool inside = column < w.d_in;
-#pragma unroll
-  for (int i = 0; i < kTokens / kWarps; ++i) {
-    const int token = thread / 32 + i * kWarps;
-    const bool there = inside && first_token + token < args.tokens;
-    uint4* const slab = stage + lane / kChunks * kTokens * kChunks;
-    copy_16_or_zeros(slab + token * kChunks + (lane % kChunks ^ token % 8),
-                     args.x + (there ? int64_t{first_token + token} * w.d_in + column : 0), there);
+/// What a thread copies of each stage. Rows and tokens beyond the last are read as the last, and
+/// what comes of them is not written.
+template <int kPaths, int kTokens, int kGroups>
+class Loads {
+ public:
+  using S = Stage<kPaths, kTokens, kGroups>;
+
+  __device__ __forceinline__ Loads(const PackedArgs& args, const Linear& w, int row_tile,
+                                   int first_token)
+      : x_(args.x),
+        scales_(w.col_scale),
+        d_in_(w.d_in),
+        first_(first_token + static_cast<int>(threadIdx.x) / 32),
+        last_(args.tokens - 1) {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
+    const int row_tiles = (w.d_out + kTileRows - 1) / kTileRows;
+    const int64_t row = row_tile < row_tiles ? row_tile : row_tiles - 1;
+    weights_ = static_cast<const uint4*>(w.weights) + row * column_tiles * kPaths * 32 + lane;
+    place_ = lane / kChunks * kTokens * kChunks + warp * kChunks + (lane % kChunks ^ warp % 8);
   }
-  if (thread < S::kScales) {
-    const int path = thread / 32;
-    copy_16_or_zeros(stage + S::kInput + thread,
-                     w.col_scale + (inside ? path * int64_t{w.d_in} + column : 0), inside);
-  }
-  const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
-  const int row_tiles = (w.d_out + kTileRows - 1) / kTileRows;
-  uint4* const own = stage + S::kInput + S::kScales + thread / 32 * kTiles * kPaths * 32 + lane;
+
+  __device__ __forceinline__ void start(int column_tile, uint4* stage) const {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int column = column_tile * kTileColumns + lane * 8;
+    const bool inside = column < d_in_;
+    const uint16_t* const from = x_ + (inside ? column : 0);
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    const int row = row_tile + tile * 4;
-    const bool there = row < row_tiles;
-    const auto* const from =
-        static_cast<const uint4*>(w.weights) +
-        (there ? (int64_t{row} * column_tiles + column_tile) * kPaths * 32 : 0) + lane;
+    for (int i = 0; i < (kTokens + S::kWarps - 1) / S::kWarps; ++i) {
+      if (kTokens % S::kWarps == 0 || warp + i * S::kWarps < kTokens) {
+        const int token = first_ + i * S::kWarps;
+        copy_16_or_zeros(stage + place_ + i * S::kWarps * kChunks,
+                         from + int64_t{token < last_ ? token : last_} * d_in_, inside);
+      }
+    }
+    if (thread < S::kScales) {
+      const int64_t path = thread / 32;
+      copy_16_or_zeros(stage + S::kInput + thread, scales_ + path * d_in_ + (inside ? column : 0),
+                       inside);
+    }
+    uint4* const own = stage + S::kInput + S::kScales + warp * kPaths * 32 + lane;
 #pragma unroll
     for (int path = 0; path < kPaths; ++path) {
-      copy_16_or_zeros(own + (tile * kPaths + path) * 32, from + (there ? path * 32 : 0), there);
+      copy_16(own + path * 32, weights_ + (column_tile * kPaths + path) * 32);
     }
   }
+
+ private:
+  const uint16_t *x_, *scales_;
+  const uint4* weights_;  // the lane's, of its warp's row tile
+  int d_in_, first_, last_;
+  int place_;  // of the first token's chunk in a stage
+};
+
+__device__ __forceinline__ int until_aligned(const unsigned char* memory) {
+#ifdef RABIT_CUDA_EMULATOR
+  const auto at = reinterpret_cast<uintptr_t>(memory);
+#else
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+#endif
+  return static_cast<int>((kAlignment - at % kAlignment) % kAlignment);
 }
 
-/// kTokens: of a block, 8 to 128. kTiles: row tiles of a warp, four apart.
-template <int kPaths, int kTokens, int kTiles>
-__global__ void __launch_bounds__(kThreads, Stage<kPaths, kTokens, kTiles>::kBlocks)
+/// kTokens: of a block, 8 to 128. A warp takes a row tile.
+template <int kPaths, int kTokens, int kGroups>
+__global__ void __launch_bounds__(Stage<kPaths, kTokens, kGroups>::kThreads,
+                                  Stage<kPaths, kTokens, kGroups>::kBlocks)
     warpgroup_kernel(const __grid_constant__ PackedArgs args) {
 #if RABIT_WARPGROUPS
-  using S = Stage<kPaths, kTokens, kTiles>;
+  using S = Stage<kPaths, kTokens, kGroups>;
   RABIT_DYNAMIC_SHARED(memory);
-  auto* const stages = reinterpret_cast<uint4*>(
-      (reinterpret_cast<uintptr_t>(memory) + kAlignment - 1) / kAlignment * kAlignment);
+  auto* const stages = reinterpret_cast<uint4*>(memory + until_aligned(memory));
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t = lane % 4;
   const int block = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.z);
   const int first_token = static_cast<int>(blockIdx.y) * kTokens;
   const int which = layer_of(args, block);
   const Linear& w = args.linears[which];
-  const int row_tile =
-      (block - args.first_block[which]) * kWarps * kTiles + warp / 4 * 4 * kTiles + warp % 4;
+  const int row_tile = (block - args.first_block[which]) * S::kWarps + warp;
   const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
   const int begin = column_tiles * split / args.splits;
   const int end = column_tiles * (split + 1) / args.splits;
 
-  RowScale<kPaths> rows[kTiles][2];
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      rows[tile][i].read(w, (row_tile + tile * 4) * kTileRows + g + 8 * i);
-    }
-  }
-  float sums[kTiles][kTokens / 8][4] = {};
+  RowScale<kPaths> rows[2];
+  rows[0].read(w, row_tile * kTileRows + g);
+  rows[1].read(w, row_tile * kTileRows + g + 8);
+  float sums[1][kTokens / 8][4] = {};
 
+  const Loads<kPaths, kTokens, kGroups> loads(args, w, row_tile, first_token);
   const auto load = [&](int column) {
     if (column < end) {
-      load_stage<kPaths, kTokens, kTiles>(args, w, row_tile, first_token, column,
-                                          stages + (column - begin) % S::kStages * S::kSize);
+      loads.start(column, stages + (column - begin) % S::kStages * S::kSize);
     }
     end_copies();
   };
@@ -208,79 +239,86 @@ __global__ void __launch_bounds__(kThreads, Stage<kPaths, kTokens, kTiles>::kBlo
     await_copies<S::kStages - 2>();
     show_to_products();
     __syncthreads();
-    load(column + S::kStages - 1);
     const uint4* const stage = stages + (column - begin) % S::kStages * S::kSize;
+    const uint64_t slabs = describe(stage);
     const uint4* const scales = stage + S::kInput;
-    const uint4* const own = scales + S::kScales + warp * kTiles * kPaths * 32 + g * 4;
-    uint32_t a[2][kTiles][4];
+    const uint4* const own = scales + S::kScales + warp * kPaths * 32 + g * 4;
+    // Words of rows g and g + 8, and the scales of the lane's pairs of columns in 16.
+    uint2 words[2][kPaths];
+    uint32_t column_scales[2][2][kPaths];
+    const auto read_words = [&](int word) {
 #pragma unroll
-    for (int word = 0; word < kTileColumns / 32; ++word) {
-      // Of rows g and g + 8, so that the lane's pairs of columns, t and each fourth from there, are
-      // at bits 3, 7, 11, 15 of each half.
-      uint32_t signs[kTiles][2][kPaths];
+      for (int path = 0; path < kPaths; ++path) {
+        words[word % 2][path] =
+            reinterpret_cast<const uint2*>(own + path * 32 + word % 4)[word / 4];
+      }
+    };
+    const auto read_scales = [&](int step) {
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
+      for (int path = 0; path < kPaths; ++path) {
+        const auto* const pairs = reinterpret_cast<const uint32_t*>(scales + path * 32) + step * 8;
+        column_scales[step % 2][0][path] = pairs[t];
+        column_scales[step % 2][1][path] = pairs[t + 4];
+      }
+    };
+    read_words(0);
+    read_scales(0);
+    uint32_t a[2][4];
+    uint32_t signs[2][kPaths];
+#pragma unroll
+    for (int step = 0; step < kTileColumns / 16; ++step) {
+      const int word = step / 2, part = step % 2;
+      // What the next step takes is on its way while this one's halves are made.
+      if (step + 1 < kTileColumns / 16) {
+        read_scales(step + 1);
+      }
+      if (part == 0) {
+        // The lane's pairs of columns, t and each fourth from there, to bits 3, 7, 11, 15 of each
+        // half.
 #pragma unroll
         for (int path = 0; path < kPaths; ++path) {
-          const auto* const both =
-              reinterpret_cast<const uint2*>(own + (tile * kPaths + path) * 32 + word % 4);
-          const uint2 two = both[word / 4];
-          signs[tile][0][path] = two.x << (3 - t);
-          signs[tile][1][path] = two.y << (3 - t);
+          signs[0][path] = words[word % 2][path].x << (3 - t);
+          signs[1][path] = words[word % 2][path].y << (3 - t);
+        }
+        if (word + 1 < kTileColumns / 32) {
+          read_words(word + 1);
         }
       }
 #pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        const int step = word * 2 + part;
-        uint32_t column_scales[2][kPaths];
-#pragma unroll
-        for (int path = 0; path < kPaths; ++path) {
-          const auto* const pairs =
-              reinterpret_cast<const uint32_t*>(scales + path * 32) + step * 8;
-          column_scales[0][path] = pairs[t];
-          column_scales[1][path] = pairs[t + 4];
-        }
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            a[step % 2][tile][i] =
-                weights_of<kPaths>(signs[tile][i % 2], column_scales[i / 2], rows[tile][i % 2],
-                                   12 - 8 * part - 4 * (i / 2));
-          }
-        }
-        begin_products();
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          multiply_group(sums[tile], a[step % 2][tile], stage + step / 4 * kTokens * kChunks,
-                         step % 4);
-        }
-        end_products();
-        // Then the other half of `a` can be written; after the last, this stage.
-        if (step + 1 < kTileColumns / 16) {
-          await_products<1>();
-        } else {
-          await_products<0>();
-        }
+      for (int i = 0; i < 4; ++i) {
+        a[part][i] = weights_of<kPaths>(signs[i % 2], column_scales[step % 2][i / 2], rows[i % 2],
+                                        12 - 8 * part - 4 * (i / 2));
+      }
+      begin_products();
+      multiply_group(sums[0], a[part], slabs, step / 4, step % 4);
+      end_products();
+      if (step == 0) {  // all warps are done with the stage before
+        load(column + S::kStages - 1);
+      }
+      // Then the other half of `a` can be written; after the last, this stage.
+      if (step + 1 < kTileColumns / 16) {
+        await_products<1>();
+      } else {
+        await_products<0>();
       }
     }
   }
 
+  // Not kept meanwhile, for want of registers.
+  rows[0].read(w, row_tile * kTileRows + g);
+  rows[1].read(w, row_tile * kTileRows + g + 8);
   const int64_t place = int64_t{blockIdx.y} * gridDim.x + block;
-  if (args.splits > 1 && !sum_of_splits<kThreads>(args, place, split, sums)) {
+  if (args.splits > 1 && !sum_of_splits<S::kThreads>(args, place, split, sums)) {
     return;
   }
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+  for (int quad = 0; quad < kTokens / 8; ++quad) {
 #pragma unroll
-    for (int quad = 0; quad < kTokens / 8; ++quad) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = (row_tile + tile * 4) * kTileRows + g + 8 * (i / 2);
-        const int token = first_token + quad * 8 + 2 * t + i % 2;
-        if (row < w.d_out && token < args.tokens) {
-          put(args, which, row, token, rows[tile][i / 2].unit * sums[tile][quad][i]);
-        }
+    for (int i = 0; i < 4; ++i) {
+      const int row = row_tile * kTileRows + g + 8 * (i / 2);
+      const int token = first_token + quad * 8 + 2 * t + i % 2;
+      if (row < w.d_out && token < args.tokens) {
+        put(args, which, row, token, rows[i / 2].unit * sums[0][quad][i]);
       }
     }
   }
@@ -291,14 +329,14 @@ __global__ void __launch_bounds__(kThreads, Stage<kPaths, kTokens, kTiles>::kBlo
 
 /// How a product is shared out.
 struct Sharing {
-  int32_t tokens = 8, tiles = 1;  // of a block, and of a warp
+  int32_t tokens = 8, groups = 2;  // of a block
   int64_t row_blocks = 1, token_blocks = 1;
   int32_t splits = 1;
   double cycles = std::numeric_limits<double>::max();
 
   int64_t places() const { return row_blocks * token_blocks; }
   int64_t partial() const {
-    return splits == 1 ? 0 : places() * splits * kWarps * tiles * kTileRows * tokens;
+    return splits == 1 ? 0 : places() * splits * groups * kGroupRows * tokens;
   }
 };
 
@@ -306,21 +344,21 @@ struct Sharing {
 /// cores, its instructions, and its share of memory take for a column tile.
 double estimate(const Sharing& s, int64_t column_tiles, int64_t paths, int32_t multiprocessors) {
   constexpr double kMemory = 18, kCache = 30;  // bytes a cycle
-  const double tensor = 16.0 * s.tiles * std::max(s.tokens, 24);
-  const double issue = 32.0 * (15.0 * static_cast<double>(paths) * s.tiles + 20);
-  const double bytes = static_cast<double>(kWarps * s.tiles * paths * kTileWords * 4) / kMemory +
+  const double rows = s.groups * kGroupRows;
+  const double tensor = 8.0 * s.groups * std::max(s.tokens, 24);
+  const double issue = 16.0 * s.groups * (12.0 * static_cast<double>(paths) + 20);
+  const double bytes = rows * static_cast<double>(paths) * kTileColumns / 8 / kMemory +
                        static_cast<double>(s.tokens * kTileColumns * 2) / kCache;
   const double tile = std::max({tensor, issue, bytes}) + 100;
-  const double together = s.tiles * s.tokens <= 64 ? 2 : 1;
+  const double together = blocks_at_once(s.tokens, s.groups);
   const double blocks = static_cast<double>(s.places() * s.splits);
   const double per = std::ceil(blocks / multiprocessors);  // of the busiest multiprocessor
   const double rounds = std::ceil(per / together);
-  const double sum = s.splits == 1 ? 0
-                                   : 2000 + static_cast<double>(s.splits) * s.tiles * kWarps *
-                                                kTileRows * s.tokens * 4 / kCache;
+  const double sum =
+      s.splits == 1 ? 0 : 2000 + static_cast<double>(s.splits) * rows * s.tokens * 4 / kCache;
   const double columns = std::ceil(static_cast<double>(column_tiles) / s.splits);
-  // A block by itself leaves gaps that a second one fills.
-  const double alone = per < together ? 1.3 : 1.0;
+  // Few warps leave gaps that more would fill.
+  const double alone = s.groups * std::min(per, together) <= 2 ? 1.5 : 1.0;
   return per * columns * tile * alone + rounds * 3000 + sum;
 }
 
@@ -333,16 +371,16 @@ Sharing share(std::initializer_list<const Linear*> linears, int64_t tokens,
     if (of_block < kMostTokens && of_block < tokens) {
       continue;
     }
-    for (int32_t tiles = 1; tiles <= 2; ++tiles) {
+    for (const int32_t groups : {2, 4}) {
       Sharing s;
       s.tokens = of_block;
-      s.tiles = tiles;
+      s.groups = groups;
       s.token_blocks = ceil_divide(tokens, of_block);
       s.row_blocks = 0;
       for (const Linear* w : linears) {
-        s.row_blocks += ceil_divide(ceil_divide(w->d_out, kTileRows), int64_t{kWarps} * tiles);
+        s.row_blocks += ceil_divide(w->d_out, groups * kGroupRows);
       }
-      const int64_t at_once = multiprocessors * (tiles * of_block <= 64 ? 2 : 1);
+      const int64_t at_once = int64_t{multiprocessors} * blocks_at_once(of_block, groups);
       const int64_t most = std::clamp<int64_t>(at_once / s.places(), 1, column_tiles);
       for (int64_t splits = 1; splits <= most; ++splits) {
         s.splits = static_cast<int32_t>(splits);
@@ -357,31 +395,31 @@ Sharing share(std::initializer_list<const Linear*> linears, int64_t tokens,
   return best;
 }
 
-template <int kPaths, int kTokens, int kTiles>
+template <int kPaths, int kTokens, int kGroups>
 Status start(const PackedArgs& args, const Sharing& sharing, Stream stream) {
-  const auto kernel = warpgroup_kernel<kPaths, kTokens, kTiles>;
-  constexpr int kBytes = Stage<kPaths, kTokens, kTiles>::kBytes;
+  const auto kernel = warpgroup_kernel<kPaths, kTokens, kGroups>;
+  using S = Stage<kPaths, kTokens, kGroups>;
   const dim3 grid(static_cast<unsigned>(sharing.row_blocks),
                   static_cast<unsigned>(sharing.token_blocks),
                   static_cast<unsigned>(sharing.splits));
-  RABIT_CHECK(give_shared(kernel, kBytes));
-  RABIT_LAUNCH_SHARED(kernel, grid, dim3(kThreads), kBytes, stream, args);
+  RABIT_CHECK(give_shared(kernel, S::kBytes));
+  RABIT_LAUNCH_SHARED(kernel, grid, dim3(S::kThreads), S::kBytes, stream, args);
   return launched("a product of packed weights");
 }
 
-template <int kPaths, int kTiles>
+template <int kPaths, int kGroups>
 Status start_tokens(const PackedArgs& args, const Sharing& sharing, Stream stream) {
   switch (sharing.tokens) {
     case 8:
-      return start<kPaths, 8, kTiles>(args, sharing, stream);
+      return start<kPaths, 8, kGroups>(args, sharing, stream);
     case 16:
-      return start<kPaths, 16, kTiles>(args, sharing, stream);
+      return start<kPaths, 16, kGroups>(args, sharing, stream);
     case 32:
-      return start<kPaths, 32, kTiles>(args, sharing, stream);
+      return start<kPaths, 32, kGroups>(args, sharing, stream);
     case 64:
-      return start<kPaths, 64, kTiles>(args, sharing, stream);
+      return start<kPaths, 64, kGroups>(args, sharing, stream);
     default:
-      return start<kPaths, kMostTokens, kTiles>(args, sharing, stream);
+      return start<kPaths, kMostTokens, kGroups>(args, sharing, stream);
   }
 }
 
@@ -414,11 +452,11 @@ Status multiply_warpgroups(std::initializer_list<const Linear*> linears, PackedA
                            int32_t multiprocessors, Stream stream) {
   const Sharing sharing = share(linears, args.tokens, multiprocessors);
   args.splits = sharing.splits;
-  place_layers(args, linears, int64_t{kWarps} * sharing.tiles);
+  place_layers(args, linears, int64_t{4} * sharing.groups);
   return with_paths(**linears.begin(), [&](auto paths) {
     constexpr int kPaths = decltype(paths)::value;
-    return sharing.tiles == 1 ? start_tokens<kPaths, 1>(args, sharing, stream)
-                              : start_tokens<kPaths, 2>(args, sharing, stream);
+    return sharing.groups == 2 ? start_tokens<kPaths, 2>(args, sharing, stream)
+                               : start_tokens<kPaths, 4>(args, sharing, stream);
   });
 }
 
