@@ -241,6 +241,7 @@ inline unsigned atomicMax(unsigned* at, unsigned value) {
   return std::exchange(*at, std::max(*at, value));
 }
 inline int atomicAdd(int* at, int value) { return std::exchange(*at, *at + value); }
+inline float atomicAdd(float* at, float value) { return std::exchange(*at, *at + value); }
 inline unsigned atomicAdd(unsigned* at, unsigned value) { return std::exchange(*at, *at + value); }
 inline void __threadfence() {}
 inline unsigned __ballot_sync(unsigned mask, bool set) {

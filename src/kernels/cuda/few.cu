@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(Pack
       rows[tile][i].read(w, (row_tile + tile) * kTileRows + g + 8 * i);
     }
   }
-  float sums[kTiles][kEights][4] = {};
+  float sums[kTiles * kEights][4] = {};
 
   for (int i = 0; i < kStages - 1; ++i) {
     if (begin + i < end) {
@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(Pack
 #pragma unroll
         for (int eight = 0; eight < kEights; ++eight) {
           const uint32_t low[2] = {x[eight].x, x[eight].y}, high[2] = {x[eight].z, x[eight].w};
-          multiply_tile(sums[tile][eight], a[0], low);
-          multiply_tile(sums[tile][eight], a[1], high);
+          multiply_tile(sums[tile * kEights + eight], a[0], low);
+          multiply_tile(sums[tile * kEights + eight], a[1], high);
         }
       }
     }
@@ -180,7 +180,8 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(Pack
         const int row = (row_tile + tile) * kTileRows + g + 8 * (i / 2);
         const int token = eight * 8 + 2 * t + i % 2;
         if (row < w.d_out && token < args.tokens) {
-          put(args, which, row, token, rows[tile][i / 2].unit * sums[tile][eight][i]);
+          put(args.y + token * args.y_stride + args.first_row[which] + row,
+              rows[tile][i / 2].unit * sums[tile * kEights + eight][i], args.add);
         }
       }
     }

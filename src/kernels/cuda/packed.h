@@ -68,10 +68,13 @@ __device__ __forceinline__ int layer_of(const PackedArgs& args, int row_block) {
   return which;
 }
 
-__device__ __forceinline__ void put(const PackedArgs& args, int which, int row, int64_t token,
-                                    float value) {
-  float* const to = args.y + token * args.y_stride + args.first_row[which] + row;
-  *to = args.add ? *to + value : value;
+/// Where no other thread adds.
+__device__ __forceinline__ void put(float* to, float value, bool add) {
+  if (add) {
+    atomicAdd(to, value);  // which waits for nothing
+  } else {
+    *to = value;
+  }
 }
 
 /// The largest of a row's scales, and all in units of it, negative, each as a pair of halves.
@@ -113,35 +116,28 @@ __device__ __forceinline__ uint32_t weights_of(const uint32_t (&signs)[kPaths],
 
 /// Adds up, in order, what the `args.splits` blocks that share rows and tokens have summed over
 /// their columns, in the last of them to come; false in the others. place: of those that share.
-template <int kThreads, int kTiles, int kQuads>
+template <int kThreads, int kQuads>
 __device__ __forceinline__ bool sum_of_splits(const PackedArgs& args, int64_t place, int split,
-                                              float (&sums)[kTiles][kQuads][4]) {
-  constexpr int64_t kValues = int64_t{kTiles} * kQuads * kThreads;
+                                              float (&sums)[kQuads][4]) {
+  constexpr int64_t kValues = int64_t{kQuads} * kThreads;
   auto* const partial =
       reinterpret_cast<float4*>(args.partial) + place * args.splits * kValues + threadIdx.x;
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) {
-      const float(&s)[4] = sums[tile][quad];
-      partial[split * kValues + (tile * kQuads + quad) * kThreads] =
-          make_float4(s[0], s[1], s[2], s[3]);
-    }
+  for (int quad = 0; quad < kQuads; ++quad) {
+    const float(&s)[4] = sums[quad];
+    partial[split * kValues + quad * kThreads] = make_float4(s[0], s[1], s[2], s[3]);
   }
   if (!last_to_come(args.counters + place, args.splits)) {
     return false;
   }
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) {
-      float(&s)[4] = sums[tile][quad];
-      s[0] = s[1] = s[2] = s[3] = 0;
+  for (int quad = 0; quad < kQuads; ++quad) {
+    float(&s)[4] = sums[quad];
+    s[0] = s[1] = s[2] = s[3] = 0;
 #pragma unroll 1
-      for (int from = 0; from < args.splits; ++from) {
-        const float4 part = __ldcg(partial + from * kValues + (tile * kQuads + quad) * kThreads);
-        s[0] += part.x, s[1] += part.y, s[2] += part.z, s[3] += part.w;
-      }
+    for (int from = 0; from < args.splits; ++from) {
+      const float4 part = __ldcg(partial + from * kValues + quad * kThreads);
+      s[0] += part.x, s[1] += part.y, s[2] += part.z, s[3] += part.w;
     }
   }
   return true;

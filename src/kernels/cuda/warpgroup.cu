@@ -145,49 +145,50 @@ class Loads {
 
   __device__ __forceinline__ Loads(const PackedArgs& args, const Linear& w, int row_tile,
                                    int first_token)
-      : x_(args.x),
-        scales_(w.col_scale),
-        d_in_(w.d_in),
-        first_(first_token + static_cast<int>(threadIdx.x) / 32),
-        last_(args.tokens - 1) {
+      : args_(args), w_(w), first_(first_token + static_cast<int>(threadIdx.x) / 32) {
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
     const int row_tiles = (w.d_out + kTileRows - 1) / kTileRows;
-    const int64_t row = row_tile < row_tiles ? row_tile : row_tiles - 1;
-    weights_ = static_cast<const uint4*>(w.weights) + row * column_tiles * kPaths * 32 + lane;
+    const int row = row_tile < row_tiles ? row_tile : row_tiles - 1;
+    weights_ = static_cast<uint32_t>(row * column_tiles * kPaths * 32 + lane);
     place_ = lane / kChunks * kTokens * kChunks + warp * kChunks + (lane % kChunks ^ warp % 8);
   }
 
   __device__ __forceinline__ void start(int column_tile, uint4* stage) const {
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-    const int column = column_tile * kTileColumns + lane * 8;
-    const bool inside = column < d_in_;
-    const uint16_t* const from = x_ + (inside ? column : 0);
+    const int chunks = w_.d_in / 8, chunk = column_tile * 32 + lane;
+    const bool inside = chunk < chunks;
+    const auto* const x = reinterpret_cast<const uint4*>(args_.x);
 #pragma unroll
     for (int i = 0; i < (kTokens + S::kWarps - 1) / S::kWarps; ++i) {
       if (kTokens % S::kWarps == 0 || warp + i * S::kWarps < kTokens) {
         const int token = first_ + i * S::kWarps;
+        const int row = token < args_.tokens ? token : args_.tokens - 1;
         copy_16_or_zeros(stage + place_ + i * S::kWarps * kChunks,
-                         from + int64_t{token < last_ ? token : last_} * d_in_, inside);
+                         x + static_cast<uint32_t>(row * chunks + (inside ? chunk : 0)), inside);
       }
     }
     if (thread < S::kScales) {
-      const int64_t path = thread / 32;
-      copy_16_or_zeros(stage + S::kInput + thread, scales_ + path * d_in_ + (inside ? column : 0),
+      const auto* const scales = reinterpret_cast<const uint4*>(w_.col_scale);
+      copy_16_or_zeros(stage + S::kInput + thread,
+                       scales + static_cast<uint32_t>(warp * chunks + (inside ? chunk : 0)),
                        inside);
     }
     uint4* const own = stage + S::kInput + S::kScales + warp * kPaths * 32 + lane;
+    const auto* const from = static_cast<const uint4*>(w_.weights) + weights_ +
+                             static_cast<uint32_t>(column_tile * kPaths * 32);
 #pragma unroll
     for (int path = 0; path < kPaths; ++path) {
-      copy_16(own + path * 32, weights_ + (column_tile * kPaths + path) * 32);
+      copy_16(own + path * 32, from + path * 32);
     }
   }
 
  private:
-  const uint16_t *x_, *scales_;
-  const uint4* weights_;  // the lane's, of its warp's row tile
-  int d_in_, first_, last_;
-  int place_;  // of the first token's chunk in a stage
+  const PackedArgs& args_;
+  const Linear& w_;
+  int first_;
+  int place_;         // of the first token's chunk in a stage
+  uint32_t weights_;  // the lane's in the first column tile of its warp's row tile
 };
 
 __device__ __forceinline__ int until_aligned(const unsigned char* memory) {
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(Stage<kPaths, kTokens, kGroups>::kThreads,
   RowScale<kPaths> rows[2];
   rows[0].read(w, row_tile * kTileRows + g);
   rows[1].read(w, row_tile * kTileRows + g + 8);
-  float sums[1][kTokens / 8][4] = {};
+  float sums[kTokens / 8][4] = {};
 
   const Loads<kPaths, kTokens, kGroups> loads(args, w, row_tile, first_token);
   const auto load = [&](int column) {
@@ -234,91 +235,109 @@ __global__ void __launch_bounds__(Stage<kPaths, kTokens, kGroups>::kThreads,
   for (int i = 0; i < S::kStages - 1; ++i) {
     load(begin + i);
   }
-#pragma unroll 1
-  for (int column = begin; column < end; ++column) {
+  // Words of rows g and g + 8, and the scales of the lane's pairs of columns in 16: read a step
+  // before halves are made of them.
+  uint2 words[2][kPaths];
+  uint32_t column_scales[2][2][kPaths];
+  const auto read_words = [&](const uint4* stage, int word) {
+    const uint4* const own = stage + S::kInput + S::kScales + warp * kPaths * 32 + g * 4;
+#pragma unroll
+    for (int path = 0; path < kPaths; ++path) {
+      words[word % 2][path] = reinterpret_cast<const uint2*>(own + path * 32 + word % 4)[word / 4];
+    }
+  };
+  const auto read_scales = [&](const uint4* stage, int step) {
+#pragma unroll
+    for (int path = 0; path < kPaths; ++path) {
+      const auto* const pairs =
+          reinterpret_cast<const uint32_t*>(stage + S::kInput + path * 32) + step * 8;
+      column_scales[step % 2][0][path] = pairs[t];
+      column_scales[step % 2][1][path] = pairs[t + 4];
+    }
+  };
+  uint32_t a[2][4];
+  uint32_t signs[2][kPaths];
+  const auto make = [&](int step) {
+    if (step % 2 == 0) {
+      // The lane's pairs of columns, t and each fourth from there, to bits 3, 7, 11, 15 of each
+      // half.
+#pragma unroll
+      for (int path = 0; path < kPaths; ++path) {
+        signs[0][path] = words[step / 2 % 2][path].x << (3 - t);
+        signs[1][path] = words[step / 2 % 2][path].y << (3 - t);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a[step % 2][i] = weights_of<kPaths>(signs[i % 2], column_scales[step % 2][i / 2], rows[i % 2],
+                                          12 - 8 * (step % 2) - 4 * (i / 2));
+    }
+  };
+  const auto await_stage = [&] {
     await_copies<S::kStages - 2>();
     show_to_products();
     __syncthreads();
-    const uint4* const stage = stages + (column - begin) % S::kStages * S::kSize;
+  };
+
+  constexpr int kSteps = kTileColumns / 16;
+  const uint4* stage = stages;
+  await_stage();
+  read_words(stage, 0);
+  read_scales(stage, 0);
+  make(0);
+#pragma unroll 1
+  for (int column = begin; column < end; ++column) {
     const uint64_t slabs = describe(stage);
-    const uint4* const scales = stage + S::kInput;
-    const uint4* const own = scales + S::kScales + warp * kPaths * 32 + g * 4;
-    // Words of rows g and g + 8, and the scales of the lane's pairs of columns in 16.
-    uint2 words[2][kPaths];
-    uint32_t column_scales[2][2][kPaths];
-    const auto read_words = [&](int word) {
+    const uint4* const next = stages + (column + 1 - begin) % S::kStages * S::kSize;
+    read_scales(stage, 1);
+    read_words(stage, 1);
 #pragma unroll
-      for (int path = 0; path < kPaths; ++path) {
-        words[word % 2][path] =
-            reinterpret_cast<const uint2*>(own + path * 32 + word % 4)[word / 4];
-      }
-    };
-    const auto read_scales = [&](int step) {
-#pragma unroll
-      for (int path = 0; path < kPaths; ++path) {
-        const auto* const pairs = reinterpret_cast<const uint32_t*>(scales + path * 32) + step * 8;
-        column_scales[step % 2][0][path] = pairs[t];
-        column_scales[step % 2][1][path] = pairs[t + 4];
-      }
-    };
-    read_words(0);
-    read_scales(0);
-    uint32_t a[2][4];
-    uint32_t signs[2][kPaths];
-#pragma unroll
-    for (int step = 0; step < kTileColumns / 16; ++step) {
-      const int word = step / 2, part = step % 2;
-      // What the next step takes is on its way while this one's halves are made.
-      if (step + 1 < kTileColumns / 16) {
-        read_scales(step + 1);
-      }
-      if (part == 0) {
-        // The lane's pairs of columns, t and each fourth from there, to bits 3, 7, 11, 15 of each
-        // half.
-#pragma unroll
-        for (int path = 0; path < kPaths; ++path) {
-          signs[0][path] = words[word % 2][path].x << (3 - t);
-          signs[1][path] = words[word % 2][path].y << (3 - t);
-        }
-        if (word + 1 < kTileColumns / 32) {
-          read_words(word + 1);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a[part][i] = weights_of<kPaths>(signs[i % 2], column_scales[step % 2][i / 2], rows[i % 2],
-                                        12 - 8 * part - 4 * (i / 2));
-      }
+    for (int step = 0; step < kSteps; ++step) {
       begin_products();
-      multiply_group(sums[0], a[part], slabs, step / 4, step % 4);
+      multiply_group(sums, a[step % 2], slabs, step / 4, step % 4);
       end_products();
-      if (step == 0) {  // all warps are done with the stage before
+      await_products<1>();  // then the other half of `a` can be written
+      if (step == 1) {
+        __syncthreads();  // all products of the stage before are done
         load(column + S::kStages - 1);
       }
-      // Then the other half of `a` can be written; after the last, this stage.
-      if (step + 1 < kTileColumns / 16) {
-        await_products<1>();
-      } else {
-        await_products<0>();
+      if (step + 1 == kSteps) {
+        await_stage();
+        read_words(next, 0);
+        read_scales(next, 0);
+      }
+      make((step + 1) % kSteps);
+      if (step + 2 < kSteps) {
+        read_scales(stage, step + 2);
+        if (step % 2 == 1) {
+          read_words(stage, (step + 3) / 2);
+        }
       }
     }
+    await_products<0>();
+    stage = next;
   }
 
-  // Not kept meanwhile, for want of registers.
-  rows[0].read(w, row_tile * kTileRows + g);
-  rows[1].read(w, row_tile * kTileRows + g + 8);
   const int64_t place = int64_t{blockIdx.y} * gridDim.x + block;
   if (args.splits > 1 && !sum_of_splits<S::kThreads>(args, place, split, sums)) {
     return;
   }
 #pragma unroll
-  for (int quad = 0; quad < kTokens / 8; ++quad) {
+  for (int i = 0; i < 2; ++i) {
+    const int row = row_tile * kTileRows + g + 8 * i;
+    if (row < w.d_out) {
+      RowScale<kPaths> again;  // not kept meanwhile, for want of registers
+      again.read(w, row);
+      const int token = first_token + 2 * t;
+      float* const to = args.y + token * args.y_stride + args.first_row[which] + row;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = row_tile * kTileRows + g + 8 * (i / 2);
-      const int token = first_token + quad * 8 + 2 * t + i % 2;
-      if (row < w.d_out && token < args.tokens) {
-        put(args, which, row, token, rows[i / 2].unit * sums[0][quad][i]);
+      for (int quad = 0; quad < kTokens / 8; ++quad) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (token + quad * 8 + j < args.tokens) {
+            put(to + (quad * 8 + j) * args.y_stride, again.unit * sums[quad][2 * i + j], args.add);
+          }
+        }
       }
     }
   }
