@@ -107,6 +107,15 @@ class Block {
     wait(warp.arrived, warp.round, std::min(kWarp, count_ - now_ / kWarp * kWarp));
   }
 
+  /// Gives the turn away, for a thread that waits for what another writes.
+  void pass() {
+    const unsigned own = now_;
+    swapcontext(&fibers_[own].context, &back_);
+    now_ = own;
+  }
+  /// Something was written that a thread may wait for.
+  void moved() { moved_ = true; }
+
   template <typename T>
   T exchange(T value, unsigned source) {
     static_assert(sizeof(T) <= sizeof(uint64_t));

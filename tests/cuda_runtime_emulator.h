@@ -49,11 +49,76 @@ inline void multiply_tile(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
   });
 }
 
+/// An mbarrier: arrivals of a phase that are still to come, bytes that are, and the phase.
+struct Barrier {
+  int16_t arrivals, left;
+  int32_t bytes : 31;
+  uint32_t phase : 1;
+};
+static_assert(sizeof(Barrier) == 8);
+
+inline void start_barrier(Barrier* barrier, int arrivals) {
+  *barrier = {static_cast<int16_t>(arrivals), static_cast<int16_t>(arrivals), 0, 0};
+}
+inline void open_if_done(Barrier* barrier) {
+  if (barrier->left == 0 && barrier->bytes == 0) {
+    barrier->left = barrier->arrivals;
+    barrier->phase ^= 1;
+    Block::current()->moved();
+  }
+}
+inline void arrive(Barrier* barrier) {
+  --barrier->left;
+  open_if_done(barrier);
+}
+inline void expect(Barrier* barrier, int bytes) {
+  barrier->bytes += bytes;
+  arrive(barrier);
+}
+inline void await(Barrier* barrier, int phase) {
+  while (barrier->phase == static_cast<uint32_t>(phase)) {
+    Block::current()->pass();
+  }
+}
+inline void copied(Barrier* barrier, int bytes) {
+  barrier->bytes -= bytes;
+  open_if_done(barrier);
+}
+
+/// cp.async.bulk
+inline void copy_bulk(void* shared, const void* from, int bytes, Barrier* barrier) {
+  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+    std::fputs("cuda_emulator: a copy that is not aligned\n", stderr);
+    std::abort();
+  }
+  std::memcpy(shared, from, static_cast<size_t>(bytes));
+  copied(barrier, bytes);
+}
+
+/// A tensor map of a matrix of halves with boxes of 64 columns, swizzled by 128 bytes.
+struct SlabMap {
+  const uint16_t* data;
+  int64_t rows, columns;
+  int of_slab;
+};
+inline void copy_slab(void* shared, const SlabMap& map, int column, int row, Barrier* barrier) {
+  auto* const to = static_cast<uint16_t*>(shared);
+  for (int n = 0; n < map.of_slab; ++n) {
+    for (int k = 0; k < 64; ++k) {
+      const bool inside = row + n < map.rows && column + k < map.columns;
+      to[n * 64 + (k / 8 ^ n % 8) * 8 + k % 8] =
+          inside ? map.data[(row + n) * map.columns + column + k] : uint16_t{0};
+    }
+  }
+  copied(barrier, map.of_slab * 128);
+}
+
 /// wgmma.m64nNk16 of F16, sums in F32, of one of its four warps: the right side by rows of 128
 /// bytes in shared memory, swizzled.
 template <size_t kQuads>
-void multiply_group(float (&d)[kQuads][4], const uint32_t (&a)[4], const uint4* slab, int step) {
-  if (reinterpret_cast<uintptr_t>(slab) % 1024 != 0) {
+void multiply_group(float (&d)[kQuads][4], const uint32_t (&a)[4], uint64_t slab, int step) {
+  if (slab % 1024 != 0) {
     std::fputs("cuda_emulator: a slab that is not aligned\n", stderr);
     std::abort();
   }

@@ -1,123 +1,32 @@
 // Products of packed weights on GPUs whose tensor cores take the products of a warpgroup (compute
 // capability 9.0): any number of tokens, weights as they lie. Four warps make halves of signs in
 // registers, 64 rows of them, each the sum of its paths in units of the row's largest scale, and
-// multiply them with tokens in shared memory, while they make the next. Where there are fewer rows
-// and tokens than multiprocessors take, several blocks share them by columns.
+// multiply them with tokens in shared memory, while they make the next; one of them has the copy
+// engine fill the stages of shared memory. Where there are fewer rows and tokens than
+// multiprocessors take, several blocks share them by columns.
 #include <algorithm>
 #include <limits>
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/packed.h"
+#include "kernels/cuda/warpgroup.h"
 
 namespace rabit::gpu {
 namespace {
 
-constexpr int kSlab = 64;                     // columns of 128 bytes, as the tensor cores read them
 constexpr int kSlabs = kTileColumns / kSlab;  // of a column tile
 constexpr int kChunks = kSlab / 8;            // of 16 bytes, in a slab's row
-constexpr int kAlignment = 1024;              // of slabs: eight tokens
 constexpr int kSharedBytes = 224 << 10;       // of a multiprocessor
 constexpr int64_t kGroupRows = 64;            // of a warpgroup
 constexpr int kMostTokens = 128;              // of a block
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define RABIT_WARPGROUPS 1
-#elif defined(RABIT_CUDA_EMULATOR)
-#define RABIT_WARPGROUPS 1
-#else
-#define RABIT_WARPGROUPS 0
-#endif
-
 /// Of the machine code that was loaded.
 [[maybe_unused]] __device__ int warpgroups_there = RABIT_WARPGROUPS;
 
-#if RABIT_WARPGROUPS
-#ifdef RABIT_CUDA_EMULATOR
-__device__ __forceinline__ void begin_products() {}
-__device__ __forceinline__ void end_products() {}
-template <int kPending>
-__device__ __forceinline__ void await_products() {}
-__device__ __forceinline__ void show_to_products() {}
-__device__ __forceinline__ uint64_t describe(const uint4* slabs) {
-  return reinterpret_cast<uint64_t>(slabs);
-}
-template <int kQuads>
-__device__ __forceinline__ void multiply_group(float (&d)[kQuads][4], const uint32_t (&a)[4],
-                                               uint64_t slabs, int slab, int step) {
-  emulator::multiply_group(
-      d, a,
-      reinterpret_cast<const uint4*>(slabs + static_cast<uint64_t>(slab) * kQuads * kAlignment),
-      step);
-}
-#else
-/// Before the products that read what was written to registers.
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;"); }
-__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;"); }
-/// Until at most kPending of the groups that end_products() closed are under way.
-template <int kPending>
-__device__ __forceinline__ void await_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending));
-}
-/// Lets products see what this thread has put into shared memory.
-__device__ __forceinline__ void show_to_products() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-#define RABIT_D_1 "%0, %1, %2, %3"
-#define RABIT_D_2 RABIT_D_1 ", %4, %5, %6, %7"
-#define RABIT_D_4 RABIT_D_2 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define RABIT_D_8 \
-  RABIT_D_4       \
-  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define RABIT_D_16                                                                               \
-  RABIT_D_8                                                                                      \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
-  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define RABIT_Q_1(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define RABIT_Q_2(i) RABIT_Q_1(i), RABIT_Q_1(i + 1)
-#define RABIT_Q_4(i) RABIT_Q_2(i), RABIT_Q_2(i + 2)
-#define RABIT_Q_8(i) RABIT_Q_4(i), RABIT_Q_4(i + 4)
-#define RABIT_Q_16(i) RABIT_Q_8(i), RABIT_Q_8(i + 8)
-#define RABIT_MULTIPLY(n, quads, a0, a1, a2, a3, b)                                          \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n" #n   \
-               "k16.f32.f16.f16 {" RABIT_D_##quads "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 \
-                                                   "}, %" #b ", p, 1, 1, 0; }"               \
-               : RABIT_Q_##quads(0)                                                          \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_slab))
-
-/// Slabs in shared memory for multiply_group(), kAlignment-byte aligned.
-__device__ __forceinline__ uint64_t describe(const uint4* slabs) {
-  // Eight tokens lie 1,024 bytes apart; swizzled by 128 bytes.
-  const uint64_t at = static_cast<uint32_t>(__cvta_generic_to_shared(slabs));
-  return (at & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{kAlignment >> 4} << 32 |
-         uint64_t{1} << 62;
-}
-
-/// d += a b, of a warpgroup: a (64, 16) and b (16, 8 kQuads) in F16, sums in F32; a and d of a
-/// warp, its 16 rows, as multiply_tile() has them. A slab: (8 kQuads tokens, kSlab columns), chunk
-/// c of token n in place c ^ (n % 8); the step's 16 columns of it.
-template <int kQuads>
-__device__ __forceinline__ void multiply_group(float (&d)[kQuads][4], const uint32_t (&a)[4],
-                                               uint64_t slabs, int slab, int step) {
-  const uint64_t b_slab =
-      slabs + static_cast<uint64_t>((slab * kQuads * kAlignment + step * 32) >> 4);
-  if constexpr (kQuads == 1) {
-    RABIT_MULTIPLY(8, 1, 4, 5, 6, 7, 8);
-  } else if constexpr (kQuads == 2) {
-    RABIT_MULTIPLY(16, 2, 8, 9, 10, 11, 12);
-  } else if constexpr (kQuads == 4) {
-    RABIT_MULTIPLY(32, 4, 16, 17, 18, 19, 20);
-  } else if constexpr (kQuads == 8) {
-    RABIT_MULTIPLY(64, 8, 32, 33, 34, 35, 36);
-  } else {
-    RABIT_MULTIPLY(128, 16, 64, 65, 66, 67, 68);
-  }
-}
-#endif  // RABIT_CUDA_EMULATOR
-#endif  // RABIT_WARPGROUPS
-
 /// Blocks of a multiprocessor.
-constexpr int blocks_at_once(int tokens, int groups) { return groups * tokens <= 128 ? 2 : 1; }
+constexpr int blocks_at_once(int tokens, int groups) {
+  return groups > 2 ? 1 : tokens <= 16 ? 3 : tokens <= 64 ? 2 : 1;
+}
 
 /// Of a block of kGroups warpgroups, 64 rows each. A stage in shared memory, in 16 bytes: the
 /// tokens' columns in slabs, the columns' scales, the warps' weights.
@@ -127,69 +36,47 @@ struct Stage {
   static constexpr int kInput = kSlabs * kTokens * kChunks;
   static constexpr int kScales = kPaths * kTileColumns / 8;
   static constexpr int kWeights = kWarps * kPaths * 32;
-  static constexpr int kSize =
-      (kInput + kScales + kWeights + kAlignment / 16 - 1) / (kAlignment / 16) * (kAlignment / 16);
+  static constexpr int kSize = (kInput + kScales + kWeights + kSlabAlignment / 16 - 1) /
+                               (kSlabAlignment / 16) * (kSlabAlignment / 16);
   /// Blocks of a multiprocessor, by their registers, and stages of each.
   static constexpr int kBlocks = blocks_at_once(kTokens, kGroups);
   static constexpr int kStages =
-      std::clamp((kSharedBytes / kBlocks - 2 * kAlignment) / (kSize * 16), 2, 4);
-  static constexpr int kBytes = kStages * kSize * 16 + kAlignment;
+      std::clamp((kSharedBytes / kBlocks - 2 * kSlabAlignment) / (kSize * 16), 2, 4);
+  static constexpr int kBytes = kStages * kSize * 16 + kSlabAlignment + 2 * kStages * 8;
 };
 
-/// What a thread copies of each stage. Rows and tokens beyond the last are read as the last, and
-/// what comes of them is not written.
+#if RABIT_WARPGROUPS
+/// Fills a stage with a column tile, by a warp. Rows beyond the last are read as the last, and what
+/// comes of them is not written.
 template <int kPaths, int kTokens, int kGroups>
-class Loads {
- public:
+__device__ __forceinline__ void fill_stage(const Linear& w, const SlabMap& x, int first_row_tile,
+                                           int first_token, int column_tile, uint4* stage,
+                                           Barrier* full) {
   using S = Stage<kPaths, kTokens, kGroups>;
-
-  __device__ __forceinline__ Loads(const PackedArgs& args, const Linear& w, int row_tile,
-                                   int first_token)
-      : args_(args), w_(w), first_(first_token + static_cast<int>(threadIdx.x) / 32) {
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int first = column_tile * kTileColumns;
+  const int columns = w.d_in - first < kTileColumns ? w.d_in - first : kTileColumns;
+  if (lane == 0) {
+    expect(full, (S::kInput + S::kWeights) * 16 + kPaths * columns * 2);
+  }
+  __syncwarp();
+  if (lane < S::kWarps) {
     const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
-    const int row_tiles = (w.d_out + kTileRows - 1) / kTileRows;
-    const int row = row_tile < row_tiles ? row_tile : row_tiles - 1;
-    weights_ = static_cast<uint32_t>(row * column_tiles * kPaths * 32 + lane);
-    place_ = lane / kChunks * kTokens * kChunks + warp * kChunks + (lane % kChunks ^ warp % 8);
+    const int last = (w.d_out + kTileRows - 1) / kTileRows - 1;
+    const int64_t row_tile = first_row_tile + lane < last ? first_row_tile + lane : last;
+    copy_bulk(stage + S::kInput + S::kScales + lane * kPaths * 32,
+              static_cast<const uint4*>(w.weights) +
+                  (row_tile * column_tiles + column_tile) * kPaths * 32,
+              kPaths * 512, full);
   }
-
-  __device__ __forceinline__ void start(int column_tile, uint4* stage) const {
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-    const int chunks = w_.d_in / 8, chunk = column_tile * 32 + lane;
-    const bool inside = chunk < chunks;
-    const auto* const x = reinterpret_cast<const uint4*>(args_.x);
-#pragma unroll
-    for (int i = 0; i < (kTokens + S::kWarps - 1) / S::kWarps; ++i) {
-      if (kTokens % S::kWarps == 0 || warp + i * S::kWarps < kTokens) {
-        const int token = first_ + i * S::kWarps;
-        const int row = token < args_.tokens ? token : args_.tokens - 1;
-        copy_16_or_zeros(stage + place_ + i * S::kWarps * kChunks,
-                         x + static_cast<uint32_t>(row * chunks + (inside ? chunk : 0)), inside);
-      }
-    }
-    if (thread < S::kScales) {
-      const auto* const scales = reinterpret_cast<const uint4*>(w_.col_scale);
-      copy_16_or_zeros(stage + S::kInput + thread,
-                       scales + static_cast<uint32_t>(warp * chunks + (inside ? chunk : 0)),
-                       inside);
-    }
-    uint4* const own = stage + S::kInput + S::kScales + warp * kPaths * 32 + lane;
-    const auto* const from = static_cast<const uint4*>(w_.weights) + weights_ +
-                             static_cast<uint32_t>(column_tile * kPaths * 32);
-#pragma unroll
-    for (int path = 0; path < kPaths; ++path) {
-      copy_16(own + path * 32, from + path * 32);
-    }
+  if (lane < kSlabs) {
+    copy_slab(stage + lane * kTokens * kChunks, x, first + lane * kSlab, first_token, full);
   }
-
- private:
-  const PackedArgs& args_;
-  const Linear& w_;
-  int first_;
-  int place_;         // of the first token's chunk in a stage
-  uint32_t weights_;  // the lane's in the first column tile of its warp's row tile
-};
+  if (lane < kPaths) {
+    copy_bulk(stage + S::kInput + lane * 32, w.col_scale + lane * int64_t{w.d_in} + first,
+              columns * 2, full);
+  }
+}
 
 __device__ __forceinline__ int until_aligned(const unsigned char* memory) {
 #ifdef RABIT_CUDA_EMULATOR
@@ -197,14 +84,16 @@ __device__ __forceinline__ int until_aligned(const unsigned char* memory) {
 #else
   const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
 #endif
-  return static_cast<int>((kAlignment - at % kAlignment) % kAlignment);
+  return static_cast<int>((kSlabAlignment - at % kSlabAlignment) % kSlabAlignment);
 }
+
+#endif  // RABIT_WARPGROUPS
 
 /// kTokens: of a block, 8 to 128. A warp takes a row tile.
 template <int kPaths, int kTokens, int kGroups>
 __global__ void __launch_bounds__(Stage<kPaths, kTokens, kGroups>::kThreads,
                                   Stage<kPaths, kTokens, kGroups>::kBlocks)
-    warpgroup_kernel(const __grid_constant__ PackedArgs args) {
+    warpgroup_kernel(const __grid_constant__ PackedArgs args, const __grid_constant__ SlabMap x) {
 #if RABIT_WARPGROUPS
   using S = Stage<kPaths, kTokens, kGroups>;
   RABIT_DYNAMIC_SHARED(memory);
@@ -215,26 +104,39 @@ __global__ void __launch_bounds__(Stage<kPaths, kTokens, kGroups>::kThreads,
   const int first_token = static_cast<int>(blockIdx.y) * kTokens;
   const int which = layer_of(args, block);
   const Linear& w = args.linears[which];
-  const int row_tile = (block - args.first_block[which]) * S::kWarps + warp;
+  const int first_row_tile = (block - args.first_block[which]) * S::kWarps;
+  const int row_tile = first_row_tile + warp;
   const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
   const int begin = column_tiles * split / args.splits;
   const int end = column_tiles * (split + 1) / args.splits;
 
+  auto* const full = reinterpret_cast<Barrier*>(stages + S::kStages * S::kSize);
+  Barrier* const empty = full + S::kStages;
+  if (thread < S::kStages) {
+    start_barrier(full + thread, 1);
+    start_barrier(empty + thread, S::kWarps);
+  }
+  // Scales beyond the last column must be numbers, since zeros are multiplied with them.
+  for (int i = thread; i < S::kStages * S::kScales; i += S::kThreads) {
+    stages[i / S::kScales * S::kSize + S::kInput + i % S::kScales] = make_uint4(0, 0, 0, 0);
+  }
+  show_to_engines();
+  __syncthreads();
+
+  const auto fill = [&](int column, int slot) {
+    fill_stage<kPaths, kTokens, kGroups>(w, x, first_row_tile, first_token, column,
+                                         stages + slot * S::kSize, full + slot);
+  };
+  if (warp == 0) {
+    for (int i = 0; i < S::kStages - 1 && begin + i < end; ++i) {
+      fill(begin + i, i);
+    }
+  }
+
+  float sums[kTokens / 8][4] = {};
   RowScale<kPaths> rows[2];
   rows[0].read(w, row_tile * kTileRows + g);
   rows[1].read(w, row_tile * kTileRows + g + 8);
-  float sums[kTokens / 8][4] = {};
-
-  const Loads<kPaths, kTokens, kGroups> loads(args, w, row_tile, first_token);
-  const auto load = [&](int column) {
-    if (column < end) {
-      loads.start(column, stages + (column - begin) % S::kStages * S::kSize);
-    }
-    end_copies();
-  };
-  for (int i = 0; i < S::kStages - 1; ++i) {
-    load(begin + i);
-  }
   // Words of rows g and g + 8, and the scales of the lane's pairs of columns in 16: read a step
   // before halves are made of them.
   uint2 words[2][kPaths];
@@ -273,22 +175,22 @@ __global__ void __launch_bounds__(Stage<kPaths, kTokens, kGroups>::kThreads,
                                           12 - 8 * (step % 2) - 4 * (i / 2));
     }
   };
-  const auto await_stage = [&] {
-    await_copies<S::kStages - 2>();
-    show_to_products();
-    __syncthreads();
-  };
 
   constexpr int kSteps = kTileColumns / 16;
+  await(full, 0);
   const uint4* stage = stages;
-  await_stage();
   read_words(stage, 0);
   read_scales(stage, 0);
   make(0);
+  int slot = 0, phase = 0;  // of the next stage, and how often it was awaited, modulo 2
 #pragma unroll 1
   for (int column = begin; column < end; ++column) {
     const uint64_t slabs = describe(stage);
-    const uint4* const next = stages + (column + 1 - begin) % S::kStages * S::kSize;
+    const int before = slot > 0 ? slot - 1 : S::kStages - 1, now = slot;
+    const int phase_before = slot > 0 ? phase : phase ^ 1;
+    slot = slot + 1 < S::kStages ? slot + 1 : 0;
+    phase ^= slot == 0 ? 1 : 0;
+    const uint4* const next = stages + slot * S::kSize;
     read_scales(stage, 1);
     read_words(stage, 1);
 #pragma unroll
@@ -297,12 +199,16 @@ __global__ void __launch_bounds__(Stage<kPaths, kTokens, kGroups>::kThreads,
       multiply_group(sums, a[step % 2], slabs, step / 4, step % 4);
       end_products();
       await_products<1>();  // then the other half of `a` can be written
-      if (step == 1) {
-        __syncthreads();  // all products of the stage before are done
-        load(column + S::kStages - 1);
+      if (step == 2 && warp == 0 && column + S::kStages - 1 < end) {
+        if (column > begin) {
+          await(empty + before, phase_before);
+        }
+        fill(column + S::kStages - 1, before);
       }
       if (step + 1 == kSteps) {
-        await_stage();
+        if (column + 1 < end) {
+          await(full + slot, phase);
+        }
         read_words(next, 0);
         read_scales(next, 0);
       }
@@ -315,6 +221,10 @@ __global__ void __launch_bounds__(Stage<kPaths, kTokens, kGroups>::kThreads,
       }
     }
     await_products<0>();
+    __syncwarp();
+    if (lane == 0) {
+      arrive(empty + now);
+    }
     stage = next;
   }
 
@@ -414,15 +324,58 @@ Sharing share(std::initializer_list<const Linear*> linears, int64_t tokens,
   return best;
 }
 
+#ifdef RABIT_CUDA_EMULATOR
+Status map_slabs(const uint16_t* x, int64_t rows, int64_t columns, int of_slab, SlabMap& map) {
+  map = {x, rows, columns, of_slab};
+  return {};
+}
+bool can_map_slabs() { return true; }
+#else
+using MapFunction = decltype(&cuTensorMapEncodeTiled);
+
+/// Of the driver, which this program is not linked with; nullptr where it has none.
+MapFunction map_function() {
+  static const MapFunction function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const bool asked = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                                        cudaEnableDefault, &result) == cudaSuccess;
+    cudaGetLastError();
+    return asked && result == cudaDriverEntryPointSuccess ? reinterpret_cast<MapFunction>(found)
+                                                          : nullptr;
+  }();
+  return function;
+}
+
+/// Describes x, F16 (rows, columns), for slabs of `of_slab` rows.
+Status map_slabs(const uint16_t* x, int64_t rows, int64_t columns, int of_slab, SlabMap& map) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(columns) * 2};
+  const cuuint32_t box[2] = {kSlab, static_cast<cuuint32_t>(of_slab)}, steps[2] = {1, 1};
+  const CUresult result =
+      map_function()(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<uint16_t*>(x), sizes,
+                     stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    return Error{"the GPU's driver refused the inputs of a product: error " +
+                 std::to_string(static_cast<int>(result))};
+  }
+  return {};
+}
+bool can_map_slabs() { return map_function() != nullptr; }
+#endif
+
 template <int kPaths, int kTokens, int kGroups>
 Status start(const PackedArgs& args, const Sharing& sharing, Stream stream) {
   const auto kernel = warpgroup_kernel<kPaths, kTokens, kGroups>;
+  SlabMap x;
+  RABIT_CHECK(map_slabs(args.x, args.tokens, args.linears[0].d_in, kTokens, x));
   using S = Stage<kPaths, kTokens, kGroups>;
   const dim3 grid(static_cast<unsigned>(sharing.row_blocks),
                   static_cast<unsigned>(sharing.token_blocks),
                   static_cast<unsigned>(sharing.splits));
   RABIT_CHECK(give_shared(kernel, S::kBytes));
-  RABIT_LAUNCH_SHARED(kernel, grid, dim3(S::kThreads), S::kBytes, stream, args);
+  RABIT_LAUNCH_SHARED(kernel, grid, dim3(S::kThreads), S::kBytes, stream, args, x);
   return launched("a product of packed weights");
 }
 
@@ -451,7 +404,7 @@ bool has_warpgroups() {
   int there = 0;
   const bool known = cudaMemcpyFromSymbol(&there, warpgroups_there, sizeof there) == cudaSuccess;
   cudaGetLastError();
-  return known && there != 0;
+  return known && there != 0 && can_map_slabs();
 #endif
 }
 
