@@ -14,11 +14,12 @@
 namespace rabit::gpu {
 namespace {
 
-constexpr int kSlabs = kTileColumns / kSlab;  // of a column tile
-constexpr int kChunks = kSlab / 8;            // of 16 bytes, in a slab's row
-constexpr int kSharedBytes = 224 << 10;       // of a multiprocessor
-constexpr int64_t kGroupRows = 64;            // of a warpgroup
-constexpr int kMostTokens = 128;              // of a block
+constexpr int kHalf = kTileColumns / 2;  // columns of a stage
+constexpr int kSlabs = kHalf / kSlab;    // of a stage
+constexpr int kChunks = kSlab / 8;       // of 16 bytes, in a slab's row
+constexpr int kSharedBytes = 224 << 10;  // of a multiprocessor
+constexpr int64_t kGroupRows = 64;       // of a warpgroup
+constexpr int kMostTokens = 256;         // of a block
 
 /// Of the machine code that was loaded.
 [[maybe_unused]] __device__ int warpgroups_there = RABIT_WARPGROUPS;
@@ -28,53 +29,72 @@ constexpr int blocks_at_once(int tokens, int groups) {
   return groups > 2 ? 1 : tokens <= 16 ? 3 : tokens <= 64 ? 2 : 1;
 }
 
-/// Of a block of kGroups warpgroups, 64 rows each. A stage in shared memory, in 16 bytes: the
-/// tokens' columns in slabs, the columns' scales, the warps' weights.
+/// Of a block of kGroups warpgroups, 64 rows each. In shared memory, in 16 bytes: stages, half a
+/// column tile of the tokens each, in slabs; places for column tiles of weights, each the columns'
+/// scales and the warps' signs; barriers.
 template <int kPaths, int kTokens, int kGroups>
-struct Stage {
+struct Shared {
   static constexpr int kWarps = 4 * kGroups, kThreads = 32 * kWarps;
-  static constexpr int kInput = kSlabs * kTokens * kChunks;
-  static constexpr int kScales = kPaths * kTileColumns / 8;
-  static constexpr int kWeights = kWarps * kPaths * 32;
-  static constexpr int kSize = (kInput + kScales + kWeights + kSlabAlignment / 16 - 1) /
-                               (kSlabAlignment / 16) * (kSlabAlignment / 16);
-  /// Blocks of a multiprocessor, by their registers, and stages of each.
+  static constexpr int kStage = kSlabs * kTokens * kChunks;
+  static constexpr int kScales = kPaths * kTileColumns / 8, kSigns = kWarps * kPaths * 32;
+  static constexpr int kPlace = kScales + kSigns;
   static constexpr int kBlocks = blocks_at_once(kTokens, kGroups);
-  static constexpr int kStages =
-      std::clamp((kSharedBytes / kBlocks - 2 * kSlabAlignment) / (kSize * 16), 2, 4);
-  static constexpr int kBytes = kStages * kSize * 16 + kSlabAlignment + 2 * kStages * 8;
+  /// With a place for weights for every two, and one.
+  static constexpr int kStages = std::clamp(
+      (kSharedBytes / kBlocks - 2 * kSlabAlignment - kPlace * 16) / (kStage * 16 + kPlace * 8), 3,
+      8);
+  static constexpr int kPlaces = (kStages + 2) / 2;
+  static constexpr int kBarriers = kStages * kStage + kPlaces * kPlace;  // where they begin
+  static constexpr int kBytes = kBarriers * 16 + 2 * kStages * 8 + kSlabAlignment;
+
+  static __device__ __forceinline__ uint4* stage(uint4* memory, int slot) {
+    return memory + slot * kStage;
+  }
+  static __device__ __forceinline__ uint4* weights(uint4* memory, int column_tile) {
+    return memory + kStages * kStage + column_tile % kPlaces * kPlace;
+  }
+  static __device__ __forceinline__ Barrier* full(uint4* memory, int slot) {
+    return reinterpret_cast<Barrier*>(memory + kBarriers) + slot;
+  }
+  static __device__ __forceinline__ Barrier* empty(uint4* memory, int slot) {
+    return full(memory, kStages + slot);
+  }
 };
 
 #if RABIT_WARPGROUPS
-/// Fills a stage with a column tile, by a warp. Rows beyond the last are read as the last, and what
-/// comes of them is not written.
+/// Fills a slot with a stage, the first of a column tile with its weights, by a warp. Rows beyond
+/// the last are read as the last, and what comes of them is not written.
 template <int kPaths, int kTokens, int kGroups>
 __device__ __forceinline__ void fill_stage(const Linear& w, const SlabMap& x, int first_row_tile,
-                                           int first_token, int column_tile, uint4* stage,
-                                           Barrier* full) {
-  using S = Stage<kPaths, kTokens, kGroups>;
+                                           int first_token, int stage, int slot, uint4* memory) {
+  using S = Shared<kPaths, kTokens, kGroups>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int first = column_tile * kTileColumns;
+  const int column_tile = stage / 2, first = column_tile * kTileColumns;
   const int columns = w.d_in - first < kTileColumns ? w.d_in - first : kTileColumns;
+  Barrier* const full = S::full(memory, slot);
   if (lane == 0) {
-    expect(full, (S::kInput + S::kWeights) * 16 + kPaths * columns * 2);
+    expect(full, S::kStage * 16 + (stage % 2 == 0 ? S::kSigns * 16 + kPaths * columns * 2 : 0));
   }
   __syncwarp();
-  if (lane < S::kWarps) {
-    const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
-    const int last = (w.d_out + kTileRows - 1) / kTileRows - 1;
-    const int64_t row_tile = first_row_tile + lane < last ? first_row_tile + lane : last;
-    copy_bulk(stage + S::kInput + S::kScales + lane * kPaths * 32,
-              static_cast<const uint4*>(w.weights) +
-                  (row_tile * column_tiles + column_tile) * kPaths * 32,
-              kPaths * 512, full);
-  }
   if (lane < kSlabs) {
-    copy_slab(stage + lane * kTokens * kChunks, x, first + lane * kSlab, first_token, full);
+    copy_slab(S::stage(memory, slot) + lane * kTokens * kChunks, x, stage * kHalf + lane * kSlab,
+              first_token, full);
   }
-  if (lane < kPaths) {
-    copy_bulk(stage + S::kInput + lane * 32, w.col_scale + lane * int64_t{w.d_in} + first,
-              columns * 2, full);
+  if (stage % 2 == 0) {
+    uint4* const weights = S::weights(memory, column_tile);
+    if (lane < S::kWarps) {
+      const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
+      const int last = (w.d_out + kTileRows - 1) / kTileRows - 1;
+      const int64_t row_tile = first_row_tile + lane < last ? first_row_tile + lane : last;
+      copy_bulk(weights + S::kScales + lane * kPaths * 32,
+                static_cast<const uint4*>(w.weights) +
+                    (row_tile * column_tiles + column_tile) * kPaths * 32,
+                kPaths * 512, full);
+    }
+    if (lane < kPaths) {
+      copy_bulk(weights + lane * 32, w.col_scale + lane * int64_t{w.d_in} + first, columns * 2,
+                full);
+    }
   }
 }
 
@@ -89,15 +109,15 @@ __device__ __forceinline__ int until_aligned(const unsigned char* memory) {
 
 #endif  // RABIT_WARPGROUPS
 
-/// kTokens: of a block, 8 to 128. A warp takes a row tile.
+/// kTokens: of a block, 8 to 256. A warp takes a row tile.
 template <int kPaths, int kTokens, int kGroups>
-__global__ void __launch_bounds__(Stage<kPaths, kTokens, kGroups>::kThreads,
-                                  Stage<kPaths, kTokens, kGroups>::kBlocks)
+__global__ void __launch_bounds__(Shared<kPaths, kTokens, kGroups>::kThreads,
+                                  Shared<kPaths, kTokens, kGroups>::kBlocks)
     warpgroup_kernel(const __grid_constant__ PackedArgs args, const __grid_constant__ SlabMap x) {
 #if RABIT_WARPGROUPS
-  using S = Stage<kPaths, kTokens, kGroups>;
+  using S = Shared<kPaths, kTokens, kGroups>;
   RABIT_DYNAMIC_SHARED(memory);
-  auto* const stages = reinterpret_cast<uint4*>(memory + until_aligned(memory));
+  auto* const shared = reinterpret_cast<uint4*>(memory + until_aligned(memory));
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t = lane % 4;
   const int block = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.z);
@@ -110,26 +130,22 @@ __global__ void __launch_bounds__(Stage<kPaths, kTokens, kGroups>::kThreads,
   const int begin = column_tiles * split / args.splits;
   const int end = column_tiles * (split + 1) / args.splits;
 
-  auto* const full = reinterpret_cast<Barrier*>(stages + S::kStages * S::kSize);
-  Barrier* const empty = full + S::kStages;
   if (thread < S::kStages) {
-    start_barrier(full + thread, 1);
-    start_barrier(empty + thread, S::kWarps);
+    start_barrier(S::full(shared, thread), 1);
+    start_barrier(S::empty(shared, thread), S::kWarps);
   }
   // Scales beyond the last column must be numbers, since zeros are multiplied with them.
-  for (int i = thread; i < S::kStages * S::kScales; i += S::kThreads) {
-    stages[i / S::kScales * S::kSize + S::kInput + i % S::kScales] = make_uint4(0, 0, 0, 0);
+  for (int i = thread; i < S::kPlaces * S::kScales; i += S::kThreads) {
+    S::weights(shared, i / S::kScales)[i % S::kScales] = make_uint4(0, 0, 0, 0);
   }
   show_to_engines();
   __syncthreads();
-
-  const auto fill = [&](int column, int slot) {
-    fill_stage<kPaths, kTokens, kGroups>(w, x, first_row_tile, first_token, column,
-                                         stages + slot * S::kSize, full + slot);
+  const auto fill = [&](int stage, int slot) {
+    fill_stage<kPaths, kTokens, kGroups>(w, x, first_row_tile, first_token, stage, slot, shared);
   };
   if (warp == 0) {
-    for (int i = 0; i < S::kStages - 1 && begin + i < end; ++i) {
-      fill(begin + i, i);
+    for (int i = 0; i < S::kStages - 1 && begin * 2 + i < end * 2; ++i) {
+      fill(begin * 2 + i, i);
     }
   }
 
@@ -141,20 +157,19 @@ __global__ void __launch_bounds__(Stage<kPaths, kTokens, kGroups>::kThreads,
   // before halves are made of them.
   uint2 words[2][kPaths];
   uint32_t column_scales[2][2][kPaths];
-  const auto read_words = [&](const uint4* stage, int word) {
-    const uint4* const own = stage + S::kInput + S::kScales + warp * kPaths * 32 + g * 4;
+  const auto read_words = [&](int column, int word) {
+    const uint4* const own = S::weights(shared, column) + S::kScales + warp * kPaths * 32 + g * 4;
 #pragma unroll
     for (int path = 0; path < kPaths; ++path) {
       words[word % 2][path] = reinterpret_cast<const uint2*>(own + path * 32 + word % 4)[word / 4];
     }
   };
-  const auto read_scales = [&](const uint4* stage, int step) {
+  const auto read_scales = [&](int column, int step) {
+    const auto* const scales = reinterpret_cast<const uint32_t*>(S::weights(shared, column));
 #pragma unroll
     for (int path = 0; path < kPaths; ++path) {
-      const auto* const pairs =
-          reinterpret_cast<const uint32_t*>(stage + S::kInput + path * 32) + step * 8;
-      column_scales[step % 2][0][path] = pairs[t];
-      column_scales[step % 2][1][path] = pairs[t + 4];
+      column_scales[step % 2][0][path] = scales[path * kHalf + step * 8 + t];
+      column_scales[step % 2][1][path] = scales[path * kHalf + step * 8 + t + 4];
     }
   };
   uint32_t a[2][4];
@@ -177,55 +192,77 @@ __global__ void __launch_bounds__(Stage<kPaths, kTokens, kGroups>::kThreads,
   };
 
   constexpr int kSteps = kTileColumns / 16;
-  await(full, 0);
-  const uint4* stage = stages;
-  read_words(stage, 0);
-  read_scales(stage, 0);
+  // The stage that products read, and how often its slot was used before, modulo 2.
+  struct Slot {
+    int index = 0, phase = 0;
+    __device__ __forceinline__ Slot next() const {
+      return index + 1 < S::kStages ? Slot{index + 1, phase} : Slot{0, phase ^ 1};
+    }
+    __device__ __forceinline__ Slot before() const {
+      return index > 0 ? Slot{index - 1, phase} : Slot{S::kStages - 1, phase ^ 1};
+    }
+  } slot;
+  const auto refill =
+      [&](int stage) {  // in place of the one before it, when all are done with that
+        const Slot before = slot.before();
+        if (warp == 0 && stage + S::kStages - 1 < end * 2) {
+          if (stage > begin * 2) {
+            await(S::empty(shared, before.index), before.phase);
+          }
+          fill(stage + S::kStages - 1, before.index);
+        }
+      };
+  const auto leave = [&](int index) {
+    __syncwarp();
+    if (lane == 0) {
+      arrive(S::empty(shared, index));
+    }
+  };
+  await(S::full(shared, 0), 0);
+  read_words(begin, 0);
+  read_scales(begin, 0);
   make(0);
-  int slot = 0, phase = 0;  // of the next stage, and how often it was awaited, modulo 2
 #pragma unroll 1
   for (int column = begin; column < end; ++column) {
-    const uint64_t slabs = describe(stage);
-    const int before = slot > 0 ? slot - 1 : S::kStages - 1, now = slot;
-    const int phase_before = slot > 0 ? phase : phase ^ 1;
-    slot = slot + 1 < S::kStages ? slot + 1 : 0;
-    phase ^= slot == 0 ? 1 : 0;
-    const uint4* const next = stages + slot * S::kSize;
-    read_scales(stage, 1);
-    read_words(stage, 1);
+    uint64_t slabs = describe(S::stage(shared, slot.index));
+    read_scales(column, 1);
+    read_words(column, 1);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      if (step == kSteps / 2) {
+        slot = slot.next();
+        slabs = describe(S::stage(shared, slot.index));
+        await(S::full(shared, slot.index), slot.phase);
+      }
       begin_products();
-      multiply_group(sums, a[step % 2], slabs, step / 4, step % 4);
+      multiply_group(sums, a[step % 2], slabs, step / 4 % kSlabs, step % 4);
       end_products();
       await_products<1>();  // then the other half of `a` can be written
-      if (step == 2 && warp == 0 && column + S::kStages - 1 < end) {
-        if (column > begin) {
-          await(empty + before, phase_before);
-        }
-        fill(column + S::kStages - 1, before);
+      if (step == kSteps / 2) {
+        leave(slot.before().index);
+      }
+      if (step == 2 || step == kSteps / 2 + 2) {
+        refill(column * 2 + step / (kSteps / 2));
       }
       if (step + 1 == kSteps) {
         if (column + 1 < end) {
-          await(full + slot, phase);
+          const Slot next = slot.next();
+          await(S::full(shared, next.index), next.phase);
         }
-        read_words(next, 0);
-        read_scales(next, 0);
+        read_words(column + 1, 0);
+        read_scales(column + 1, 0);
       }
       make((step + 1) % kSteps);
       if (step + 2 < kSteps) {
-        read_scales(stage, step + 2);
+        read_scales(column, step + 2);
         if (step % 2 == 1) {
-          read_words(stage, (step + 3) / 2);
+          read_words(column, (step + 3) / 2);
         }
       }
     }
     await_products<0>();
-    __syncwarp();
-    if (lane == 0) {
-      arrive(empty + now);
-    }
-    stage = next;
+    leave(slot.index);
+    slot = slot.next();
   }
 
   const int64_t place = int64_t{blockIdx.y} * gridDim.x + block;
@@ -297,10 +334,13 @@ Sharing share(std::initializer_list<const Linear*> linears, int64_t tokens,
   const int64_t column_tiles = ceil_divide((*linears.begin())->d_in, kTileColumns);
   Sharing best;
   for (int32_t of_block = 8; of_block <= kMostTokens; of_block *= 2) {
-    if (of_block < kMostTokens && of_block < tokens) {
+    if (of_block < kMostTokens / 2 && of_block < tokens) {
       continue;
     }
     for (const int32_t groups : {2, 4}) {
+      if (groups * of_block > 2 * kMostTokens || (of_block == kMostTokens && paths == 4)) {
+        continue;  // for want of registers, and of shared memory
+      }
       Sharing s;
       s.tokens = of_block;
       s.groups = groups;
@@ -370,7 +410,7 @@ Status start(const PackedArgs& args, const Sharing& sharing, Stream stream) {
   const auto kernel = warpgroup_kernel<kPaths, kTokens, kGroups>;
   SlabMap x;
   RABIT_CHECK(map_slabs(args.x, args.tokens, args.linears[0].d_in, kTokens, x));
-  using S = Stage<kPaths, kTokens, kGroups>;
+  using S = Shared<kPaths, kTokens, kGroups>;
   const dim3 grid(static_cast<unsigned>(sharing.row_blocks),
                   static_cast<unsigned>(sharing.token_blocks),
                   static_cast<unsigned>(sharing.splits));
@@ -390,8 +430,13 @@ Status start_tokens(const PackedArgs& args, const Sharing& sharing, Stream strea
       return start<kPaths, 32, kGroups>(args, sharing, stream);
     case 64:
       return start<kPaths, 64, kGroups>(args, sharing, stream);
+    case 128:
+      return start<kPaths, 128, kGroups>(args, sharing, stream);
     default:
-      return start<kPaths, kMostTokens, kGroups>(args, sharing, stream);
+      if constexpr (kGroups == 2 && kPaths < 4) {
+        return start<kPaths, kMostTokens, kGroups>(args, sharing, stream);
+      }
+      return Error{"no kernel for so many tokens"};
   }
 }
 

@@ -127,11 +127,18 @@ __device__ __forceinline__ void await_products() {
   RABIT_D_8                                                                                      \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define RABIT_D_32                                                                                 \
+  RABIT_D_16                                                                                       \
+      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, "    \
+      "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, " \
+      "%99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, "  \
+      "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define RABIT_Q_1(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define RABIT_Q_2(i) RABIT_Q_1(i), RABIT_Q_1(i + 1)
 #define RABIT_Q_4(i) RABIT_Q_2(i), RABIT_Q_2(i + 2)
 #define RABIT_Q_8(i) RABIT_Q_4(i), RABIT_Q_4(i + 4)
 #define RABIT_Q_16(i) RABIT_Q_8(i), RABIT_Q_8(i + 8)
+#define RABIT_Q_32(i) RABIT_Q_16(i), RABIT_Q_16(i + 16)
 #define RABIT_MULTIPLY(n, quads, a0, a1, a2, a3, b)                                          \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n" #n   \
                "k16.f32.f16.f16 {" RABIT_D_##quads "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 \
@@ -163,8 +170,11 @@ __device__ __forceinline__ void multiply_group(float (&d)[kQuads][4], const uint
     RABIT_MULTIPLY(32, 4, 16, 17, 18, 19, 20);
   } else if constexpr (kQuads == 8) {
     RABIT_MULTIPLY(64, 8, 32, 33, 34, 35, 36);
-  } else {
+  } else if constexpr (kQuads == 16) {
     RABIT_MULTIPLY(128, 16, 64, 65, 66, 67, 68);
+  } else {
+    static_assert(kQuads == 32);
+    RABIT_MULTIPLY(256, 32, 128, 129, 130, 131, 132);
   }
 }
 #undef RABIT_MULTIPLY
