@@ -80,38 +80,46 @@ inline void await(Barrier* barrier, int phase) {
     Block::current()->pass();
   }
 }
-inline void copied(Barrier* barrier, int bytes) {
-  barrier->bytes -= bytes;
-  open_if_done(barrier);
-}
-
-/// cp.async.bulk
-inline void copy_bulk(void* shared, const void* from, int bytes, Barrier* barrier) {
-  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(from) % 16 != 0) {
-    std::fputs("cuda_emulator: a copy that is not aligned\n", stderr);
+/// A tensor map of three dimensions, swizzled by 128 bytes or not, and a copy of its box.
+struct BoxMap {
+  const void* data;
+  int bytes;
+  int64_t sizes[3], strides[2];
+  int box[3];
+  bool swizzled;
+};
+inline void copy_box(void* shared, const BoxMap& map, int c0, int c1, int c2, Barrier* barrier) {
+  const auto at = reinterpret_cast<uintptr_t>(shared);
+  const int64_t row_bytes = int64_t{map.box[0]} * map.bytes;
+  if (at % 128 != 0 || reinterpret_cast<uintptr_t>(map.data) % 16 != 0 ||
+      map.strides[0] % 16 != 0 || map.strides[1] % 16 != 0 || row_bytes % 16 != 0 ||
+      *std::max_element(map.box, map.box + 3) > 256 ||
+      (map.swizzled && (row_bytes != 128 || at % 1024 != 0))) {
+    std::fputs("cuda_emulator: a box that the copy engine does not take\n", stderr);
     std::abort();
   }
-  std::memcpy(shared, from, static_cast<size_t>(bytes));
-  copied(barrier, bytes);
-}
-
-/// A tensor map of a matrix of halves with boxes of 64 columns, swizzled by 128 bytes.
-struct SlabMap {
-  const uint16_t* data;
-  int64_t rows, columns;
-  int of_slab;
-};
-inline void copy_slab(void* shared, const SlabMap& map, int column, int row, Barrier* barrier) {
-  auto* const to = static_cast<uint16_t*>(shared);
-  for (int n = 0; n < map.of_slab; ++n) {
-    for (int k = 0; k < 64; ++k) {
-      const bool inside = row + n < map.rows && column + k < map.columns;
-      to[n * 64 + (k / 8 ^ n % 8) * 8 + k % 8] =
-          inside ? map.data[(row + n) * map.columns + column + k] : uint16_t{0};
+  auto* const to = static_cast<unsigned char*>(shared);
+  const auto* const from = static_cast<const unsigned char*>(map.data);
+  for (int k = 0; k < map.box[2]; ++k) {
+    for (int j = 0; j < map.box[1]; ++j) {
+      const int64_t row = int64_t{k} * map.box[1] + j;
+      for (int64_t i = 0; i < map.box[0]; ++i) {
+        const bool inside = c0 + i < map.sizes[0] && c1 + j < map.sizes[1] && c2 + k < map.sizes[2];
+        const int64_t byte = i * map.bytes;
+        const int64_t place = map.swizzled ? (byte / 16 ^ row % 8) * 16 + byte % 16 : byte;
+        if (inside) {
+          std::memcpy(
+              to + row * row_bytes + place,
+              from + (c0 + i) * map.bytes + (c1 + j) * map.strides[0] + (c2 + k) * map.strides[1],
+              static_cast<size_t>(map.bytes));
+        } else {
+          std::memset(to + row * row_bytes + place, 0, static_cast<size_t>(map.bytes));
+        }
+      }
     }
   }
-  copied(barrier, map.of_slab * 128);
+  barrier->bytes -= static_cast<int32_t>(row_bytes * map.box[1] * map.box[2]);
+  open_if_done(barrier);
 }
 
 /// wgmma.m64nNk16 of F16, sums in F32, of one of its four warps: the right side by rows of 128

@@ -61,42 +61,41 @@ struct Shared {
   }
 };
 
+/// Where the copy engine finds what a product reads.
+struct Maps {
+  BoxMap x;                     // slabs of a block's tokens
+  BoxMap signs[kMostLinears];   // a column tile of a block's row tiles, of all paths
+  BoxMap scales[kMostLinears];  // of a column tile's columns, of all paths
+};
+
 #if RABIT_WARPGROUPS
-/// Fills a slot with a stage, the first of a column tile with its weights, by a warp. Rows beyond
-/// the last are read as the last, and what comes of them is not written.
+/// Fills a slot with half a column tile of tokens, and with the first of a tile a place for
+/// weights.
 template <int kPaths, int kTokens, int kGroups>
-__device__ __forceinline__ void fill_stage(const Linear& w, const SlabMap& x, int first_row_tile,
-                                           int first_token, int stage, int slot, uint4* memory) {
+struct Filler {
   using S = Shared<kPaths, kTokens, kGroups>;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int column_tile = stage / 2, first = column_tile * kTileColumns;
-  const int columns = w.d_in - first < kTileColumns ? w.d_in - first : kTileColumns;
-  Barrier* const full = S::full(memory, slot);
-  if (lane == 0) {
-    expect(full, S::kStage * 16 + (stage % 2 == 0 ? S::kSigns * 16 + kPaths * columns * 2 : 0));
-  }
-  __syncwarp();
-  if (lane < kSlabs) {
-    copy_slab(S::stage(memory, slot) + lane * kTokens * kChunks, x, stage * kHalf + lane * kSlab,
-              first_token, full);
-  }
-  if (stage % 2 == 0) {
-    uint4* const weights = S::weights(memory, column_tile);
-    if (lane < S::kWarps) {
-      const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
-      const int last = (w.d_out + kTileRows - 1) / kTileRows - 1;
-      const int64_t row_tile = first_row_tile + lane < last ? first_row_tile + lane : last;
-      copy_bulk(weights + S::kScales + lane * kPaths * 32,
-                static_cast<const uint4*>(w.weights) +
-                    (row_tile * column_tiles + column_tile) * kPaths * 32,
-                kPaths * 512, full);
+  const Maps& maps;
+  int which, first_row_tile, first_token;
+  uint4* memory;
+
+  /// By one thread.
+  __device__ __forceinline__ void fill(int stage, int slot) const {
+    const bool with_weights = stage % 2 == 0;
+    const int column_tile = stage / 2;
+    Barrier* const full = S::full(memory, slot);
+    expect(full, (S::kStage + (with_weights ? S::kPlace : 0)) * 16);
+    if (with_weights) {
+      uint4* const weights = S::weights(memory, column_tile);
+      copy_box(weights + S::kScales, maps.signs[which], 0, column_tile, first_row_tile, full);
+      copy_box(weights, maps.scales[which], column_tile * kTileColumns, 0, 0, full);
     }
-    if (lane < kPaths) {
-      copy_bulk(weights + lane * 32, w.col_scale + lane * int64_t{w.d_in} + first, columns * 2,
-                full);
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+      copy_box(S::stage(memory, slot) + slab * kTokens * kChunks, maps.x,
+               stage * kHalf + slab * kSlab, first_token, 0, full);
     }
   }
-}
+};
 
 __device__ __forceinline__ int until_aligned(const unsigned char* memory) {
 #ifdef RABIT_CUDA_EMULATOR
@@ -113,7 +112,7 @@ __device__ __forceinline__ int until_aligned(const unsigned char* memory) {
 template <int kPaths, int kTokens, int kGroups>
 __global__ void __launch_bounds__(Shared<kPaths, kTokens, kGroups>::kThreads,
                                   Shared<kPaths, kTokens, kGroups>::kBlocks)
-    warpgroup_kernel(const __grid_constant__ PackedArgs args, const __grid_constant__ SlabMap x) {
+    warpgroup_kernel(const __grid_constant__ PackedArgs args, const __grid_constant__ Maps maps) {
 #if RABIT_WARPGROUPS
   using S = Shared<kPaths, kTokens, kGroups>;
   RABIT_DYNAMIC_SHARED(memory);
@@ -134,18 +133,13 @@ __global__ void __launch_bounds__(Shared<kPaths, kTokens, kGroups>::kThreads,
     start_barrier(S::full(shared, thread), 1);
     start_barrier(S::empty(shared, thread), S::kWarps);
   }
-  // Scales beyond the last column must be numbers, since zeros are multiplied with them.
-  for (int i = thread; i < S::kPlaces * S::kScales; i += S::kThreads) {
-    S::weights(shared, i / S::kScales)[i % S::kScales] = make_uint4(0, 0, 0, 0);
-  }
   show_to_engines();
   __syncthreads();
-  const auto fill = [&](int stage, int slot) {
-    fill_stage<kPaths, kTokens, kGroups>(w, x, first_row_tile, first_token, stage, slot, shared);
-  };
-  if (warp == 0) {
+  const Filler<kPaths, kTokens, kGroups> filler = {maps, which, first_row_tile, first_token,
+                                                   shared};
+  if (thread == 0) {
     for (int i = 0; i < S::kStages - 1 && begin * 2 + i < end * 2; ++i) {
-      fill(begin * 2 + i, i);
+      filler.fill(begin * 2 + i, i);
     }
   }
 
@@ -153,45 +147,54 @@ __global__ void __launch_bounds__(Shared<kPaths, kTokens, kGroups>::kThreads,
   RowScale<kPaths> rows[2];
   rows[0].read(w, row_tile * kTileRows + g);
   rows[1].read(w, row_tile * kTileRows + g + 8);
-  // Words of rows g and g + 8, and the scales of the lane's pairs of columns in 16: read a step
-  // before halves are made of them.
+  // Steps of 16 columns, kTogether of them between waits, as registers allow. Words of rows g and
+  // g + 8, and the scales of the lane's pairs of columns, are read one part before halves are made
+  // of them.
+  constexpr int kTogether = kTokens * kGroups > 256 && kTokens < 256 ? 1 : 2;
+  constexpr int kParts = kTileColumns / 16 / kTogether;
   uint2 words[2][kPaths];
-  uint32_t column_scales[2][2][kPaths];
-  const auto read_words = [&](int column, int word) {
-    const uint4* const own = S::weights(shared, column) + S::kScales + warp * kPaths * 32 + g * 4;
+  uint32_t column_scales[2][kTogether][2][kPaths];
+  const auto read = [&](int column, int part) {
+    const uint4* const weights = S::weights(shared, column);
+    const int first = part * kTogether;
 #pragma unroll
     for (int path = 0; path < kPaths; ++path) {
-      words[word % 2][path] = reinterpret_cast<const uint2*>(own + path * 32 + word % 4)[word / 4];
-    }
-  };
-  const auto read_scales = [&](int column, int step) {
-    const auto* const scales = reinterpret_cast<const uint32_t*>(S::weights(shared, column));
+      const auto* const scales = reinterpret_cast<const uint32_t*>(weights + path * 32) + first * 8;
 #pragma unroll
-    for (int path = 0; path < kPaths; ++path) {
-      column_scales[step % 2][0][path] = scales[path * kHalf + step * 8 + t];
-      column_scales[step % 2][1][path] = scales[path * kHalf + step * 8 + t + 4];
-    }
-  };
-  uint32_t a[2][4];
-  uint32_t signs[2][kPaths];
-  const auto make = [&](int step) {
-    if (step % 2 == 0) {
-      // The lane's pairs of columns, t and each fourth from there, to bits 3, 7, 11, 15 of each
-      // half.
-#pragma unroll
-      for (int path = 0; path < kPaths; ++path) {
-        signs[0][path] = words[step / 2 % 2][path].x << (3 - t);
-        signs[1][path] = words[step / 2 % 2][path].y << (3 - t);
+      for (int i = 0; i < kTogether; ++i) {
+        column_scales[part % 2][i][0][path] = scales[i * 8 + t];
+        column_scales[part % 2][i][1][path] = scales[i * 8 + t + 4];
+      }
+      if (first % 2 == 0) {
+        const int word = first / 2;
+        const uint4* const own = weights + S::kScales + (warp * kPaths + path) * 32 + g * 4;
+        words[word % 2][path] = reinterpret_cast<const uint2*>(own + word % 4)[word / 4];
       }
     }
+  };
+  uint32_t a[2][kTogether][4];
+  uint32_t signs[2][kPaths];
+  const auto make = [&](int part) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a[step % 2][i] = weights_of<kPaths>(signs[i % 2], column_scales[step % 2][i / 2], rows[i % 2],
-                                          12 - 8 * (step % 2) - 4 * (i / 2));
+    for (int i = 0; i < kTogether; ++i) {
+      const int step = part * kTogether + i;
+      if (step % 2 == 0) {
+        // The lane's pairs of columns, t and each fourth from there, to bits 3, 7, 11, 15 of each
+        // half.
+#pragma unroll
+        for (int path = 0; path < kPaths; ++path) {
+          signs[0][path] = words[step / 2 % 2][path].x << (3 - t);
+          signs[1][path] = words[step / 2 % 2][path].y << (3 - t);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        a[part % 2][i][j] = weights_of<kPaths>(signs[j % 2], column_scales[part % 2][i][j / 2],
+                                               rows[j % 2], 12 - 8 * (step % 2) - 4 * (j / 2));
+      }
     }
   };
 
-  constexpr int kSteps = kTileColumns / 16;
   // The stage that products read, and how often its slot was used before, modulo 2.
   struct Slot {
     int index = 0, phase = 0;
@@ -205,11 +208,11 @@ __global__ void __launch_bounds__(Shared<kPaths, kTokens, kGroups>::kThreads,
   const auto refill =
       [&](int stage) {  // in place of the one before it, when all are done with that
         const Slot before = slot.before();
-        if (warp == 0 && stage + S::kStages - 1 < end * 2) {
+        if (thread == 0 && stage + S::kStages - 1 < end * 2) {
           if (stage > begin * 2) {
             await(S::empty(shared, before.index), before.phase);
           }
-          fill(stage + S::kStages - 1, before.index);
+          filler.fill(stage + S::kStages - 1, before.index);
         }
       };
   const auto leave = [&](int index) {
@@ -219,45 +222,43 @@ __global__ void __launch_bounds__(Shared<kPaths, kTokens, kGroups>::kThreads,
     }
   };
   await(S::full(shared, 0), 0);
-  read_words(begin, 0);
-  read_scales(begin, 0);
+  read(begin, 0);
   make(0);
 #pragma unroll 1
   for (int column = begin; column < end; ++column) {
     uint64_t slabs = describe(S::stage(shared, slot.index));
-    read_scales(column, 1);
-    read_words(column, 1);
+    read(column, 1);
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (step == kSteps / 2) {
+    for (int part = 0; part < kParts; ++part) {
+      if (part == kParts / 2) {
         slot = slot.next();
         slabs = describe(S::stage(shared, slot.index));
         await(S::full(shared, slot.index), slot.phase);
       }
       begin_products();
-      multiply_group(sums, a[step % 2], slabs, step / 4 % kSlabs, step % 4);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int step = part * kTogether + i;
+        multiply_group(sums, a[part % 2][i], slabs, step / 4 % kSlabs, step % 4);
+      }
       end_products();
       await_products<1>();  // then the other half of `a` can be written
-      if (step == kSteps / 2) {
+      if (part == kParts / 2) {
         leave(slot.before().index);
       }
-      if (step == 2 || step == kSteps / 2 + 2) {
-        refill(column * 2 + step / (kSteps / 2));
+      if (part % (kParts / 2) == 1) {
+        refill(column * 2 + part / (kParts / 2));
       }
-      if (step + 1 == kSteps) {
+      if (part + 1 == kParts) {
         if (column + 1 < end) {
           const Slot next = slot.next();
           await(S::full(shared, next.index), next.phase);
         }
-        read_words(column + 1, 0);
-        read_scales(column + 1, 0);
+        read(column + 1, 0);
       }
-      make((step + 1) % kSteps);
-      if (step + 2 < kSteps) {
-        read_scales(column, step + 2);
-        if (step % 2 == 1) {
-          read_words(column, (step + 3) / 2);
-        }
+      make((part + 1) % kParts);
+      if (part + 2 < kParts) {
+        read(column, part + 2);
       }
     }
     await_products<0>();
@@ -275,16 +276,19 @@ __global__ void __launch_bounds__(Shared<kPaths, kTokens, kGroups>::kThreads,
     if (row < w.d_out) {
       RowScale<kPaths> again;  // not kept meanwhile, for want of registers
       again.read(w, row);
-      const int token = first_token + 2 * t;
-      float* const to = args.y + token * args.y_stride + args.first_row[which] + row;
+      const int first = first_token + 2 * t;
+      float* to = args.y + first * args.y_stride + args.first_row[which] + row;
 #pragma unroll
       for (int quad = 0; quad < kTokens / 8; ++quad) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          if (token + quad * 8 + j < args.tokens) {
-            put(to + (quad * 8 + j) * args.y_stride, again.unit * sums[quad][2 * i + j], args.add);
-          }
+        const float values[2] = {again.unit * sums[quad][2 * i],
+                                 again.unit * sums[quad][2 * i + 1]};
+        if (first + quad * 8 < args.tokens) {
+          put(to, values[0], args.add);
         }
+        if (first + quad * 8 + 1 < args.tokens) {
+          put(to + args.y_stride, values[1], args.add);
+        }
+        to += 8 * args.y_stride;
       }
     }
   }
@@ -364,12 +368,23 @@ Sharing share(std::initializer_list<const Linear*> linears, int64_t tokens,
   return best;
 }
 
+/// A tensor of three dimensions, the first of neighbours, and a box of it, in elements of 2 or 8
+/// bytes; strides of the others in bytes.
+struct Boxes {
+  const void* data;
+  int bytes;
+  int64_t sizes[3], strides[2];
+  int box[3];
+  bool swizzled;  // chunk c of 16 bytes of row n in place c ^ (n % 8)
+};
+
 #ifdef RABIT_CUDA_EMULATOR
-Status map_slabs(const uint16_t* x, int64_t rows, int64_t columns, int of_slab, SlabMap& map) {
-  map = {x, rows, columns, of_slab};
+Status map_boxes(const Boxes& boxes, BoxMap& map) {
+  std::memcpy(&map, &boxes, sizeof map);
+  static_assert(sizeof(BoxMap) == sizeof(Boxes));
   return {};
 }
-bool can_map_slabs() { return true; }
+bool can_map_boxes() { return true; }
 #else
 using MapFunction = decltype(&cuTensorMapEncodeTiled);
 
@@ -387,35 +402,68 @@ MapFunction map_function() {
   return function;
 }
 
-/// Describes x, F16 (rows, columns), for slabs of `of_slab` rows.
-Status map_slabs(const uint16_t* x, int64_t rows, int64_t columns, int of_slab, SlabMap& map) {
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(columns) * 2};
-  const cuuint32_t box[2] = {kSlab, static_cast<cuuint32_t>(of_slab)}, steps[2] = {1, 1};
-  const CUresult result =
-      map_function()(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<uint16_t*>(x), sizes,
-                     stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+Status map_boxes(const Boxes& boxes, BoxMap& map) {
+  cuuint64_t sizes[3], strides[2];
+  cuuint32_t box[3];
+  constexpr cuuint32_t kSteps[3] = {1, 1, 1};
+  std::copy(boxes.sizes, boxes.sizes + 3, sizes);
+  std::copy(boxes.strides, boxes.strides + 2, strides);
+  std::copy(boxes.box, boxes.box + 3, box);
+  const CUresult result = map_function()(
+      &map, boxes.bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 3,
+      const_cast<void*>(boxes.data), sizes, strides, box, kSteps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      boxes.swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     return Error{"the GPU's driver refused the inputs of a product: error " +
                  std::to_string(static_cast<int>(result))};
   }
   return {};
 }
-bool can_map_slabs() { return map_function() != nullptr; }
+bool can_map_boxes() { return map_function() != nullptr; }
 #endif
+
+Status make_maps(const PackedArgs& args, int tokens_of_block, int warps, Maps& maps) {
+  const int64_t d_in = args.linears[0].d_in;
+  RABIT_CHECK(map_boxes({.data = args.x,
+                         .bytes = 2,
+                         .sizes = {d_in, args.tokens, 1},
+                         .strides = {d_in * 2, d_in * 2 * args.tokens},
+                         .box = {kSlab, tokens_of_block, 1},
+                         .swizzled = true},
+                        maps.x));
+  for (int i = 0; i < kMostLinears && args.linears[i].paths > 0; ++i) {
+    const Linear& w = args.linears[i];
+    const int64_t row_tiles = ceil_divide(w.d_out, kTileRows);
+    const int64_t column_tiles = ceil_divide(d_in, kTileColumns);
+    const int64_t tile_bytes = int64_t{w.paths} * kTileWords * 4;
+    RABIT_CHECK(map_boxes({.data = w.weights,
+                           .bytes = 8,
+                           .sizes = {tile_bytes / 8, column_tiles, row_tiles},
+                           .strides = {tile_bytes, column_tiles * tile_bytes},
+                           .box = {static_cast<int>(tile_bytes / 8), 1, warps}},
+                          maps.signs[i]));
+    RABIT_CHECK(map_boxes({.data = w.col_scale,
+                           .bytes = 2,
+                           .sizes = {d_in, w.paths, 1},
+                           .strides = {d_in * 2, d_in * 2 * w.paths},
+                           .box = {kTileColumns, w.paths, 1}},
+                          maps.scales[i]));
+  }
+  return {};
+}
 
 template <int kPaths, int kTokens, int kGroups>
 Status start(const PackedArgs& args, const Sharing& sharing, Stream stream) {
-  const auto kernel = warpgroup_kernel<kPaths, kTokens, kGroups>;
-  SlabMap x;
-  RABIT_CHECK(map_slabs(args.x, args.tokens, args.linears[0].d_in, kTokens, x));
   using S = Shared<kPaths, kTokens, kGroups>;
+  const auto kernel = warpgroup_kernel<kPaths, kTokens, kGroups>;
+  Maps maps = {};
+  RABIT_CHECK(make_maps(args, kTokens, S::kWarps, maps));
   const dim3 grid(static_cast<unsigned>(sharing.row_blocks),
                   static_cast<unsigned>(sharing.token_blocks),
                   static_cast<unsigned>(sharing.splits));
   RABIT_CHECK(give_shared(kernel, S::kBytes));
-  RABIT_LAUNCH_SHARED(kernel, grid, dim3(S::kThreads), S::kBytes, stream, args, x);
+  RABIT_LAUNCH_SHARED(kernel, grid, dim3(S::kThreads), S::kBytes, stream, args, maps);
   return launched("a product of packed weights");
 }
 
@@ -449,7 +497,7 @@ bool has_warpgroups() {
   int there = 0;
   const bool known = cudaMemcpyFromSymbol(&there, warpgroups_there, sizeof there) == cudaSuccess;
   cudaGetLastError();
-  return known && there != 0 && can_map_slabs();
+  return known && there != 0 && can_map_boxes();
 #endif
 }
 

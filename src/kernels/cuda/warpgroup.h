@@ -23,10 +23,9 @@ constexpr int kSlabAlignment = 1024;  // of slabs: eight rows
 using emulator::arrive;
 using emulator::await;
 using emulator::Barrier;
-using emulator::copy_bulk;
-using emulator::copy_slab;
+using emulator::BoxMap;
+using emulator::copy_box;
 using emulator::expect;
-using emulator::SlabMap;
 using emulator::start_barrier;
 __device__ __forceinline__ void show_to_engines() {}
 __device__ __forceinline__ void begin_products() {}
@@ -44,8 +43,8 @@ __device__ __forceinline__ void multiply_group(float (&d)[kQuads][4], const uint
 }
 #else
 
-/// A matrix of halves whose slabs copy_slab() takes.
-using SlabMap = CUtensorMap;
+/// A tensor in device memory whose boxes copy_box() takes.
+using BoxMap = CUtensorMap;
 /// In shared memory.
 using Barrier = uint64_t;
 
@@ -84,23 +83,13 @@ __device__ __forceinline__ void await(Barrier* barrier, int phase) {
         : "memory");
   }
 }
-/// Starts to copy `bytes`, a multiple of 16, all 16-byte aligned.
-__device__ __forceinline__ void copy_bulk(void* shared, const void* from, int bytes,
-                                          Barrier* barrier) {
+/// Starts to copy the map's box at (c0, c1, c2), zeros beyond the tensor.
+__device__ __forceinline__ void copy_box(void* shared, const BoxMap& map, int c0, int c1, int c2,
+                                         Barrier* barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(shared)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
-}
-/// Starts to copy kSlab columns from `column` and the map's number of rows from `row`, zeros beyond
-/// the matrix: chunk c of 16 bytes of row n in place c ^ (n % 8).
-__device__ __forceinline__ void copy_slab(void* shared, const SlabMap& map, int column, int row,
-                                          Barrier* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-      "[%1, {%2, %3}], [%4];" ::"r"(shared_address(shared)),
-      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(barrier))
       : "memory");
 }
 /// Lets the engines for copies and products see what this thread has put into shared memory.
@@ -127,12 +116,12 @@ __device__ __forceinline__ void await_products() {
   RABIT_D_8                                                                                      \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define RABIT_D_32                                                                                 \
-  RABIT_D_16                                                                                       \
-      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, "    \
-      "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, " \
-      "%99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, "  \
-      "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define RABIT_D_32                                                                             \
+  RABIT_D_16                                                                                   \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, "    \
+  "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, " \
+  "%99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, "  \
+  "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define RABIT_Q_1(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define RABIT_Q_2(i) RABIT_Q_1(i), RABIT_Q_1(i + 1)
 #define RABIT_Q_4(i) RABIT_Q_2(i), RABIT_Q_2(i + 2)
