@@ -130,14 +130,16 @@ __device__ __forceinline__ bool sum_of_splits(const PackedArgs& args, int64_t pl
   if (!last_to_come(args.counters + place, args.splits)) {
     return false;
   }
-#pragma unroll
-  for (int quad = 0; quad < kQuads; ++quad) {
-    float(&s)[4] = sums[quad];
-    s[0] = s[1] = s[2] = s[3] = 0;
 #pragma unroll 1
-    for (int from = 0; from < args.splits; ++from) {
+  for (int from = 0; from < args.splits; ++from) {
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+      float(&s)[4] = sums[quad];
       const float4 part = __ldcg(partial + from * kValues + quad * kThreads);
-      s[0] += part.x, s[1] += part.y, s[2] += part.z, s[3] += part.w;
+      s[0] = from == 0 ? part.x : s[0] + part.x;
+      s[1] = from == 0 ? part.y : s[1] + part.y;
+      s[2] = from == 0 ? part.z : s[2] + part.z;
+      s[3] = from == 0 ? part.w : s[3] + part.w;
     }
   }
   return true;

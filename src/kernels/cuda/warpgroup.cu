@@ -310,26 +310,25 @@ struct Sharing {
   }
 };
 
-/// Estimated cycles of a product, and whether it is worth trying: what a multiprocessor's tensor
-/// cores, its instructions, and its share of memory take for a column tile.
+/// Estimated cycles of a product. The numbers are those of an H200: what a block takes for a column
+/// tile by itself, and beside others; around its column tiles; and to hand its sums over.
 double estimate(const Sharing& s, int64_t column_tiles, int64_t paths, int32_t multiprocessors) {
-  constexpr double kMemory = 18, kCache = 30;  // bytes a cycle
-  const double rows = s.groups * kGroupRows;
-  const double tensor = 8.0 * s.groups * std::max(s.tokens, 24);
-  const double issue = 16.0 * s.groups * (12.0 * static_cast<double>(paths) + 20);
-  const double bytes = rows * static_cast<double>(paths) * kTileColumns / 8 / kMemory +
-                       static_cast<double>(s.tokens * kTileColumns * 2) / kCache;
-  const double tile = std::max({tensor, issue, bytes}) + 100;
-  const double together = blocks_at_once(s.tokens, s.groups);
-  const double blocks = static_cast<double>(s.places() * s.splits);
-  const double per = std::ceil(blocks / multiprocessors);  // of the busiest multiprocessor
-  const double rounds = std::ceil(per / together);
-  const double sum =
-      s.splits == 1 ? 0 : 2000 + static_cast<double>(s.splits) * rows * s.tokens * 4 / kCache;
+  const auto tokens = static_cast<double>(s.tokens);
+  const double rows = static_cast<double>(s.groups * kGroupRows);
+  const double of_two_groups = 300 + 825 * static_cast<double>(paths) + 10.5 * tokens;
+  const double alone = of_two_groups * (s.groups == 2 ? 1 : 1.65);
   const double columns = std::ceil(static_cast<double>(column_tiles) / s.splits);
-  // Few warps leave gaps that more would fill.
-  const double alone = s.groups * std::min(per, together) <= 2 ? 1.5 : 1.0;
-  return per * columns * tile * alone + rounds * 3000 + sum;
+  const double around = 3000 + 8 * tokens;
+  const double sum = s.splits == 1 ? 0 : 1500 + rows * tokens * 4 * (s.splits + 1) / 40;
+  const int64_t together = blocks_at_once(s.tokens, s.groups);
+  // Of the busiest multiprocessor.
+  const int64_t blocks = ceil_divide(s.places() * s.splits, multiprocessors);
+  const int64_t full = blocks / together, left = blocks % together;
+  const auto round = [&](int64_t beside) {
+    const auto n = static_cast<double>(beside);
+    return beside == 0 ? 0 : columns * alone * (beside == 1 ? 1 : 0.8 * n) + around;
+  };
+  return static_cast<double>(full) * round(together) + round(left) + sum;
 }
 
 Sharing share(std::initializer_list<const Linear*> linears, int64_t tokens,
