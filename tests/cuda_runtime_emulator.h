@@ -125,8 +125,7 @@ inline void copy_box(void* shared, const BoxMap& map, int c0, int c1, int c2, Ba
 /// wgmma.m64nNk16 of F16, sums in F32, of one of its four warps: the right side by rows of 128
 /// bytes in shared memory, swizzled.
 template <size_t kQuads>
-void multiply_group(float (&d)[kQuads][4], const uint32_t (&a)[4], uint64_t slab, int step,
-                    bool add) {
+void multiply_group(float (&d)[kQuads][4], const uint32_t (&a)[4], uint64_t slab, int step) {
   if (slab % 1024 != 0) {
     std::fputs("cuda_emulator: a slab that is not aligned\n", stderr);
     std::abort();
@@ -150,7 +149,6 @@ void multiply_group(float (&d)[kQuads][4], const uint32_t (&a)[4], uint64_t slab
     }
     for (size_t quad = 0; quad < kQuads; ++quad) {
       for (unsigned i = 0; i < 4; ++i) {
-        d[quad][i] = add ? d[quad][i] : 0;
         for (int k = 0; k < 16; ++k) {
           d[quad][i] += left[i / 2][k] * right(k, quad * 8 + 2 * t + i % 2);
         }

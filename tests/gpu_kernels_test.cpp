@@ -340,7 +340,7 @@ TEST_F(GpuKernels, WorkOfPackedProducts) {
           gpu::packed_needs({&w}, {.multiprocessors = 132, .warpgroups = warpgroups});
       EXPECT_GT(needs.floats, 0);
       EXPECT_LE(needs.floats, int64_t{132} * 2 * 256 * 128);
-      EXPECT_LE(needs.counters, 132 * 4);
+      EXPECT_LE(needs.counters, 132 * 2);
     }
   }
 }

@@ -78,9 +78,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(Pack
   using S = Stage<kPaths, kEights, kTiles>;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int g = lane / 4, t = lane % 4;
-  // Blocks that share rows are neighbours.
-  const int block = static_cast<int>(blockIdx.x) / args.splits;
-  const int split = static_cast<int>(blockIdx.x) % args.splits;
+  const int block = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.y);
   const int which = layer_of(args, block);
   const Linear& w = args.linears[which];
   const int row_tile = ((block - args.first_block[which]) * kWarps + thread / 32) * kTiles;
@@ -170,27 +168,22 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(Pack
     }
   }
 
-  const auto put_quad = [&](int quad, const float(&values)[4]) {
-    const int tile = quad / kEights, eight = quad % kEights;
+  if (args.splits > 1 && !sum_of_splits<kThreads>(args, block, split, sums)) {
+    return;
+  }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = (row_tile + tile) * kTileRows + g + 8 * (i / 2);
-      const int token = eight * 8 + 2 * t + i % 2;
-      if (row < w.d_out && token < args.tokens) {
-        put(args.y + token * args.y_stride + args.first_row[which] + row,
-            rows[tile][i / 2].unit * values[i], args.add);
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int eight = 0; eight < kEights; ++eight) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = (row_tile + tile) * kTileRows + g + 8 * (i / 2);
+        const int token = eight * 8 + 2 * t + i % 2;
+        if (row < w.d_out && token < args.tokens) {
+          put(args.y + token * args.y_stride + args.first_row[which] + row,
+              rows[tile][i / 2].unit * sums[tile * kEights + eight][i], args.add);
+        }
       }
-    }
-  };
-  if (args.splits > 1) {
-    const int first_block = block * args.splits;
-    const auto part_of = [](int of) { return int64_t{of}; };
-    put_sum_of_blocks<kThreads>(args, first_block, first_block + args.splits - 1, part_of, sums,
-                                put_quad);
-  } else {
-#pragma unroll
-    for (int quad = 0; quad < kTiles * kEights; ++quad) {
-      put_quad(quad, sums[quad]);
     }
   }
 }
@@ -233,7 +226,7 @@ Status start(const PackedArgs& args, const Sharing& sharing, Stream stream) {
   constexpr int kTiles = kEights <= 2 ? 1 : 2;
   constexpr int kBytes = kStages * Stage<kPaths, kEights, kTiles>::kSize * 16;
   const auto kernel = few_kernel<kPaths, kEights, kTiles>;
-  const dim3 grid(static_cast<unsigned>(sharing.row_blocks * sharing.splits));
+  const dim3 grid(static_cast<unsigned>(sharing.row_blocks), static_cast<unsigned>(sharing.splits));
   RABIT_CHECK(give_shared(kernel, kBytes));
   RABIT_LAUNCH_SHARED(kernel, grid, dim3(kThreads), kBytes, stream, args);
   return launched("a product of a few tokens");
@@ -256,7 +249,7 @@ PackedNeeds few_needs(std::initializer_list<const Linear*> linears, int32_t mult
     const int64_t partial =
         s.splits == 1 ? 0 : s.row_blocks * s.splits * kThreads * 4 * int64_t{s.tiles} * s.eights;
     needs.floats = std::max(needs.floats, partial);
-    needs.counters = std::max(needs.counters, s.row_blocks * s.splits);
+    needs.counters = std::max(needs.counters, s.row_blocks);
   }
   return needs;
 }

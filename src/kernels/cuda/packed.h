@@ -19,10 +19,10 @@ struct PackedArgs {
   const uint16_t* x;                  // F16 (tokens, d_in)
   float* y;                           // (tokens, y_stride)
   int64_t y_stride;
-  int32_t tokens, splits;  // splits: of the columns of a block's rows, where all have as many
+  int32_t tokens, splits;
   bool add;
-  float* partial;      // (parts, values / 4, threads, 4)
-  uint32_t* counters;  // of blocks, zero before and after
+  float* partial;      // (blocks that share no rows and tokens, splits, values / 4, threads, 4)
+  uint32_t* counters;  // of such blocks, zero before and after
 };
 
 /// Says which layer's rows a block takes, `row_tiles` of them a block.
@@ -77,14 +77,6 @@ __device__ __forceinline__ void put(float* to, float value, bool add) {
   }
 }
 
-/// The same, and the compiler does not know it: it then keeps nothing made of it beyond its use.
-__device__ __forceinline__ int64_t as_if_new(int64_t value) {
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+l"(value));
-#endif
-  return value;
-}
-
 /// The largest of a row's scales, and all in units of it, negative, each as a pair of halves.
 template <int kPaths>
 struct RowScale {
@@ -122,48 +114,35 @@ __device__ __forceinline__ uint32_t weights_of(const uint32_t (&signs)[kPaths],
   return sum;
 }
 
-/// Adds up, in order, what blocks [first, last] have summed over their columns of the same rows and
-/// tokens, in the last of them to come. part_of(block): where its sums are kept; put_quad(quad,
-/// sums): called with all, in that block.
-template <int kThreads, int kQuads, typename PartOf, typename PutQuad>
-__device__ __forceinline__ void put_sum_of_blocks(const PackedArgs& args, int first, int last,
-                                                  const PartOf& part_of,
-                                                  const float (&sums)[kQuads][4],
-                                                  const PutQuad& put_quad) {
+/// Adds up, in order, what the `args.splits` blocks that share rows and tokens have summed over
+/// their columns, in the last of them to come; false in the others. place: of those that share.
+template <int kThreads, int kQuads>
+__device__ __forceinline__ bool sum_of_splits(const PackedArgs& args, int64_t place, int split,
+                                              float (&sums)[kQuads][4]) {
   constexpr int64_t kValues = int64_t{kQuads} * kThreads;
-  auto* const partial = reinterpret_cast<float4*>(args.partial) + threadIdx.x;
-  float4* const own = partial + part_of(static_cast<int>(blockIdx.x)) * kValues;
+  auto* const partial =
+      reinterpret_cast<float4*>(args.partial) + place * args.splits * kValues + threadIdx.x;
 #pragma unroll
   for (int quad = 0; quad < kQuads; ++quad) {
     const float(&s)[4] = sums[quad];
-    own[quad * kThreads] = make_float4(s[0], s[1], s[2], s[3]);
+    partial[split * kValues + quad * kThreads] = make_float4(s[0], s[1], s[2], s[3]);
   }
-  if (!last_to_come(args.counters + first, last - first + 1)) {
-    return;
+  if (!last_to_come(args.counters + place, args.splits)) {
+    return false;
   }
-  constexpr int kTogether = kQuads < 8 ? kQuads : 8;  // that are on their way
-#pragma unroll
-  for (int begin = 0; begin < kQuads; begin += kTogether) {
-    float all[kTogether][4] = {};
 #pragma unroll 1
-    for (int block = first; block <= last; ++block) {
-      const float4* const from = partial + part_of(block) * kValues;
-      float4 parts[kTogether];
+  for (int from = 0; from < args.splits; ++from) {
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        parts[i] = __ldcg(from + (begin + i) * kThreads);
-      }
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        all[i][0] += parts[i].x, all[i][1] += parts[i].y;
-        all[i][2] += parts[i].z, all[i][3] += parts[i].w;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      put_quad(begin + i, all[i]);
+    for (int quad = 0; quad < kQuads; ++quad) {
+      float(&s)[4] = sums[quad];
+      const float4 part = __ldcg(partial + from * kValues + quad * kThreads);
+      s[0] = from == 0 ? part.x : s[0] + part.x;
+      s[1] = from == 0 ? part.y : s[1] + part.y;
+      s[2] = from == 0 ? part.z : s[2] + part.z;
+      s[3] = from == 0 ? part.w : s[3] + part.w;
     }
   }
+  return true;
 }
 
 #ifdef RABIT_CUDA_EMULATOR

@@ -18,26 +18,27 @@ constexpr int kHalf = kTileColumns / 2;  // columns of a stage
 constexpr int kSlabs = kHalf / kSlab;    // of a stage
 constexpr int kChunks = kSlab / 8;       // of 16 bytes, in a slab's row
 constexpr int kSharedBytes = 224 << 10;  // of a multiprocessor
-constexpr int kGroups = 2;               // warpgroups of a block
-constexpr int kWarps = 4 * kGroups, kThreads = 32 * kWarps;
-constexpr int kBlockRows = 64 * kGroups;  // of a block, 64 of a warpgroup
-constexpr int kMostTokens = 256;          // of a block
+constexpr int64_t kGroupRows = 64;       // of a warpgroup
+constexpr int kMostTokens = 256;         // of a block
 
 /// Of the machine code that was loaded.
 [[maybe_unused]] __device__ int warpgroups_there = RABIT_WARPGROUPS;
 
 /// Blocks of a multiprocessor.
-constexpr int blocks_at_once(int tokens) { return tokens <= 16 ? 3 : tokens <= 64 ? 2 : 1; }
+constexpr int blocks_at_once(int tokens, int groups) {
+  return groups > 2 ? 1 : tokens <= 16 ? 3 : tokens <= 64 ? 2 : 1;
+}
 
 /// Of a block of kGroups warpgroups, 64 rows each. In shared memory, in 16 bytes: stages, half a
 /// column tile of the tokens each, in slabs; places for column tiles of weights, each the columns'
 /// scales and the warps' signs; barriers.
-template <int kPaths, int kTokens>
+template <int kPaths, int kTokens, int kGroups>
 struct Shared {
+  static constexpr int kWarps = 4 * kGroups, kThreads = 32 * kWarps;
   static constexpr int kStage = kSlabs * kTokens * kChunks;
   static constexpr int kScales = kPaths * kTileColumns / 8, kSigns = kWarps * kPaths * 32;
   static constexpr int kPlace = kScales + kSigns;
-  static constexpr int kBlocks = blocks_at_once(kTokens);
+  static constexpr int kBlocks = blocks_at_once(kTokens, kGroups);
   /// With a place for weights for every two, and one.
   static constexpr int kStages = std::clamp(
       (kSharedBytes / kBlocks - 2 * kSlabAlignment - kPlace * 16) / (kStage * 16 + kPlace * 8), 3,
@@ -60,50 +61,38 @@ struct Shared {
   }
 };
 
-/// How the blocks of a launch share a product: they go through its places, 64 kGroups rows and
-/// kTokens tokens each, rows first, and through the column tiles of each, every block as many of
-/// these as the next. And where the copy engine finds them.
-struct Work {
-  int32_t row_blocks, places;
+/// Where the copy engine finds what a product reads.
+struct Maps {
   BoxMap x;                     // slabs of a block's tokens
   BoxMap signs[kMostLinears];   // a column tile of a block's row tiles, of all paths
   BoxMap scales[kMostLinears];  // of a column tile's columns, of all paths
 };
 
 #if RABIT_WARPGROUPS
-/// Fills one slot after the other with halves of column tiles of tokens, and with the first of each
-/// a place for weights.
-template <int kPaths, int kTokens>
+/// Fills a slot with half a column tile of tokens, and with the first of a tile a place for
+/// weights.
+template <int kPaths, int kTokens, int kGroups>
 struct Filler {
-  using S = Shared<kPaths, kTokens>;
-  const PackedArgs& args;
-  const Work& work;
+  using S = Shared<kPaths, kTokens, kGroups>;
+  const Maps& maps;
+  int which, first_row_tile, first_token;
   uint4* memory;
-  int column_tiles, column, row_block, token_block;  // of a place, and of the next to come
 
   /// By one thread.
-  __device__ __forceinline__ void fill(int stage, int slot) {
+  __device__ __forceinline__ void fill(int stage, int slot) const {
     const bool with_weights = stage % 2 == 0;
+    const int column_tile = stage / 2;
     Barrier* const full = S::full(memory, slot);
     expect(full, (S::kStage + (with_weights ? S::kPlace : 0)) * 16);
     if (with_weights) {
-      uint4* const weights = S::weights(memory, stage / 2);
-      const int which = layer_of(args, row_block);
-      copy_box(weights + S::kScales, work.signs[which], 0, column,
-               (row_block - args.first_block[which]) * kWarps, full);
-      copy_box(weights, work.scales[which], column * kTileColumns, 0, 0, full);
+      uint4* const weights = S::weights(memory, column_tile);
+      copy_box(weights + S::kScales, maps.signs[which], 0, column_tile, first_row_tile, full);
+      copy_box(weights, maps.scales[which], column_tile * kTileColumns, 0, 0, full);
     }
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
-      copy_box(S::stage(memory, slot) + slab * kTokens * kChunks, work.x,
-               (column * 2 + stage % 2) * kHalf + slab * kSlab, token_block * kTokens, 0, full);
-    }
-    if (!with_weights && ++column == column_tiles) {
-      column = 0;
-      if (++row_block == work.row_blocks) {
-        row_block = 0;
-        ++token_block;
-      }
+      copy_box(S::stage(memory, slot) + slab * kTokens * kChunks, maps.x,
+               stage * kHalf + slab * kSlab, first_token, 0, full);
     }
   }
 };
@@ -120,51 +109,53 @@ __device__ __forceinline__ int until_aligned(const unsigned char* memory) {
 #endif  // RABIT_WARPGROUPS
 
 /// kTokens: of a block, 8 to 256. A warp takes a row tile.
-template <int kPaths, int kTokens>
-__global__ void __launch_bounds__(kThreads, Shared<kPaths, kTokens>::kBlocks)
-    warpgroup_kernel(const __grid_constant__ PackedArgs args, const __grid_constant__ Work work) {
+template <int kPaths, int kTokens, int kGroups>
+__global__ void __launch_bounds__(Shared<kPaths, kTokens, kGroups>::kThreads,
+                                  Shared<kPaths, kTokens, kGroups>::kBlocks)
+    warpgroup_kernel(const __grid_constant__ PackedArgs args, const __grid_constant__ Maps maps) {
 #if RABIT_WARPGROUPS
-  using S = Shared<kPaths, kTokens>;
+  using S = Shared<kPaths, kTokens, kGroups>;
   RABIT_DYNAMIC_SHARED(memory);
   auto* const shared = reinterpret_cast<uint4*>(memory + until_aligned(memory));
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t = lane % 4;
-  const int column_tiles = (args.linears[0].d_in + kTileColumns - 1) / kTileColumns;
-  const int64_t tiles = int64_t{work.places} * column_tiles;
-  // The first of a block's, counted over all places.
-  const auto first_of = [&](int block) { return static_cast<int>(tiles * block / gridDim.x); };
-  const int begin = first_of(static_cast<int>(blockIdx.x));
-  const int end = first_of(static_cast<int>(blockIdx.x) + 1);
+  const int block = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.z);
+  const int first_token = static_cast<int>(blockIdx.y) * kTokens;
+  const int which = layer_of(args, block);
+  const Linear& w = args.linears[which];
+  const int first_row_tile = (block - args.first_block[which]) * S::kWarps;
+  const int row_tile = first_row_tile + warp;
+  const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
+  const int begin = column_tiles * split / args.splits;
+  const int end = column_tiles * (split + 1) / args.splits;
+
   if (thread < S::kStages) {
     start_barrier(S::full(shared, thread), 1);
-    start_barrier(S::empty(shared, thread), kWarps);
+    start_barrier(S::empty(shared, thread), S::kWarps);
   }
   show_to_engines();
   __syncthreads();
-  Filler<kPaths, kTokens> filler = {args,
-                                    work,
-                                    shared,
-                                    column_tiles,
-                                    begin % column_tiles,
-                                    begin / column_tiles % work.row_blocks,
-                                    begin / column_tiles / work.row_blocks};
+  const Filler<kPaths, kTokens, kGroups> filler = {maps, which, first_row_tile, first_token,
+                                                   shared};
   if (thread == 0) {
     for (int i = 0; i < S::kStages - 1 && begin * 2 + i < end * 2; ++i) {
       filler.fill(begin * 2 + i, i);
     }
   }
 
-  float sums[kTokens / 8][4];
+  float sums[kTokens / 8][4] = {};
   RowScale<kPaths> rows[2];
-  // Steps of 16 columns, kTogether of them between waits. Words of rows g and
+  rows[0].read(w, row_tile * kTileRows + g);
+  rows[1].read(w, row_tile * kTileRows + g + 8);
+  // Steps of 16 columns, kTogether of them between waits, as registers allow. Words of rows g and
   // g + 8, and the scales of the lane's pairs of columns, are read one part before halves are made
   // of them.
-  constexpr int kTogether = 2;
+  constexpr int kTogether = kTokens * kGroups > 256 && kTokens < 256 ? 1 : 2;
   constexpr int kParts = kTileColumns / 16 / kTogether;
   uint2 words[2][kPaths];
   uint32_t column_scales[2][kTogether][2][kPaths];
-  const auto read = [&](int tile, int part) {
-    const uint4* const weights = S::weights(shared, tile);
+  const auto read = [&](int column, int part) {
+    const uint4* const weights = S::weights(shared, column);
     const int first = part * kTogether;
 #pragma unroll
     for (int path = 0; path < kPaths; ++path) {
@@ -230,90 +221,74 @@ __global__ void __launch_bounds__(kThreads, Shared<kPaths, kTokens>::kBlocks)
       arrive(S::empty(shared, index));
     }
   };
+  await(S::full(shared, 0), 0);
+  read(begin, 0);
+  make(0);
 #pragma unroll 1
-  for (int tile = begin; tile < end;) {
-    const int place = tile / column_tiles;
-    const int row_block = place % work.row_blocks, which = layer_of(args, row_block);
-    const int row_tile = (row_block - args.first_block[which]) * kWarps + warp;
-    const Linear& w = args.linears[which];
-    rows[0].read(w, row_tile * kTileRows + g);
-    rows[1].read(w, row_tile * kTileRows + g + 8);
-    const int place_end = (place + 1) * column_tiles < end ? (place + 1) * column_tiles : end;
-    await(S::full(shared, slot.index), slot.phase);
-    read(tile, 0);
-    make(0);
-#pragma unroll 1
-    for (const int first = tile; tile < place_end; ++tile) {
-      uint64_t slabs = describe(S::stage(shared, slot.index));
-      read(tile, 1);
+  for (int column = begin; column < end; ++column) {
+    uint64_t slabs = describe(S::stage(shared, slot.index));
+    read(column, 1);
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        if (part == kParts / 2) {
-          slot = slot.next();
-          slabs = describe(S::stage(shared, slot.index));
-          await(S::full(shared, slot.index), slot.phase);
-        }
-        begin_products();
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          const int step = part * kTogether + i;
-          multiply_group(sums, a[part % 2][i], slabs, step / 4 % kSlabs, step % 4,
-                         step > 0 || tile > first);
-        }
-        end_products();
-        await_products<1>();  // then the other half of `a` can be written
-        if (part == kParts / 2) {
-          leave(slot.before().index);
-        }
-        if (part % (kParts / 2) == 1) {
-          refill(tile * 2 + part / (kParts / 2));
-        }
-        if (part + 1 == kParts) {
-          if (tile + 1 < place_end) {
-            const Slot next = slot.next();
-            await(S::full(shared, next.index), next.phase);
-          }
-          read(tile + 1, 0);
-        }
-        make((part + 1) % kParts);
-        if (part + 2 < kParts) {
-          read(tile, part + 2);
-        }
+    for (int part = 0; part < kParts; ++part) {
+      if (part == kParts / 2) {
+        slot = slot.next();
+        slabs = describe(S::stage(shared, slot.index));
+        await(S::full(shared, slot.index), slot.phase);
       }
-      await_products<0>();
-      leave(slot.index);
-      slot = slot.next();
+      begin_products();
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int step = part * kTogether + i;
+        multiply_group(sums, a[part % 2][i], slabs, step / 4 % kSlabs, step % 4);
+      }
+      end_products();
+      await_products<1>();  // then the other half of `a` can be written
+      if (part == kParts / 2) {
+        leave(slot.before().index);
+      }
+      if (part % (kParts / 2) == 1) {
+        refill(column * 2 + part / (kParts / 2));
+      }
+      if (part + 1 == kParts) {
+        if (column + 1 < end) {
+          const Slot next = slot.next();
+          await(S::full(shared, next.index), next.phase);
+        }
+        read(column + 1, 0);
+      }
+      make((part + 1) % kParts);
+      if (part + 2 < kParts) {
+        read(column, part + 2);
+      }
     }
-    // What other blocks have summed of this place. A block shares at most its first and its last.
-    const auto block_of = [&](int64_t of) {
-      return static_cast<int>(((of + 1) * gridDim.x - 1) / tiles);
-    };
-    const int first_block = block_of(int64_t{place} * column_tiles);
-    const int last_block = block_of(int64_t{place + 1} * column_tiles - 1);
-    const auto part_of = [&](int block) {
-      return int64_t{block} * 2 + (first_of(block) / column_tiles == place ? 0 : 1);
-    };
-    RowScale<kPaths> units[2];  // not kept meanwhile, for want of registers
-    units[0].read(w, row_tile * kTileRows + g);
-    units[1].read(w, row_tile * kTileRows + g + 8);
-    const int first_token = place / work.row_blocks * kTokens + 2 * t;
-    const int64_t stride = as_if_new(args.y_stride);
-    float* const y = args.y + first_token * stride + args.first_row[which];
-    const auto put_quad = [&](int quad, const float(&values)[4]) {
+    await_products<0>();
+    leave(slot.index);
+    slot = slot.next();
+  }
+
+  const int64_t place = int64_t{blockIdx.y} * gridDim.x + block;
+  if (args.splits > 1 && !sum_of_splits<S::kThreads>(args, place, split, sums)) {
+    return;
+  }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = row_tile * kTileRows + g + 8 * (i / 2), token = quad * 8 + i % 2;
-        if (row < w.d_out && first_token + token < args.tokens) {
-          put(y + token * stride + row, units[i / 2].unit * values[i], args.add);
-        }
-      }
-    };
-    if (last_block > first_block) {
-      put_sum_of_blocks<kThreads>(args, first_block, last_block, part_of, sums, put_quad);
-    } else {
+  for (int i = 0; i < 2; ++i) {
+    const int row = row_tile * kTileRows + g + 8 * i;
+    if (row < w.d_out) {
+      RowScale<kPaths> again;  // not kept meanwhile, for want of registers
+      again.read(w, row);
+      const int first = first_token + 2 * t;
+      float* to = args.y + first * args.y_stride + args.first_row[which] + row;
 #pragma unroll
       for (int quad = 0; quad < kTokens / 8; ++quad) {
-        put_quad(quad, sums[quad]);
+        const float values[2] = {again.unit * sums[quad][2 * i],
+                                 again.unit * sums[quad][2 * i + 1]};
+        if (first + quad * 8 < args.tokens) {
+          put(to, values[0], args.add);
+        }
+        if (first + quad * 8 + 1 < args.tokens) {
+          put(to + args.y_stride, values[1], args.add);
+        }
+        to += 8 * args.y_stride;
       }
     }
   }
@@ -324,32 +299,36 @@ __global__ void __launch_bounds__(kThreads, Shared<kPaths, kTokens>::kBlocks)
 
 /// How a product is shared out.
 struct Sharing {
-  int32_t tokens = 8;  // of a block
+  int32_t tokens = 8, groups = 2;  // of a block
   int64_t row_blocks = 1, token_blocks = 1;
-  int64_t blocks = 1;
+  int32_t splits = 1;
   double cycles = std::numeric_limits<double>::max();
 
   int64_t places() const { return row_blocks * token_blocks; }
-  /// Whether blocks share places.
-  bool parts() const { return places() % blocks != 0; }
+  int64_t partial() const {
+    return splits == 1 ? 0 : places() * splits * groups * kGroupRows * tokens;
+  }
 };
 
 /// Estimated cycles of a product. The numbers are those of an H200: what a block takes for a column
-/// tile by itself, and beside others; around its places; and to hand sums over.
+/// tile by itself, and beside others; around its column tiles; and to hand its sums over.
 double estimate(const Sharing& s, int64_t column_tiles, int64_t paths, int32_t multiprocessors) {
   const auto tokens = static_cast<double>(s.tokens);
-  const double alone = 300 + 825 * static_cast<double>(paths) + 10.5 * tokens;
-  const int64_t tiles = ceil_divide(s.places() * column_tiles, s.blocks);
-  const auto beside = static_cast<double>(ceil_divide(s.blocks, multiprocessors));
-  const int64_t places =
-      ceil_divide(tiles, column_tiles) + (s.parts() && s.blocks % s.places() != 0 ? 1 : 0);
-  const double around = 2000 + 8 * tokens;
-  const double sum =
-      s.parts() ? 1500 + kBlockRows * tokens * 4 *
-                             (2 + static_cast<double>(ceil_divide(column_tiles, tiles))) / 40
-                : 0;
-  return static_cast<double>(tiles) * alone * (beside == 1 ? 1 : 0.8 * beside) +
-         static_cast<double>(places) * around + sum;
+  const double rows = static_cast<double>(s.groups * kGroupRows);
+  const double of_two_groups = 300 + 825 * static_cast<double>(paths) + 10.5 * tokens;
+  const double alone = of_two_groups * (s.groups == 2 ? 1 : 1.65);
+  const double columns = std::ceil(static_cast<double>(column_tiles) / s.splits);
+  const double around = 3000 + 8 * tokens;
+  const double sum = s.splits == 1 ? 0 : 1500 + rows * tokens * 4 * (s.splits + 1) / 40;
+  const int64_t together = blocks_at_once(s.tokens, s.groups);
+  // Of the busiest multiprocessor.
+  const int64_t blocks = ceil_divide(s.places() * s.splits, multiprocessors);
+  const int64_t full = blocks / together, left = blocks % together;
+  const auto round = [&](int64_t beside) {
+    const auto n = static_cast<double>(beside);
+    return beside == 0 ? 0 : columns * alone * (beside == 1 ? 1 : 0.8 * n) + around;
+  };
+  return static_cast<double>(full) * round(together) + round(left) + sum;
 }
 
 Sharing share(std::initializer_list<const Linear*> linears, int64_t tokens,
@@ -361,29 +340,25 @@ Sharing share(std::initializer_list<const Linear*> linears, int64_t tokens,
     if (of_block < kMostTokens / 2 && of_block < tokens) {
       continue;
     }
-
-    if (of_block == kMostTokens && paths == 4) {
-      continue;  // for want of shared memory
-    }
-    Sharing s;
-    s.tokens = of_block;
-    s.token_blocks = ceil_divide(tokens, of_block);
-    s.row_blocks = 0;
-    for (const Linear* w : linears) {
-      s.row_blocks += ceil_divide(w->d_out, kBlockRows);
-    }
-    const int64_t together = blocks_at_once(of_block);
-    const int64_t most = std::min(multiprocessors * together, s.places() * column_tiles);
-    const auto consider = [&](int64_t blocks) {
-      s.blocks = blocks;
-      s.cycles = estimate(s, column_tiles, paths, multiprocessors);
-      best = s.cycles < best.cycles ? s : best;
-    };
-    for (int64_t of_place = 1; of_place * s.places() <= most; ++of_place) {
-      consider(of_place * s.places());
-    }
-    for (int64_t beside = 1; beside <= together; ++beside) {
-      consider(std::min(multiprocessors * beside, most));
+    for (const int32_t groups : {2, 4}) {
+      if (groups * of_block > 2 * kMostTokens || (of_block == kMostTokens && paths == 4)) {
+        continue;  // for want of registers, and of shared memory
+      }
+      Sharing s;
+      s.tokens = of_block;
+      s.groups = groups;
+      s.token_blocks = ceil_divide(tokens, of_block);
+      s.row_blocks = 0;
+      for (const Linear* w : linears) {
+        s.row_blocks += ceil_divide(w->d_out, groups * kGroupRows);
+      }
+      const int64_t at_once = int64_t{multiprocessors} * blocks_at_once(of_block, groups);
+      const int64_t most = std::clamp<int64_t>(at_once / s.places(), 1, column_tiles);
+      for (int64_t splits = 1; splits <= most; ++splits) {
+        s.splits = static_cast<int32_t>(splits);
+        s.cycles = estimate(s, column_tiles, paths, multiprocessors);
+        best = s.cycles < best.cycles ? s : best;
+      }
     }
     if (of_block >= tokens) {
       break;
@@ -447,17 +422,15 @@ Status map_boxes(const Boxes& boxes, BoxMap& map) {
 bool can_map_boxes() { return map_function() != nullptr; }
 #endif
 
-Status describe_work(const PackedArgs& args, const Sharing& sharing, Work& work) {
-  work.row_blocks = static_cast<int32_t>(sharing.row_blocks);
-  work.places = static_cast<int32_t>(sharing.places());
+Status make_maps(const PackedArgs& args, int tokens_of_block, int warps, Maps& maps) {
   const int64_t d_in = args.linears[0].d_in;
   RABIT_CHECK(map_boxes({.data = args.x,
                          .bytes = 2,
                          .sizes = {d_in, args.tokens, 1},
                          .strides = {d_in * 2, d_in * 2 * args.tokens},
-                         .box = {kSlab, sharing.tokens, 1},
+                         .box = {kSlab, tokens_of_block, 1},
                          .swizzled = true},
-                        work.x));
+                        maps.x));
   for (int i = 0; i < kMostLinears && args.linears[i].paths > 0; ++i) {
     const Linear& w = args.linears[i];
     const int64_t row_tiles = ceil_divide(w.d_out, kTileRows);
@@ -467,46 +440,48 @@ Status describe_work(const PackedArgs& args, const Sharing& sharing, Work& work)
                            .bytes = 8,
                            .sizes = {tile_bytes / 8, column_tiles, row_tiles},
                            .strides = {tile_bytes, column_tiles * tile_bytes},
-                           .box = {static_cast<int>(tile_bytes / 8), 1, kWarps}},
-                          work.signs[i]));
+                           .box = {static_cast<int>(tile_bytes / 8), 1, warps}},
+                          maps.signs[i]));
     RABIT_CHECK(map_boxes({.data = w.col_scale,
                            .bytes = 2,
                            .sizes = {d_in, w.paths, 1},
                            .strides = {d_in * 2, d_in * 2 * w.paths},
                            .box = {kTileColumns, w.paths, 1}},
-                          work.scales[i]));
+                          maps.scales[i]));
   }
   return {};
 }
 
-template <int kPaths, int kTokens>
+template <int kPaths, int kTokens, int kGroups>
 Status start(const PackedArgs& args, const Sharing& sharing, Stream stream) {
-  using S = Shared<kPaths, kTokens>;
-  const auto kernel = warpgroup_kernel<kPaths, kTokens>;
-  Work work = {};
-  RABIT_CHECK(describe_work(args, sharing, work));
-  const dim3 grid(static_cast<unsigned>(sharing.blocks));
+  using S = Shared<kPaths, kTokens, kGroups>;
+  const auto kernel = warpgroup_kernel<kPaths, kTokens, kGroups>;
+  Maps maps = {};
+  RABIT_CHECK(make_maps(args, kTokens, S::kWarps, maps));
+  const dim3 grid(static_cast<unsigned>(sharing.row_blocks),
+                  static_cast<unsigned>(sharing.token_blocks),
+                  static_cast<unsigned>(sharing.splits));
   RABIT_CHECK(give_shared(kernel, S::kBytes));
-  RABIT_LAUNCH_SHARED(kernel, grid, dim3(kThreads), S::kBytes, stream, args, work);
+  RABIT_LAUNCH_SHARED(kernel, grid, dim3(S::kThreads), S::kBytes, stream, args, maps);
   return launched("a product of packed weights");
 }
 
-template <int kPaths>
+template <int kPaths, int kGroups>
 Status start_tokens(const PackedArgs& args, const Sharing& sharing, Stream stream) {
   switch (sharing.tokens) {
     case 8:
-      return start<kPaths, 8>(args, sharing, stream);
+      return start<kPaths, 8, kGroups>(args, sharing, stream);
     case 16:
-      return start<kPaths, 16>(args, sharing, stream);
+      return start<kPaths, 16, kGroups>(args, sharing, stream);
     case 32:
-      return start<kPaths, 32>(args, sharing, stream);
+      return start<kPaths, 32, kGroups>(args, sharing, stream);
     case 64:
-      return start<kPaths, 64>(args, sharing, stream);
+      return start<kPaths, 64, kGroups>(args, sharing, stream);
     case 128:
-      return start<kPaths, 128>(args, sharing, stream);
+      return start<kPaths, 128, kGroups>(args, sharing, stream);
     default:
-      if constexpr (kPaths < 4) {
-        return start<kPaths, kMostTokens>(args, sharing, stream);
+      if constexpr (kGroups == 2 && kPaths < 4) {
+        return start<kPaths, kMostTokens, kGroups>(args, sharing, stream);
       }
       return Error{"no kernel for so many tokens"};
   }
@@ -527,13 +502,12 @@ bool has_warpgroups() {
 
 PackedNeeds warpgroup_needs(std::initializer_list<const Linear*> linears, int32_t multiprocessors) {
   PackedNeeds needs;
-  const int64_t most = int64_t{multiprocessors} * kMostTokens;  // with more, no more blocks
-  for (int64_t tokens = 8; tokens <= most; tokens += std::min<int64_t>(tokens, kMostTokens / 2)) {
+  // From so many on, rows and tokens alone keep all multiprocessors busy.
+  const int64_t most = int64_t{multiprocessors} * kMostTokens;
+  for (int64_t tokens = 8; tokens <= most; tokens += std::min<int64_t>(tokens, kMostTokens)) {
     const Sharing s = share(linears, tokens, multiprocessors);
-    if (s.parts()) {
-      needs.floats = std::max(needs.floats, 2 * s.blocks * kBlockRows * s.tokens);
-      needs.counters = std::max(needs.counters, s.blocks);
-    }
+    needs.floats = std::max(needs.floats, s.partial());
+    needs.counters = std::max(needs.counters, s.splits == 1 ? 0 : s.places());
   }
   return needs;
 }
@@ -541,9 +515,12 @@ PackedNeeds warpgroup_needs(std::initializer_list<const Linear*> linears, int32_
 Status multiply_warpgroups(std::initializer_list<const Linear*> linears, PackedArgs args,
                            int32_t multiprocessors, Stream stream) {
   const Sharing sharing = share(linears, args.tokens, multiprocessors);
-  place_layers(args, linears, kWarps);
+  args.splits = sharing.splits;
+  place_layers(args, linears, int64_t{4} * sharing.groups);
   return with_paths(**linears.begin(), [&](auto paths) {
-    return start_tokens<decltype(paths)::value>(args, sharing, stream);
+    constexpr int kPaths = decltype(paths)::value;
+    return sharing.groups == 2 ? start_tokens<kPaths, 2>(args, sharing, stream)
+                               : start_tokens<kPaths, 4>(args, sharing, stream);
   });
 }
 

@@ -37,9 +37,9 @@ __device__ __forceinline__ uint64_t describe(const uint4* slabs) {
 }
 template <int kQuads>
 __device__ __forceinline__ void multiply_group(float (&d)[kQuads][4], const uint32_t (&a)[4],
-                                               uint64_t slabs, int slab, int step, bool add) {
+                                               uint64_t slabs, int slab, int step) {
   emulator::multiply_group(d, a, slabs + static_cast<uint64_t>(slab) * kQuads * kSlabAlignment,
-                           step, add);
+                           step);
 }
 #else
 
@@ -128,12 +128,12 @@ __device__ __forceinline__ void await_products() {
 #define RABIT_Q_8(i) RABIT_Q_4(i), RABIT_Q_4(i + 4)
 #define RABIT_Q_16(i) RABIT_Q_8(i), RABIT_Q_8(i + 8)
 #define RABIT_Q_32(i) RABIT_Q_16(i), RABIT_Q_16(i + 16)
-#define RABIT_MULTIPLY(n, quads, a0, a1, a2, a3, b, on)                                           \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #on ", 0; wgmma.mma_async.sync.aligned.m64n" #n \
-               "k16.f32.f16.f16 {" RABIT_D_##quads "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3      \
-                                                   "}, %" #b ", p, 1, 1, 0; }"                    \
-               : RABIT_Q_##quads(0)                                                               \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_slab), "r"(onto))
+#define RABIT_MULTIPLY(n, quads, a0, a1, a2, a3, b)                                          \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n" #n   \
+               "k16.f32.f16.f16 {" RABIT_D_##quads "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 \
+                                                   "}, %" #b ", p, 1, 1, 0; }"               \
+               : RABIT_Q_##quads(0)                                                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_slab))
 
 /// Slabs in shared memory for multiply_group(), kSlabAlignment-byte aligned.
 __device__ __forceinline__ uint64_t describe(const uint4* slabs) {
@@ -143,28 +143,27 @@ __device__ __forceinline__ uint64_t describe(const uint4* slabs) {
          uint64_t{1} << 62;
 }
 
-/// d = a b, or d += a b, of a warpgroup: a (64, 16) and b (16, 8 kQuads) in F16, sums in F32; a and
-/// d of a warp, its 16 rows, as multiply_tile() has them. A slab: (8 kQuads tokens, kSlab columns),
-/// chunk c of token n in place c ^ (n % 8); the step's 16 columns of it.
+/// d += a b, of a warpgroup: a (64, 16) and b (16, 8 kQuads) in F16, sums in F32; a and d of a
+/// warp, its 16 rows, as multiply_tile() has them. A slab: (8 kQuads tokens, kSlab columns), chunk
+/// c of token n in place c ^ (n % 8); the step's 16 columns of it.
 template <int kQuads>
 __device__ __forceinline__ void multiply_group(float (&d)[kQuads][4], const uint32_t (&a)[4],
-                                               uint64_t slabs, int slab, int step, bool add) {
-  const int onto = add ? 1 : 0;
+                                               uint64_t slabs, int slab, int step) {
   const uint64_t b_slab =
       slabs + static_cast<uint64_t>((slab * kQuads * kSlabAlignment + step * 32) >> 4);
   if constexpr (kQuads == 1) {
-    RABIT_MULTIPLY(8, 1, 4, 5, 6, 7, 8, 9);
+    RABIT_MULTIPLY(8, 1, 4, 5, 6, 7, 8);
   } else if constexpr (kQuads == 2) {
-    RABIT_MULTIPLY(16, 2, 8, 9, 10, 11, 12, 13);
+    RABIT_MULTIPLY(16, 2, 8, 9, 10, 11, 12);
   } else if constexpr (kQuads == 4) {
-    RABIT_MULTIPLY(32, 4, 16, 17, 18, 19, 20, 21);
+    RABIT_MULTIPLY(32, 4, 16, 17, 18, 19, 20);
   } else if constexpr (kQuads == 8) {
-    RABIT_MULTIPLY(64, 8, 32, 33, 34, 35, 36, 37);
+    RABIT_MULTIPLY(64, 8, 32, 33, 34, 35, 36);
   } else if constexpr (kQuads == 16) {
-    RABIT_MULTIPLY(128, 16, 64, 65, 66, 67, 68, 69);
+    RABIT_MULTIPLY(128, 16, 64, 65, 66, 67, 68);
   } else {
     static_assert(kQuads == 32);
-    RABIT_MULTIPLY(256, 32, 128, 129, 130, 131, 132, 133);
+    RABIT_MULTIPLY(256, 32, 128, 129, 130, 131, 132);
   }
 }
 #undef RABIT_MULTIPLY
