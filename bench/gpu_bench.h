@@ -98,6 +98,15 @@ inline gpu::Linear dense(Memory& memory, int64_t out, int64_t in) {
   return linear;
 }
 
+inline gpu::Linear bytes(Memory& memory, int64_t out, int64_t in) {
+  gpu::Linear linear;
+  linear.format = gpu::Format::kQ8_0;
+  linear.d_out = static_cast<int32_t>(out), linear.d_in = static_cast<int32_t>(in);
+  linear.weights = memory.bits(out * in);
+  linear.row_scale = memory.halves(out * in / 32, 0.0001F);
+  return linear;
+}
+
 inline double median(std::vector<float> times) {
   std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
   return times[times.size() / 2];

@@ -19,7 +19,7 @@ int main(int argc, char** argv) {
   int context = 512, repetitions = 50;
   std::vector<int> tokens = {1};
   std::vector<int> splits(gpu::kProducts);
-  bool dense_weights = false, parts = false;
+  bool dense_weights = false, byte_head = false, parts = false;
   app.add_option("--shape", shape)
       ->check(CLI::IsMember(
           {"smollm2-135m", "llama2-7b", "llama2-13b", "llama2-70b", "llama3-8b", "llama3-70b"}));
@@ -33,6 +33,7 @@ int main(int argc, char** argv) {
       ->delimiter(',');
   app.add_option("--repetitions", repetitions);
   app.add_flag("--dense", dense_weights, "F16 instead of packed weights");
+  app.add_flag("--head-q8", byte_head, "The head in Q8_0 instead of F16");
   app.add_flag("--parts", parts, "Where the time goes");
   CLI11_PARSE(app, argc, argv);
 
@@ -61,7 +62,8 @@ int main(int argc, char** argv) {
                       make(config.d_ff, config.d_model), make(config.d_model, config.d_ff)});
   }
   const float* const output_norm = ones();
-  const gpu::Linear head = dense(memory, config.vocab_size, config.d_model);
+  const gpu::Linear head = byte_head ? bytes(memory, config.vocab_size, config.d_model)
+                                     : dense(memory, config.vocab_size, config.d_model);
 
   cudaDeviceProp device;
   check(cudaGetDeviceProperties(&device, 0), "device");
@@ -102,7 +104,8 @@ int main(int argc, char** argv) {
       check(static_cast<cudaError_t>(gpu::launch_decode(args, plan, nullptr)), "launch");
       ++args.pass;
     });
-    double bytes = static_cast<double>(config.vocab_size * config.d_model * 2);
+    double bytes =
+        static_cast<double>(config.vocab_size * config.d_model) * (byte_head ? 1.0625 : 2);
     for (const gpu::Block& block : blocks) {
       for (const gpu::Linear* w :
            {&block.q, &block.k, &block.v, &block.output, &block.gate, &block.up, &block.down}) {

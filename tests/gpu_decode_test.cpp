@@ -78,6 +78,7 @@ struct Shape {
   int paths;
   bool dense_head = true;
   bool dense_gate = false;  // one matrix of F16 among packed ones
+  bool byte_head = false;   // in Q8_0
 };
 
 /// A matrix as files have it, for the reference, and as GPUs take it.
@@ -86,6 +87,7 @@ struct Matrix {
   gpu::Linear device;
   std::vector<uint32_t> signs, tiles;
   std::vector<uint16_t> row_scale, col_scale, dense;
+  std::vector<uint8_t> file;  // blocks
 };
 
 class RandomDecoder {
@@ -110,7 +112,9 @@ class RandomDecoder {
     }
     norms.push_back(floats(s.d_model));
     output_norm = memory.put(norms.back());
-    shape.dense_head ? dense(s.vocab, s.d_model) : packed(s.vocab, s.d_model, shape.paths);
+    shape.byte_head    ? bytes(s.vocab, s.d_model)
+    : shape.dense_head ? dense(s.vocab, s.d_model)
+                       : packed(s.vocab, s.d_model, shape.paths);
     for (int layer = 0; layer < s.layers; ++layer) {
       const Matrix* const m = &matrices[static_cast<size_t>(7 * layer)];
       blocks.push_back({.attn_norm = memory.put(norms[static_cast<size_t>(2 * layer)]),
@@ -206,6 +210,27 @@ class RandomDecoder {
     m.host = {.format = WeightFormat::kF16, .d_out = out, .d_in = in, .dense = m.dense.data()};
     m.device = {
         .format = gpu::Format::kF16, .d_out = out, .d_in = in, .weights = memory.put(m.dense)};
+  }
+  void bytes(int out, int in) {
+    Matrix& m = matrices.emplace_back();
+    const size_t blocks = static_cast<size_t>(out) * in / 32;
+    std::vector<uint8_t> arranged(blocks * 32);
+    const auto scales = halves(blocks, 0.02F / std::sqrt(static_cast<float>(in)));
+    for (size_t block = 0; block < blocks; ++block) {
+      const uint16_t scale = scales[block];
+      m.file.push_back(static_cast<uint8_t>(scale)), m.file.push_back(scale >> 8);
+      for (size_t i = 0; i < 32; ++i) {
+        const auto value = static_cast<uint8_t>(random());
+        m.file.push_back(value);
+        arranged[block / 2 * 64 + i / 8 * 16 + block % 2 * 8 + i % 8] = value;
+      }
+    }
+    m.host = {.format = WeightFormat::kQ8_0, .d_out = out, .d_in = in, .dense = m.file.data()};
+    m.device = {.format = gpu::Format::kQ8_0,
+                .d_out = out,
+                .d_in = in,
+                .weights = memory.put(arranged),
+                .row_scale = memory.put(scales)};
   }
 
   std::mt19937 random;
@@ -400,6 +425,14 @@ TEST(GpuDecode, InOneLaunch) {
                             2, {}),
               kBound)
         << paths;
+  }
+}
+
+TEST(GpuDecode, AHeadOfBytes) {
+  Shape shape = {sizes(1, 512, 264, 4, 2, 32, 83), 2};
+  shape.byte_head = true;
+  for (const int tokens : {1, 4}) {
+    EXPECT_LT(largest_error(shape, 3, tokens, 2, {}), kBound) << tokens;
   }
 }
 

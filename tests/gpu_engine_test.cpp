@@ -125,10 +125,23 @@ TEST_F(GpuEngine, OddSizes) {
   config.d_ff = 288;
   config.vocab_size = 203;
   config.context_length = 128;
-  ASSERT_TRUE(write_random_model(path("blocks.gguf"), config, 3));
-  const std::vector<int32_t> tokens = random_tokens(80, 3, config.vocab_size);
-  expect_near(all_logits(*session(path("blocks.gguf"), 128), tokens, config.vocab_size),
-              all_logits(*session(path("blocks.gguf"), 128, kExact), tokens, config.vocab_size));
+  // Rows that are no whole tiles of bytes, and rows that are.
+  for (const int64_t d_model : {96, 256}) {
+    config.d_model = d_model;
+    config.heads = d_model == 96 ? 6 : 16;
+    ASSERT_TRUE(write_random_model(path("blocks.gguf"), config, 3));
+    const std::vector<int32_t> tokens = random_tokens(44, 3, config.vocab_size);
+    const auto one = session(path("blocks.gguf"), 128);
+    const std::vector<Floats> want =
+        all_logits(*session(path("blocks.gguf"), 128, kExact), tokens, config.vocab_size);
+    expect_near(all_logits(*one, tokens, config.vocab_size), want);
+    one->truncate(40);
+    for (size_t i = 40; i < 44; ++i) {
+      const auto got = one->forward(std::span(tokens).subspan(i, 1));
+      ASSERT_TRUE(got) << got.error().message;
+      EXPECT_LE(relative_error(*got, want[i]), kBound) << d_model << ", position " << i;
+    }
+  }
   const TinySizes odd = {.width = 30, .heads = 3, .kv_heads = 1, .hidden = 43, .vocab = 31};
   for (const int64_t paths : {0, 2}) {
     SmallModel(5, false, paths, odd).write(path("odd.gguf"));
@@ -506,15 +519,37 @@ TEST_F(GpuEngine, GreedyTextOfARealModel) {
     GTEST_SKIP() << model << " is missing, run scripts/setup.sh or name one by RABIT_MODEL";
   }
   const std::vector<int32_t> prompt = {504, 3575, 282, 4649, 314};
-  const auto one = session(model, 80);
-  expect_same_text(generate(*one, prompt, 64), generate(*session(model, 80, kExact), prompt, 64));
-  EXPECT_EQ(whole_tokens(*one), runs_whole_tokens() ? 63 : 0);
+  // Each token that the GPU writes is the CPU's, too, after the same text, or so close to it that
+  // the errors below explain it.
+  constexpr int64_t kTokens = 256, kPositions = 300;
+  constexpr double kError = 2e-2;  // thirty blocks: as engine_test has it of F16
+  const auto one = session(model, kPositions);
+  std::vector<int32_t> text = prompt;
+  const std::vector<int32_t> written = generate(*one, prompt, kTokens).tokens;
+  text.insert(text.end(), written.begin(), written.end());
+  EXPECT_EQ(whole_tokens(*one), runs_whole_tokens() ? kTokens - 1 : 0);
+  const std::vector<Floats> logits = all_logits(*session(model, kPositions, kExact), text, 49152);
+  int64_t differ = 0;
+  for (size_t i = prompt.size(); i < text.size(); ++i) {
+    const Floats& before = logits[i - 1];
+    const float most = *std::max_element(before.begin(), before.end());
+    const float own = before[static_cast<size_t>(text[i])];
+    double squares = 0;
+    for (const float logit : before) {
+      squares += static_cast<double>(logit) * logit;
+    }
+    differ += own < most ? 1 : 0;
+    EXPECT_LE(most - own, kError * std::sqrt(squares / static_cast<double>(before.size())))
+        << "token " << i - prompt.size() << " of the text";
+  }
+  std::printf("%lld of %lld tokens are the CPU's second choice\n", static_cast<long long>(differ),
+              static_cast<long long>(kTokens));
   const std::vector<int32_t> tokens = random_tokens(300, 8, 49152);
   const std::vector<Floats> got = all_logits(*session(model, 300), tokens, 49152);
   const std::vector<Floats> want = all_logits(*session(model, 300, kExact), tokens, 49152);
   ASSERT_EQ(got.size(), want.size());
-  for (size_t i = 0; i < want.size(); ++i) {  // thirty blocks: as engine_test has it of F16
-    ASSERT_LE(relative_error(got[i], want[i]), 2e-2) << "position " << i;
+  for (size_t i = 0; i < want.size(); ++i) {
+    ASSERT_LE(relative_error(got[i], want[i]), kError) << "position " << i;
   }
 }
 

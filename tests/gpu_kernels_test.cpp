@@ -372,6 +372,46 @@ TEST_F(GpuKernels, BlocksAsAMatrix) {
   }
 }
 
+// Into bytes and scales, and rows of those as halves: what the blocks hold.
+TEST_F(GpuKernels, BlocksAsBytes) {
+  for (const bool bytes : {true, false}) {
+    constexpr int64_t kRows = 7, kColumns = 512, kBlocks = kRows * kColumns / 32;
+    const int64_t size = bytes ? 34 : 18;
+    std::vector<uint8_t> data;
+    for (int64_t i = 0; i < kBlocks * size; ++i) {
+      data.push_back(static_cast<uint8_t>(generator()()));
+    }
+    const Halves scales = to_halves(normals(kBlocks, 0.01F));
+    for (int64_t block = 0; block < kBlocks; ++block) {
+      std::memcpy(&data[block * size], &scales[block], 2);
+    }
+    const TensorInfo tensor = {.name = "blocks",
+                               .type = bytes ? TensorType::kQ8_0 : TensorType::kQ4_0,
+                               .ne = {32 * kBlocks},
+                               .data = std::as_bytes(std::span(data))};
+    const Result<Floats> all = dequantize(tensor);
+    ASSERT_TRUE(all);
+    const Halves want = to_halves(*all);
+    const auto from = up(data);
+    const auto values = room<int8_t>(kRows * kColumns);
+    const auto own_scales = room<uint16_t>(kBlocks);
+    expect_ok(gpu::arrange_blocks(bytes ? WeightFormat::kQ8_0 : WeightFormat::kQ4_0, from.data(),
+                                  kRows * kColumns, values.data(), own_scales.data(), stream()));
+    EXPECT_EQ(own_scales.read(), scales);
+    const gpu::Linear w = {.format = gpu::Format::kQ8_0,
+                           .d_out = kRows,
+                           .d_in = kColumns,
+                           .weights = values.data(),
+                           .row_scale = own_scales.data()};
+    for (const auto& [first, rows] : {std::pair<int64_t, int64_t>{0, kRows}, {2, 3}}) {
+      const auto out = room<uint16_t>(rows * kColumns);
+      expect_ok(gpu::widen(w, first, rows, out.data(), stream()));
+      EXPECT_EQ(out.read(),
+                Halves(want.begin() + first * kColumns, want.begin() + (first + rows) * kColumns));
+    }
+  }
+}
+
 TEST_F(GpuKernels, EmbeddingsOfEveryHalf) {
   constexpr int64_t kAll = 1 << 16;
   Halves table;

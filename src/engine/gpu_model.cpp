@@ -36,24 +36,43 @@ uint64_t host_bytes(const LinearWeights& w) {
   }
 }
 
-/// Bytes on the device, without scales.
-uint64_t device_bytes(const LinearWeights& w) {
-  return is_packed(w) ? static_cast<uint64_t>(gpu::sign_words(w.d_out, w.d_in, w.paths)) * kWord
-                      : elements(w) * kHalf;
+/// How they lie on the device: what is in blocks as bytes, where rows are whole tiles of them.
+gpu::Format device_format(const LinearWeights& w) {
+  return is_packed(w)                                    ? gpu::Format::kResidualBinary
+         : is_blocks(w) && w.d_in % gpu::kQ8Columns == 0 ? gpu::Format::kQ8_0
+                                                         : gpu::Format::kF16;
 }
 
-/// Sizes of `w` in `linear`, and its arrays among `parts`; bytes that a token reads of them.
-uint64_t plan(const LinearWeights& w, gpu::Linear& linear, DeviceParts& parts) {
-  linear = {.format = is_packed(w) ? gpu::Format::kResidualBinary : gpu::Format::kF16,
+/// Bytes on the device, without scales.
+uint64_t device_bytes(const LinearWeights& w, gpu::Format format) {
+  switch (format) {
+    case gpu::Format::kResidualBinary:
+      return static_cast<uint64_t>(gpu::sign_words(w.d_out, w.d_in, w.paths)) * kWord;
+    case gpu::Format::kQ8_0:
+      return elements(w);
+    default:
+      return elements(w) * kHalf;
+  }
+}
+
+/// Sizes of `w` in this format in `linear`, and its arrays among `parts`; bytes that a token reads
+/// of them.
+uint64_t plan(const LinearWeights& w, gpu::Format format, gpu::Linear& linear, DeviceParts& parts) {
+  linear = {.format = format,
             .d_out = static_cast<int32_t>(w.d_out),
             .d_in = static_cast<int32_t>(w.d_in),
             .paths = static_cast<int32_t>(w.paths)};
-  parts.add_bytes(linear.weights, device_bytes(w));
+  parts.add_bytes(linear.weights, device_bytes(w, format));
   if (is_packed(w)) {
     parts.add(linear.row_scale, w.paths * w.d_out);
     parts.add(linear.col_scale, w.paths * w.d_in);
   }
-  return device_bytes(w) + static_cast<uint64_t>(w.paths * (w.d_out + w.d_in)) * kHalf;
+  if (linear.format == gpu::Format::kQ8_0) {
+    const uint64_t scales = elements(w) / 32;
+    parts.add(linear.row_scale, static_cast<int64_t>(scales));
+    return device_bytes(w, format) + scales * kHalf;
+  }
+  return device_bytes(w, format) + static_cast<uint64_t>(w.paths * (w.d_out + w.d_in)) * kHalf;
 }
 
 /// What was planned as a constant array is written once, here.
@@ -77,6 +96,11 @@ Status upload(const LinearWeights& w, const gpu::Linear& linear, const gpu::Memo
   }
   if (is_blocks(w)) {
     RABIT_CHECK(queue.upload(staging.as<void>(), w.dense, host_bytes(w)));
+    if (linear.format == gpu::Format::kQ8_0) {
+      return gpu::arrange_blocks(w.format, staging.as<void>(), static_cast<int64_t>(elements(w)),
+                                 static_cast<int8_t*>(to), writable(linear.row_scale),
+                                 queue.stream());
+    }
     return gpu::unpack_blocks(w.format, staging.as<void>(), static_cast<int64_t>(elements(w)),
                               static_cast<uint16_t*>(to), queue.stream());
   }
@@ -159,16 +183,22 @@ Result<std::shared_ptr<Model>> load_on_gpu(const std::filesystem::path& path,
 
   DeviceParts parts;
   uint64_t staging_bytes = 0;
-  const auto plan_linear = [&](const LinearWeights& w, gpu::Linear& linear) {
+  const auto plan_linear = [&](const LinearWeights& w, gpu::Format format, gpu::Linear& linear) {
     staging_bytes = std::max(staging_bytes, is_packed(w) || is_blocks(w) ? host_bytes(w) : 0);
-    return plan(w, linear, parts);
+    return plan(w, format, linear, parts);
   };
-  model->bytes_per_token = plan_linear(host->head.weights, model->head);
-  Linear embedding;
-  gpu::Linear embedding_linear;
+  const LinearWeights& head = host->head.weights;
+  model->bytes_per_token = plan_linear(head, device_format(head), model->head);
+  // Rows of the embedding are read as F16, so that a head of bytes has it beside.
+  const bool shared = config.tied_head && model->head.format != gpu::Format::kQ8_0;
+  Linear untied;
   if (!config.tied_head) {
-    RABIT_ASSIGN(embedding, load_embedding(*host));
-    plan_linear(embedding.weights, embedding_linear);
+    RABIT_ASSIGN(untied, load_embedding(*host));
+  }
+  const LinearWeights& embedding = config.tied_head ? head : untied.weights;
+  gpu::Linear embedding_linear;
+  if (!shared) {
+    plan_linear(embedding, gpu::Format::kF16, embedding_linear);
   }
   parts.add(model->output_norm, config.d_model);
   model->blocks.resize(host->blocks.size());
@@ -177,7 +207,8 @@ Result<std::shared_ptr<Model>> load_on_gpu(const std::filesystem::path& path,
     parts.add(block.attn_norm, config.d_model);
     parts.add(block.ffn_norm, config.d_model);
     for (const Role role : kRoles) {
-      model->bytes_per_token += plan_linear(host->blocks[i].at(role), linear_of(block, role));
+      const LinearWeights& w = host->blocks[i].at(role);
+      model->bytes_per_token += plan_linear(w, device_format(w), linear_of(block, role));
     }
   }
   if (const uint64_t needed = parts.bytes() + staging_bytes; needed > model->info.free_bytes) {
@@ -188,12 +219,12 @@ Result<std::shared_ptr<Model>> load_on_gpu(const std::filesystem::path& path,
   parts.place(model->weights);
 
   RABIT_ASSIGN(const gpu::Queue queue, gpu::Queue::make());
-  RABIT_CHECK(upload(host->head.weights, model->head, staging, queue));
-  if (!config.tied_head) {
-    RABIT_CHECK(upload(embedding.weights, embedding_linear, staging, queue));
+  RABIT_CHECK(upload(head, model->head, staging, queue));
+  if (!shared) {
+    RABIT_CHECK(upload(embedding, embedding_linear, staging, queue));
   }
-  model->embedding = static_cast<const uint16_t*>(config.tied_head ? model->head.weights
-                                                                   : embedding_linear.weights);
+  model->embedding =
+      static_cast<const uint16_t*>((shared ? model->head : embedding_linear).weights);
   RABIT_CHECK(upload_floats(host->output_norm, model->output_norm, queue));
   for (size_t i = 0; i < model->blocks.size(); ++i) {
     RABIT_CHECK(check_interrupt());

@@ -14,13 +14,19 @@
 namespace rabit {
 namespace {
 
-constexpr int64_t kChunk = 4096;      // tokens that go through the blocks together
-constexpr int64_t kLeastChunk = 256;  // where memory is short
-constexpr int32_t kWholeMajor = 8;    // compute capability that whole tokens need
+constexpr int64_t kChunk = 4096;        // tokens that go through the blocks together
+constexpr int64_t kLeastChunk = 256;    // where memory is short
+constexpr int64_t kWidened = 16 << 20;  // values of bytes that become F16 at a time
+constexpr int32_t kWholeMajor = 8;      // compute capability that whole tokens need
 static_assert(GpuRunner::kLogitsTogether >= GpuRunner::kEach);
 
 /// Rows of an unpacked matrix lie this many elements apart.
 int64_t stride_of(const gpu::Linear& w) { return (int64_t{w.d_in} + 7) / 8 * 8; }
+
+/// Of bytes, that become F16 at a time.
+int64_t rows_at_a_time(const gpu::Linear& w) {
+  return std::clamp<int64_t>(kWidened / w.d_in, 1, w.d_out);
+}
 
 bool is_packed(const gpu::Linear& w) { return w.format == gpu::Format::kResidualBinary; }
 
@@ -75,6 +81,9 @@ Status GpuRunner::allocate() {
     int64_t elements = 0;
     for (const gpu::Linear* linear : linears) {
       elements += is_packed(*linear) ? linear->d_out * stride_of(*linear) : 0;
+      if (linear->format == gpu::Format::kQ8_0) {
+        unpacked = std::max(unpacked, rows_at_a_time(*linear) * linear->d_in);
+      }
     }
     if (!gpu::takes_packed(linears, rows_, model_.info)) {
       unpacked = std::max(unpacked, elements);
@@ -226,6 +235,16 @@ Status GpuRunner::multiply(std::initializer_list<const gpu::Linear*> linears, co
   };
   int64_t column = 0;
   for (const gpu::Linear* linear : linears) {
+    if (linear->format == gpu::Format::kQ8_0) {
+      const int64_t most = rows_at_a_time(*linear);
+      for (int64_t first = 0; first < linear->d_out; first += most) {
+        const int64_t rows = std::min(most, linear->d_out - first);
+        RABIT_CHECK(gpu::widen(*linear, first, rows, unpacked_, queue_->stream()));
+        RABIT_CHECK(product(*linear, unpacked_, rows, linear->d_in, column + first));
+      }
+      column += linear->d_out;
+      continue;
+    }
     const int64_t stride = is_packed(*linear) ? stride_of(*linear) : linear->d_in;
     uint16_t* const place = unpacked_ + (packed ? column * stride : 0);
     if (is_packed(*linear)) {

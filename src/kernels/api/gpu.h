@@ -162,6 +162,13 @@ Status unpack(const Linear& w, uint16_t* out, int64_t stride, Stream stream);
 Status unpack_blocks(WeightFormat format, const void* blocks, int64_t count, uint16_t* out,
                      Stream stream);
 
+/// Blocks of Q8_0 or Q4_0, `count` values of rows of a multiple of kQ8Columns, as Format::kQ8_0.
+Status arrange_blocks(WeightFormat format, const void* blocks, int64_t count, int8_t* bytes,
+                      uint16_t* scales, Stream stream);
+
+/// Rows [first, first + rows) of a matrix of Format::kQ8_0 as F16 (rows, d_in).
+Status widen(const Linear& w, int64_t first, int64_t rows, uint16_t* out, Stream stream);
+
 /// Tokens that multiply_packed() takes at most where a GPU has no products of warpgroups.
 inline constexpr int64_t kFewTokens = 64;
 

@@ -10,6 +10,7 @@ namespace rabit::gpu {
 enum class Format : int32_t {
   kF16,             // (d_out, d_in) row-major, rows 16-byte aligned, d_in a multiple of 32
   kResidualBinary,  // sign tiles, see below
+  kQ8_0,            // bytes, and a scale for 32 columns of a row: see below
 };
 
 /// Signs in tiles of 16 rows and 256 columns of one path, 512 bytes, (row tiles, column tiles, k,
@@ -21,6 +22,12 @@ enum class Format : int32_t {
 inline constexpr int32_t kTileRows = 16;
 inline constexpr int32_t kTileColumns = 256;
 inline constexpr int32_t kTileWords = 128;
+/// Q8_0: bytes, (d_out, d_in) row-major, d_in a multiple of kQ8Columns, 16-byte aligned, and scales
+/// in F16, (d_out, d_in / 32). Of each 64 columns, byte 16 q + j (q < 4, j < 8) is that of column
+/// 8 q + j, byte 16 q + 8 + j that of column 32 + 8 q + j: 16 bytes are what a lane hands to
+/// products of the tensor cores, each of them of one scale.
+inline constexpr int32_t kQ8Columns = 256;
+
 #ifdef __CUDACC__
 #define RABIT_HOST_DEVICE __host__ __device__
 #else
@@ -36,7 +43,7 @@ struct Linear {
   int32_t d_in = 0;
   int32_t paths = 0;                    // kResidualBinary only (1 to 4), as the scales
   const void* weights = nullptr;        // 16-byte aligned
-  const uint16_t* row_scale = nullptr;  // F16 (k, d_out)
+  const uint16_t* row_scale = nullptr;  // F16 (k, d_out); of kQ8_0 its scales
   const uint16_t* col_scale = nullptr;  // F16 (k, d_in)
 };
 

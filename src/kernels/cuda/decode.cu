@@ -253,6 +253,29 @@ __device__ __forceinline__ void packed_rows(const Job& job, int index, const Sha
   }
 }
 
+/// Sums of rows `row` and `row` + 8 with a token's halves and with what these left.
+template <int kTokens>
+__device__ __forceinline__ void put_pairs(const Job& job, const Shared& shared,
+                                          const Output<kTokens>& output, int row,
+                                          const float (&sums)[4]) {
+  const int quad = lane() % 4;
+  if (quad < kTokens) {
+    const float scale = shared.scales()[quad * kMostPaths];
+    float factor = 0;
+#pragma unroll
+    for (int token = 0; token < kTokens; ++token) {
+      factor = quad == token ? output.factor[token] : factor;
+    }
+    float* const to = output.out + quad * output.stride + row;
+    if (row < job.d_out) {
+      output.put(to, factor * scale * (sums[0] + sums[1]));
+    }
+    if (row + 8 < job.d_out) {
+      output.put(to + 8, factor * scale * (sums[2] + sums[3]));
+    }
+  }
+}
+
 template <int kTokens, int kStages>
 __device__ __forceinline__ void dense_rows(const Job& job, int index, const Shared& shared,
                                            Weights<kStages>& weights,
@@ -275,22 +298,81 @@ __device__ __forceinline__ void dense_rows(const Job& job, int index, const Shar
       multiply_tile(odd, {upper.z, lower.z, upper.w, lower.w}, {x.z, x.w});
       weights.ask();
     }
+    const float sums[4] = {even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]};
+    put_pairs<kTokens>(job, shared, output, tile * kTileRows + group, sums);
+  }
+}
+
+/// Two products of four bytes of rows g and g + 8, as multiply_tile() has them, with halves of the
+/// same columns.
+__device__ __forceinline__ void multiply_bytes(float (&d)[4], uint32_t upper, uint32_t lower,
+                                               uint32_t x0, uint32_t x1) {
+  const auto halves = [](uint32_t bytes, uint32_t which) {
+    // 1024 + byte, and 128 more, in two halves.
+    const uint32_t raised = pick_bytes(bytes ^ 0x80808080U, 0x64646464U, which);
+    return multiply_add_pair(raised, 0x3C003C00U, 0xE480E480U);
+  };
+  multiply_tile(
+      d,
+      {halves(upper, 0x4140), halves(lower, 0x4140), halves(upper, 0x4342), halves(lower, 0x4342)},
+      {x0, x1});
+}
+
+/// As dense_rows(), of bytes with a scale for 32 columns.
+template <int kTokens, int kStages>
+__device__ __forceinline__ void byte_rows(const Job& job, int index, const Shared& shared,
+                                          Weights<kStages>& weights,
+                                          const Output<kTokens>& output) {
+  constexpr int kSteps = 4;  // of 64 columns, whose scales are read at once
+  const int columns = (job.column_end - job.column_begin) * kTileColumns;
+  const int group = lane() / 4, quad = lane() % 4, groups = job.pieces / 2 / kSteps;
+  const uint16_t* const input =
+      shared.halves<kTokens>(job) + (group < 2 * kTokens ? group : 0) * (columns + 32) + quad * 8;
+  const auto scales_of = [&](int row, int at) {
+    const int inside = row < job.d_out ? row : job.d_out - 1;
+    return __ldg(reinterpret_cast<const uint4*>(job.row_scale + inside * int64_t{job.d_in / 32} +
+                                                job.column_begin * (kTileColumns / 32)) +
+                 at);
+  };
+  int tile = job.row_begin + Weights<kStages>::first_row(index);
+  uint4 upper_scales = scales_of(tile * kTileRows + group, 0);
+  uint4 lower_scales = scales_of(tile * kTileRows + group + 8, 0);
+#pragma unroll 1
+  for (; tile < job.row_end; tile += kWarps) {
     const int row = tile * kTileRows + group;
-    if (quad < kTokens) {
-      const float scale = shared.scales()[quad * kMostPaths];
-      float factor = 0;
+    float sums[4] = {};
+#pragma unroll 1
+    for (int part = 0; part < groups; ++part) {
+      const uint32_t scales[2][kSteps] = {
+          {upper_scales.x, upper_scales.y, upper_scales.z, upper_scales.w},
+          {lower_scales.x, lower_scales.y, lower_scales.z, lower_scales.w}};
+      // Those of what comes next, of this row tile or the next.
+      const bool here = part + 1 < groups;
+      const int next = here ? row : row + kWarps * kTileRows, at = here ? part + 1 : 0;
+      upper_scales = scales_of(next, at);
+      lower_scales = scales_of(next + 8, at);
 #pragma unroll
-      for (int token = 0; token < kTokens; ++token) {
-        factor = quad == token ? output.factor[token] : factor;
-      }
-      float* const to = output.out + quad * output.stride + row;
-      if (row < job.d_out) {
-        output.put(to, factor * scale * ((even[0] + odd[0]) + (even[1] + odd[1])));
-      }
-      if (row + 8 < job.d_out) {
-        output.put(to + 8, factor * scale * ((even[2] + odd[2]) + (even[3] + odd[3])));
+      for (int step = 0; step < kSteps; ++step) {
+        weights.template await<1>();
+        const uint4 upper = weights.piece(0, 0), lower = weights.piece(0, 1);
+        const uint16_t* const x = input + (part * kSteps + step) * 64;
+        const uint4 x0 = *reinterpret_cast<const uint4*>(x);
+        const uint4 x1 = *reinterpret_cast<const uint4*>(x + 32);
+        float first[4] = {}, second[4] = {};
+        multiply_bytes(first, upper.x, lower.x, x0.x, x0.y);
+        multiply_bytes(second, upper.z, lower.z, x1.x, x1.y);
+        multiply_bytes(first, upper.y, lower.y, x0.z, x0.w);
+        multiply_bytes(second, upper.w, lower.w, x1.z, x1.w);
+        weights.ask();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t both = scales[i / 2][step];
+          sums[i] += half_to_float(static_cast<uint16_t>(both)) * first[i] +
+                     half_to_float(static_cast<uint16_t>(both >> 16)) * second[i];
+        }
       }
     }
+    put_pairs<kTokens>(job, shared, output, row, sums);
   }
 }
 
@@ -320,8 +402,10 @@ __device__ __forceinline__ void multiply(const DecodeArgs& args, int layer, Prod
   for (int token = 0; token < kTokens; ++token) {
     output.factor[token] = head ? reciprocal_root(block_squares(shared, token, runs), args) : 1.0F;
   }
-  if (job.format != static_cast<int>(Format::kResidualBinary)) {
+  if (job.format == static_cast<int>(Format::kF16)) {
     dense_rows<kTokens>(job, index, shared, weights, output);
+  } else if (job.format == static_cast<int>(Format::kQ8_0)) {
+    byte_rows<kTokens>(job, index, shared, weights, output);
   } else if (job.paths == 2) {
     packed_rows<kTokens, 2>(job, index, shared, weights, scales, output);
   } else if (job.paths == 1) {

@@ -13,7 +13,9 @@ int32_t ceil_divide(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 /// 512-byte pieces of a row tile over one column tile.
 int32_t pieces(const Linear& linear) {
-  return linear.format == Format::kResidualBinary ? linear.paths : kTileColumns / kTileRows;
+  return linear.format == Format::kResidualBinary ? linear.paths
+         : linear.format == Format::kQ8_0         ? kTileColumns / 32
+                                                  : kTileColumns / 16;
 }
 
 struct Shared {  // matrices that read the same input, one output after the other
@@ -44,10 +46,11 @@ void place_weights(const Linear& linear, Job& job) {
     job.row_bytes = ceil_divide(linear.d_in, kTileColumns) * linear.paths * 512;
     job.pieces = tiles * linear.paths;
   } else {
-    job.weights = base + int64_t{job.column_begin} * kTileColumns * 2;
-    job.row_bytes = linear.d_in * 2;
+    const int32_t bytes = linear.format == Format::kQ8_0 ? 1 : 2;  // of a value
+    job.weights = base + int64_t{job.column_begin} * kTileColumns * bytes;
+    job.row_bytes = linear.d_in * bytes;
     const int32_t begin = job.column_begin * kTileColumns;
-    job.pieces = (std::min(job.column_end * kTileColumns, linear.d_in) - begin) / 16;
+    job.pieces = (std::min(job.column_end * kTileColumns, linear.d_in) - begin) / 32 * bytes;
   }
 }
 
@@ -143,6 +146,10 @@ Status check(const Sizes& sizes, const std::vector<Shared>& all) {
         return Error{
             "the kernel for whole tokens takes F16 matrices of a multiple of 32 columns, not " +
             std::to_string(linear->d_in)};
+      }
+      if (linear->format == Format::kQ8_0 && linear->d_in % kQ8Columns != 0) {
+        return Error{"matrices of Q8_0 have a multiple of " + std::to_string(kQ8Columns) +
+                     " columns, not " + std::to_string(linear->d_in)};
       }
     }
   }

@@ -38,6 +38,20 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
 #endif
 }
 
+/// Byte i of the result is that which digit i of `which` names: of `a` 0 to 3, of `b` 4 to 7.
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t which) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(a, b, which);
+#else
+  const uint64_t both = a | static_cast<uint64_t>(b) << 32;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    out |= static_cast<uint32_t>(both >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
+  }
+  return out;
+#endif
+}
+
 /// Turns 32 words of a warp over their diagonal: bit j of what lane b gets is bit b of what lane j
 /// gave.
 class BitTranspose {
@@ -70,18 +84,6 @@ class BitTranspose {
   }
 
  private:
-  static __device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t which) {
-#ifdef __CUDA_ARCH__
-    return __byte_perm(a, b, which);
-#else
-    const uint64_t both = a | static_cast<uint64_t>(b) << 32;
-    uint32_t out = 0;
-    for (int i = 0; i < 4; ++i) {
-      out |= static_cast<uint32_t>(both >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
-    }
-    return out;
-#endif
-  }
   static __device__ __forceinline__ uint32_t turn_left(uint32_t bits, uint32_t by) {  // 1 to 31
 #ifdef __CUDA_ARCH__
     return __funnelshift_l(bits, bits, by);

@@ -132,6 +132,69 @@ __global__ void __launch_bounds__(32 * kUnpackWarps)
   }
 }
 
+/// Eight values of a block of Q8_0 or Q4_0.
+__device__ __forceinline__ void eight_of_block(bool bytes, const uint8_t* block, int first,
+                                               int (&out)[8]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const int i = first + j;
+    out[j] = bytes ? static_cast<int8_t>(block[2 + i])
+                   : (i < 16 ? block[2 + i] & 15 : block[2 + i - 16] >> 4) - 8;
+  }
+}
+
+/// Where eight values of Format::kQ8_0 lie, number `part` of a block of 32.
+__device__ __forceinline__ int64_t place_of_eight(int64_t block, int64_t part) {
+  return block / 2 * 64 + part * 16 + block % 2 * 8;
+}
+
+/// A thread takes eight values.
+__global__ void __launch_bounds__(kThreads)
+    arrange_blocks_kernel(bool bytes, int64_t eights, const uint8_t* __restrict__ blocks,
+                          int8_t* __restrict__ out, uint16_t* __restrict__ scales) {
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (item >= eights) {
+    return;
+  }
+  const int64_t block = item / 4, part = item % 4;
+  const uint8_t* const from = blocks + block * (bytes ? 34 : 18);
+  int values[8];
+  eight_of_block(bytes, from, static_cast<int>(part) * 8, values);
+  uint2 packed;
+  packed.x = packed.y = 0;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    packed.x |= (static_cast<uint32_t>(values[j]) & 0xFFU) << 8 * j;
+    packed.y |= (static_cast<uint32_t>(values[4 + j]) & 0xFFU) << 8 * j;
+  }
+  *reinterpret_cast<uint2*>(out + place_of_eight(block, part)) = packed;
+  if (part == 0) {
+    scales[block] = static_cast<uint16_t>(from[0] | from[1] << 8);
+  }
+}
+
+/// A thread takes eight values.
+__global__ void __launch_bounds__(kThreads)
+    widen_kernel(int64_t eights, const int8_t* __restrict__ bytes,
+                 const uint16_t* __restrict__ scales, uint16_t* __restrict__ out) {
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (item >= eights) {
+    return;
+  }
+  const int64_t block = item / 4;
+  const uint2 packed = *reinterpret_cast<const uint2*>(bytes + place_of_eight(block, item % 4));
+  const float scale = half_to_float(scales[block]);
+  const uint32_t words[2] = {packed.x, packed.y};
+  Words all;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const uint32_t two = words[j / 2] >> 16 * (j % 2);
+    all.v[j] = pack_saturated(__fmul_rn(static_cast<float>(static_cast<int8_t>(two)), scale),
+                              __fmul_rn(static_cast<float>(static_cast<int8_t>(two >> 8)), scale));
+  }
+  store(out + item * 8, all);
+}
+
 /// A thread makes two neighbouring values: in Q8_0 those of two bytes; in Q4_0 the lower half of a
 /// block are low nibbles.
 __global__ void __launch_bounds__(kThreads)
@@ -190,6 +253,21 @@ Status unpack_blocks(WeightFormat format, const void* blocks, int64_t count, uin
                format == WeightFormat::kQ8_0, count / 2, static_cast<const uint8_t*>(blocks),
                reinterpret_cast<uint32_t*>(out));
   return launched("the unpacking of blocks");
+}
+
+Status arrange_blocks(WeightFormat format, const void* blocks, int64_t count, int8_t* bytes,
+                      uint16_t* scales, Stream stream) {
+  RABIT_LAUNCH(arrange_blocks_kernel, grid_for(count / 8, kThreads), dim3(kThreads), stream,
+               format == WeightFormat::kQ8_0, count / 8, static_cast<const uint8_t*>(blocks), bytes,
+               scales);
+  return launched("the arrangement of blocks");
+}
+
+Status widen(const Linear& w, int64_t first, int64_t rows, uint16_t* out, Stream stream) {
+  const int64_t begin = first * w.d_in, eights = rows * w.d_in / 8;
+  RABIT_LAUNCH(widen_kernel, grid_for(eights, kThreads), dim3(kThreads), stream, eights,
+               static_cast<const int8_t*>(w.weights) + begin, w.row_scale + begin / 32, out);
+  return launched("the unpacking of bytes");
 }
 
 }  // namespace rabit::gpu
