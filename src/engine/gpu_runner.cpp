@@ -1,7 +1,7 @@
 // The forward pass on a GPU. A chunk of tokens goes through all blocks and leaves its keys and
-// values in the cache. The residual stream is F32, products read F16. Packed weights of many tokens
-// become an F16 matrix for the time of a product; a few tokens read them as they lie. A call of one
-// token, as when text is generated, is one kernel (kernels/api/gpu_decode.h), where the sizes and
+// values in the cache. The residual stream is F32, products read F16. Packed weights are read as they
+// lie, or, where the GPU has no kernel for so many tokens, become an F16 matrix for the time of a
+// product. A call of one token, as when text is generated, is one kernel (kernels/api/gpu_decode.h), where the sizes and
 // the GPU allow it; tokens of several sequences go together. All device memory is taken beforehand.
 #include "engine/gpu_runner.h"
 
