@@ -496,7 +496,7 @@ Command add_bench(CLI::App& app) {
           ->excludes(model);
   add_integer(sub, "--layers", options->layers, 0, 1024, "Blocks of --shape; 0: all")->needs(shape);
   add_integer(sub, "--bits", options->bits, 1, kDenseBits,
-              "Paths of --shape, 1 to 4; 16: F16 instead")
+              "Paths of --shape, 1 to 4, and a head in Q8_0; 16: all in F16 instead")
       ->needs(shape);
   sub->add_option("--save", options->save, "Leave the model of --shape in this file")
       ->type_name("FILE")

@@ -198,7 +198,12 @@ Status write_random_model(const std::filesystem::path& path, const ModelConfig& 
   writer.set(config.architecture + ".attention.layer_norm_rms_epsilon",
              MetaValue::f32(config.norm_epsilon));
   writer.set(config.architecture + ".rope.freq_base", MetaValue::f32(config.rope_theta));
-  RABIT_CHECK(tensors.add_blocks("token_embd.weight", config.vocab_size, config.d_model));
+  const auto add_table = [&](const char* name) {
+    return paths == 0
+               ? tensors.add_dense(name, {.d_out = config.vocab_size, .d_in = config.d_model})
+               : tensors.add_blocks(name, config.vocab_size, config.d_model);
+  };
+  RABIT_CHECK(add_table("token_embd.weight"));
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     const std::string block = "blk." + std::to_string(layer) + ".";
     RABIT_CHECK(tensors.add_norm(block + "attn_norm.weight", config.d_model));
@@ -212,7 +217,7 @@ Status write_random_model(const std::filesystem::path& path, const ModelConfig& 
   }
   RABIT_CHECK(tensors.add_norm("output_norm.weight", config.d_model));
   if (!config.tied_head) {
-    RABIT_CHECK(tensors.add_blocks("output.weight", config.vocab_size, config.d_model));
+    RABIT_CHECK(add_table("output.weight"));
   }
   return writer.write(path);
 }

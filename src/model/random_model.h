@@ -15,9 +15,9 @@ namespace rabit {
 Result<ModelConfig> named_shape(std::string_view name);
 std::string shape_names();  ///< with commas between
 
-/// Writes a packed model: linear layers of `paths` paths (1 to 4; 0: F16 instead), embedding and
-/// head in Q8_0, no tokenizer. Scales are of a size that keeps activations near 1. Errors: those of GgufWriter, a
-/// width that is no multiple of 32.
+/// Writes a packed model: linear layers of `paths` paths (1 to 4), embedding and head in Q8_0, no
+/// tokenizer; paths 0: all of these in F16. Scales are of a size that keeps activations near 1.
+/// Errors: those of GgufWriter, a width that is no multiple of 32.
 Status write_random_model(const std::filesystem::path& path, const ModelConfig& config,
                           int64_t paths);
 
