@@ -412,6 +412,66 @@ TEST_F(GpuKernels, BlocksAsBytes) {
   }
 }
 
+TEST_F(GpuKernels, ProductsOfBytes) {
+  for (const auto& [d_out, d_in, tokens, multiprocessors] :
+       {std::tuple<int32_t, int32_t, int64_t, int32_t>{1, 256, 1, 1},
+        {150, 512, 3, 2},
+        {37, 1280, 16, 40},
+        {129, 256, 31, 3},
+        {40, 768, 64, 9}}) {
+    SCOPED_TRACE(std::to_string(d_out) + " by " + std::to_string(d_in) + ", tokens " +
+                 std::to_string(tokens));
+    const auto bytes = room<int8_t>(int64_t{d_out} * d_in);
+    const auto scales = room<uint16_t>(int64_t{d_out} * d_in / 32);
+    std::vector<uint8_t> blocks;
+    for (int64_t block = 0; block < int64_t{d_out} * d_in / 32; ++block) {
+      const uint16_t scale = to_halves(normals(1, 0.01F))[0];
+      blocks.push_back(static_cast<uint8_t>(scale)), blocks.push_back(scale >> 8);
+      for (int i = 0; i < 32; ++i) {
+        blocks.push_back(static_cast<uint8_t>(generator()()));
+      }
+    }
+    const auto from = up(blocks);
+    expect_ok(gpu::arrange_blocks(WeightFormat::kQ8_0, from.data(), int64_t{d_out} * d_in,
+                                  bytes.data(), scales.data(), stream()));
+    const gpu::Linear w = {.format = gpu::Format::kQ8_0,
+                           .d_out = d_out,
+                           .d_in = d_in,
+                           .weights = bytes.data(),
+                           .row_scale = scales.data()};
+    const auto matrix = room<uint16_t>(int64_t{d_out} * d_in);
+    expect_ok(gpu::widen(w, 0, d_out, matrix.data(), stream()));
+    const Halves halves = matrix.read();
+    const Floats x = rounded(normals(tokens * d_in));
+    const auto input = up(to_halves(x));
+    for (const gpu::DeviceInfo& way : ways_of_products(multiprocessors)) {
+      EXPECT_TRUE(gpu::takes_packed({&w}, tokens, way));
+      EXPECT_FALSE(gpu::takes_packed({&w}, 65, way));
+      const gpu::PackedNeeds needs = gpu::packed_needs({&w}, way);
+      const auto partial = room<float>(needs.floats);
+      const auto counters = up(std::vector<uint32_t>(static_cast<size_t>(needs.counters)));
+      const auto y = room<float>(tokens * d_out);
+      expect_ok(gpu::multiply_packed({&w}, input.data(), tokens, y.data(), false,
+                                     {partial.data(), counters.data()}, way, stream()));
+      Floats want;
+      std::vector<double> tolerance;
+      for (int64_t token = 0; token < tokens; ++token) {
+        for (int64_t row = 0; row < d_out; ++row) {
+          double sum = 0, size = 0;
+          for (int64_t i = 0; i < d_in; ++i) {
+            const double term =
+                static_cast<double>(half_to_float(halves[row * d_in + i])) * x[token * d_in + i];
+            sum += term, size += std::abs(term);
+          }
+          want.push_back(static_cast<float>(sum));
+          tolerance.push_back(1e-5 * size + 1e-6);
+        }
+      }
+      EXPECT_LE(worst_of(y.read(), want, [&](size_t i) { return tolerance[i]; }), 1);
+    }
+  }
+}
+
 TEST_F(GpuKernels, EmbeddingsOfEveryHalf) {
   constexpr int64_t kAll = 1 << 16;
   Halves table;

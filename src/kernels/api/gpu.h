@@ -181,7 +181,8 @@ struct PackedWork {
   uint32_t* counters = nullptr;  // zero
 };
 
-/// Whether multiply_packed() can: packed layers of one width, a multiple of 8, and number of paths.
+/// Whether multiply_packed() can: packed layers of one width, a multiple of 8, and number of paths;
+/// up to kFewTokens tokens also layers of bytes of one width.
 bool takes_packed(std::initializer_list<const Linear*> linears, int64_t tokens,
                   const DeviceInfo& device);
 /// For any number of tokens.
@@ -189,7 +190,8 @@ PackedNeeds packed_needs(std::initializer_list<const Linear*> linears, const Dev
 
 /// y (+)= W x of layers that share x, side by side in y, (tokens, sum of d_out), weights read as
 /// they lie; x: F16 (tokens, d_in), 16-byte aligned. A row's weights are sums of its paths in F16,
-/// in units of its largest scale; sums over columns are of F32, in one order.
+/// in units of its largest scale, or a byte times its scale in F16; sums over columns are of F32,
+/// in one order.
 Status multiply_packed(std::initializer_list<const Linear*> linears, const uint16_t* x,
                        int64_t tokens, float* y, bool add, const PackedWork& work,
                        const DeviceInfo& device, Stream stream);

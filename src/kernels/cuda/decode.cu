@@ -307,15 +307,10 @@ __device__ __forceinline__ void dense_rows(const Job& job, int index, const Shar
 /// same columns.
 __device__ __forceinline__ void multiply_bytes(float (&d)[4], uint32_t upper, uint32_t lower,
                                                uint32_t x0, uint32_t x1) {
-  const auto halves = [](uint32_t bytes, uint32_t which) {
-    // 1024 + byte, and 128 more, in two halves.
-    const uint32_t raised = pick_bytes(bytes ^ 0x80808080U, 0x64646464U, which);
-    return multiply_add_pair(raised, 0x3C003C00U, 0xE480E480U);
-  };
-  multiply_tile(
-      d,
-      {halves(upper, 0x4140), halves(lower, 0x4140), halves(upper, 0x4342), halves(lower, 0x4342)},
-      {x0, x1});
+  multiply_tile(d,
+                {halves_of_bytes(upper, 0), halves_of_bytes(lower, 0), halves_of_bytes(upper, 1),
+                 halves_of_bytes(lower, 1)},
+                {x0, x1});
 }
 
 /// As dense_rows(), of bytes with a scale for 32 columns.

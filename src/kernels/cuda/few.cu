@@ -1,6 +1,7 @@
-// Products of a few tokens with packed weights as they lie. A block takes row tiles, a warp one or
-// two of them, and some column tiles; signs become halves in registers, each the sum of its paths
-// in units of the row's largest scale, and go to the tensor cores with the tokens as columns. Where
+// Products of a few tokens with packed weights, or bytes, as they lie. A block takes row tiles, a
+// warp one or two of them, and some column tiles; signs become halves in registers, each the sum of
+// its paths in units of the row's largest scale, bytes their products with their scales, and these
+// go to the tensor cores with the tokens as columns. Where
 // rows are few, several blocks share them by columns, and the last to come adds up what all have
 // left, in order.
 #include <algorithm>
@@ -15,19 +16,25 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kStages = 3;
 constexpr int kMostSplits = 16;
 constexpr int kChunks = kTileColumns / 8;  // of 16 bytes, of a token's columns in a column tile
+constexpr int kByteChunks = kTileColumns / 16;  // of a row of bytes
 
-/// Of a stage in shared memory: the tokens' columns, the columns' scales, the warps' weights.
+/// Of a stage in shared memory: the tokens' columns, the columns' scales, or those of the warps'
+/// bytes, the warps' weights. Paths 0: bytes.
 template <int kPaths, int kEights, int kTiles>
 struct Stage {
-  static constexpr int kInput = kEights * 8 * kChunks, kScales = kPaths * kChunks;
-  static constexpr int kWeights = kWarps * kTiles * kPaths * 32;
+  static constexpr bool kBytes = kPaths == 0;
+  static constexpr int kInput = kEights * 8 * kChunks;
+  static constexpr int kScales = kBytes ? kWarps * kTiles * kTileRows : kPaths * kChunks;
+  static constexpr int kOfWarp = kTiles * (kBytes ? kTileRows * kByteChunks : kPaths * 32);
+  static constexpr int kWeights = kWarps * kOfWarp;
   static constexpr int kSize = kInput + kScales + kWeights;  // in 16 bytes
 };
 
 /// Where a chunk lies among a token's: four lanes that read the same part of neighbouring words, of
-/// two tokens, find them in different banks.
+/// two tokens, find them in different banks; with bytes, four that read neighbouring chunks.
+template <bool kBytes>
 __device__ __forceinline__ int place_of(int token, int chunk) {
-  return chunk ^ ((chunk >> 3) & 1) ^ ((token & 1) << 1);
+  return kBytes ? chunk ^ ((token & 1) << 2) : chunk ^ ((chunk >> 3) & 1) ^ ((token & 1) << 1);
 }
 
 template <int kPaths, int kEights, int kTiles>
@@ -41,8 +48,25 @@ __device__ __forceinline__ void load_stage(const PackedArgs& args, const Linear&
     const int item = thread + i * kThreads, token = item / kChunks, chunk = item % kChunks;
     const int column = first + chunk * 8;
     const bool there = token < args.tokens && column < w.d_in;
-    copy_16_or_zeros(stage + token * kChunks + place_of(token, chunk),
+    copy_16_or_zeros(stage + token * kChunks + place_of<S::kBytes>(token, chunk),
                      args.x + (there ? int64_t{token} * w.d_in + column : 0), there);
+  }
+  if constexpr (S::kBytes) {
+    uint4* const scales = stage + S::kInput + thread / 32 * kTiles * kTileRows;
+    uint4* const own = stage + S::kInput + S::kScales + thread / 32 * S::kOfWarp;
+#pragma unroll
+    for (int i = 0; i < kTiles * kTileRows / 2; ++i) {
+      const int own_row = i * 2 + lane / 16, chunk = lane % 16;
+      const int64_t row = int64_t{row_tile} * kTileRows + own_row;
+      const bool there = row < w.d_out;
+      const int64_t at = (there ? row * w.d_in : 0) + first;
+      copy_16_or_zeros(own + own_row * kByteChunks + place_of<true>(own_row, chunk),
+                       static_cast<const char*>(w.weights) + at + chunk * 16, there);
+      if (chunk == 0) {
+        copy_16_or_zeros(scales + own_row, w.row_scale + at / 32, there);
+      }
+    }
+    return;
   }
   if (thread < S::kScales) {
     const int path = thread / kChunks, column = first + thread % kChunks * 8;
@@ -52,7 +76,7 @@ __device__ __forceinline__ void load_stage(const PackedArgs& args, const Linear&
   }
   const int column_tiles = (w.d_in + kTileColumns - 1) / kTileColumns;
   const int row_tiles = (w.d_out + kTileRows - 1) / kTileRows;
-  uint4* const own = stage + S::kInput + S::kScales + thread / 32 * kTiles * kPaths * 32 + lane;
+  uint4* const own = stage + S::kInput + S::kScales + thread / 32 * S::kOfWarp + lane;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
     const bool there = row_tile + tile < row_tiles;
@@ -70,9 +94,25 @@ __device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
   return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
+/// Of a row, at 32 columns: products of the lane's eight bytes with their scale, in pairs. row: of
+/// the warp's; part: the 32 columns of 256.
+__device__ __forceinline__ void weights_of_bytes(const uint4* scales, const uint4* bytes, int row,
+                                                 int part, uint32_t (&out)[4]) {
+  const int chunk = part / 2 * 4 + static_cast<int>(threadIdx.x) % 4;
+  const auto* const eight =
+      reinterpret_cast<const uint2*>(bytes + row * kByteChunks + place_of<true>(row, chunk)) +
+      part % 2;
+  const uint32_t scale = reinterpret_cast<const uint16_t*>(scales + row)[part];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[i] = multiply_add_pair(halves_of_bytes(i < 2 ? eight->x : eight->y, i % 2),
+                               scale | scale << 16, 0);
+  }
+}
+
 /// kEights: tokens, in eights. kTiles: row tiles of a warp.
 template <int kPaths, int kEights, int kTiles>
-__global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(PackedArgs args) {
+__global__ void __launch_bounds__(kThreads, kEights <= 2 ? 2 : 1) few_kernel(PackedArgs args) {
   RABIT_DYNAMIC_SHARED(memory);
   auto* const stages = reinterpret_cast<uint4*>(memory);
   using S = Stage<kPaths, kEights, kTiles>;
@@ -86,12 +126,17 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(Pack
   const int begin = column_tiles * split / args.splits;
   const int end = column_tiles * (split + 1) / args.splits;
 
-  RowScale<kPaths> rows[kTiles][2];
+  constexpr int kWords = S::kBytes ? 1 : kPaths;
+  RowScale<kWords> rows[kTiles][2];
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      rows[tile][i].read(w, (row_tile + tile) * kTileRows + g + 8 * i);
+      if constexpr (S::kBytes) {
+        rows[tile][i].unit = 1;
+      } else {
+        rows[tile][i].read(w, (row_tile + tile) * kTileRows + g + 8 * i);
+      }
     }
   }
   float sums[kTiles * kEights][4] = {};
@@ -114,20 +159,21 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(Pack
     end_copies();
     const uint4* const stage = stages + (column - begin) % kStages * S::kSize;
     const uint4* const scales = stage + S::kInput;
-    const uint4* const own = scales + S::kScales + thread / 32 * kTiles * kPaths * 32 + lane;
-    uint4 signs[kTiles][kPaths];
+    const uint4* const own = scales + S::kScales + thread / 32 * S::kOfWarp;
+    uint4 signs[kTiles][kWords];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int path = 0; path < kPaths; ++path) {
-        signs[tile][path] = own[(tile * kPaths + path) * 32];
+        signs[tile][path] = own[(tile * kPaths + path) * 32 + lane];
       }
     }
-    // Eight columns of a lane's word at a time: two products of 16 columns, four to a lane.
+    // Eight columns of a lane at a time, of its word or its bytes: two products of 16 columns, four
+    // to a lane.
 #pragma unroll
     for (int part = 0; part < 8; ++part) {
-      const int chunk = part / 4 * 16 + t * 4 + part % 4;
-      uint4 scale[kPaths], x[kEights];
+      const int chunk = S::kBytes ? part * 4 + t : part / 4 * 16 + t * 4 + part % 4;
+      uint4 scale[kWords], x[kEights];
 #pragma unroll
       for (int path = 0; path < kPaths; ++path) {
         scale[path] = scales[path * kChunks + chunk];
@@ -135,27 +181,37 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(Pack
 #pragma unroll
       for (int eight = 0; eight < kEights; ++eight) {
         const int token = eight * 8 + g;
-        x[eight] = stage[token * kChunks + place_of(token, chunk)];
+        x[eight] = stage[token * kChunks + place_of<S::kBytes>(token, chunk)];
       }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         uint32_t a[2][4];  // of each product: rows g and g + 8 at a pair of columns, then the next
+        if constexpr (S::kBytes) {
+          const uint4* const of_warp = scales + thread / 32 * kTiles * kTileRows;
 #pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-          uint32_t column_scales[kPaths];
+          for (int i = 0; i < 2; ++i) {
+            uint32_t pairs[4];
+            weights_of_bytes(of_warp, own, tile * kTileRows + g + 8 * i, part, pairs);
+            a[0][i] = pairs[0], a[0][2 + i] = pairs[1];
+            a[1][i] = pairs[2], a[1][2 + i] = pairs[3];
+          }
+        }
+#pragma unroll
+        for (int pair = 0; pair < (S::kBytes ? 0 : 4); ++pair) {
+          uint32_t column_scales[kWords];
 #pragma unroll
           for (int path = 0; path < kPaths; ++path) {
             column_scales[path] = word_of(scale[path], pair);
           }
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            uint32_t words[kPaths];
+            uint32_t words[kWords];
 #pragma unroll
             for (int path = 0; path < kPaths; ++path) {
               words[path] = word_of(signs[tile][path], part / 4 * 2 + i);
             }
             a[pair / 2][pair % 2 * 2 + i] =
-                weights_of<kPaths>(words, column_scales, rows[tile][i], 15 - (part % 4 * 4 + pair));
+                weights_of<kWords>(words, column_scales, rows[tile][i], 15 - (part % 4 * 4 + pair));
           }
         }
 #pragma unroll
@@ -188,6 +244,9 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) few_kernel(Pack
   }
 }
 
+/// Row tiles of a warp; paths 0: bytes.
+constexpr int tiles_of(int paths, int eights) { return paths == 0 || eights <= 2 ? 1 : 2; }
+
 /// How a product is shared out.
 struct Sharing {
   int64_t row_blocks = 0;
@@ -199,7 +258,8 @@ Sharing share(std::initializer_list<const Linear*> linears, int64_t tokens,
               int32_t multiprocessors) {
   Sharing sharing;
   sharing.eights = tokens <= 8 ? 1 : tokens <= 16 ? 2 : tokens <= 32 ? 4 : 8;
-  sharing.tiles = sharing.eights <= 2 ? 1 : 2;
+  const bool bytes = (*linears.begin())->format == Format::kQ8_0;
+  sharing.tiles = tiles_of(bytes ? 0 : 1, sharing.eights);
   int64_t columns = std::numeric_limits<int64_t>::max();
   for (const Linear* w : linears) {
     sharing.row_blocks +=
@@ -208,7 +268,7 @@ Sharing share(std::initializer_list<const Linear*> linears, int64_t tokens,
   }
   // In column tiles: what the rounds of blocks take, each with a beginning and an end.
   constexpr int64_t kAround = 3;
-  const int64_t together = int64_t{multiprocessors} * (sharing.tiles == 1 ? 2 : 1);
+  const int64_t together = int64_t{multiprocessors} * (sharing.eights <= 2 ? 2 : 1);
   int64_t best = std::numeric_limits<int64_t>::max();
   for (int64_t splits = 1; splits <= std::min<int64_t>(columns, kMostSplits); ++splits) {
     const int64_t time = ceil_divide(sharing.row_blocks * splits, together) *
@@ -223,7 +283,7 @@ Sharing share(std::initializer_list<const Linear*> linears, int64_t tokens,
 
 template <int kPaths, int kEights>
 Status start(const PackedArgs& args, const Sharing& sharing, Stream stream) {
-  constexpr int kTiles = kEights <= 2 ? 1 : 2;
+  constexpr int kTiles = tiles_of(kPaths, kEights);
   constexpr int kBytes = kStages * Stage<kPaths, kEights, kTiles>::kSize * 16;
   const auto kernel = few_kernel<kPaths, kEights, kTiles>;
   const dim3 grid(static_cast<unsigned>(sharing.row_blocks), static_cast<unsigned>(sharing.splits));
@@ -259,6 +319,9 @@ Status multiply_few(std::initializer_list<const Linear*> linears, PackedArgs arg
   const Sharing sharing = share(linears, args.tokens, multiprocessors);
   args.splits = sharing.splits;
   place_layers(args, linears, int64_t{kWarps} * sharing.tiles);
+  if ((*linears.begin())->format == Format::kQ8_0) {
+    return start_paths<0>(args, sharing, stream);
+  }
   return with_paths(**linears.begin(), [&](auto paths) {
     return start_paths<decltype(paths)::value>(args, sharing, stream);
   });

@@ -1,24 +1,33 @@
-// Which kernel takes a product of packed weights.
+// Which kernel takes a product of packed weights, or of bytes.
 #include <algorithm>
 
 #include "kernels/cuda/packed.h"
 
 namespace rabit::gpu {
+namespace {
+
+bool by_warpgroups(const Linear& w, const DeviceInfo& device) {
+  return device.warpgroups && w.format == Format::kResidualBinary;
+}
+
+}  // namespace
 
 bool takes_packed(std::initializer_list<const Linear*> linears, int64_t tokens,
                   const DeviceInfo& device) {
-  bool takes = tokens >= 1 && (tokens <= kFewTokens || device.warpgroups) &&
+  const Linear& first = **linears.begin();
+  bool takes = tokens >= 1 && (tokens <= kFewTokens || by_warpgroups(first, device)) &&
                linears.size() <= static_cast<size_t>(kMostLinears);
   for (const Linear* w : linears) {
-    takes = takes && w->format == Format::kResidualBinary && w->d_in % 8 == 0 &&
-            w->d_in == (*linears.begin())->d_in && w->paths == (*linears.begin())->paths;
+    takes = takes && w->format == first.format && w->d_in == first.d_in &&
+            w->paths == first.paths &&
+            (w->format == Format::kResidualBinary ? w->d_in % 8 == 0 : w->format == Format::kQ8_0);
   }
   return takes;
 }
 
 PackedNeeds packed_needs(std::initializer_list<const Linear*> linears, const DeviceInfo& device) {
-  return device.warpgroups ? warpgroup_needs(linears, device.multiprocessors)
-                           : few_needs(linears, device.multiprocessors);
+  return by_warpgroups(**linears.begin(), device) ? warpgroup_needs(linears, device.multiprocessors)
+                                                  : few_needs(linears, device.multiprocessors);
 }
 
 Status multiply_packed(std::initializer_list<const Linear*> linears, const uint16_t* x,
@@ -31,7 +40,8 @@ Status multiply_packed(std::initializer_list<const Linear*> linears, const uint1
   args.add = add;
   args.partial = work.partial;
   args.counters = work.counters;
-  const auto multiply = device.warpgroups ? multiply_warpgroups : multiply_few;
+  const auto multiply =
+      by_warpgroups(**linears.begin(), device) ? multiply_warpgroups : multiply_few;
   return multiply(linears, args, device.multiprocessors, stream);
 }
 

@@ -138,6 +138,14 @@ __device__ __forceinline__ uint32_t multiply_add_pair(uint32_t a, uint32_t b, ui
 #endif
 }
 
+/// Two of four signed bytes as halves, the lower two or the upper.
+__device__ __forceinline__ uint32_t halves_of_bytes(uint32_t bytes, int upper) {
+  // 1024 + byte, and 128 more, in two halves.
+  const uint32_t raised =
+      pick_bytes(bytes ^ 0x80808080U, 0x64646464U, upper != 0 ? 0x4342U : 0x4140U);
+  return multiply_add_pair(raised, 0x3C003C00U, 0xE480E480U);
+}
+
 /// Starts to copy 16 bytes of device memory to shared memory, where the GPU can.
 __device__ __forceinline__ void copy_16(uint4* shared, const void* from) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
