@@ -19,7 +19,7 @@ int main(int argc, char** argv) {
   int context = 512, repetitions = 50;
   std::vector<int> tokens = {1};
   std::vector<int> splits(gpu::kProducts);
-  bool dense_weights = false, byte_head = false, parts = false;
+  bool dense_weights = false, byte_head = false, byte_cache = false, parts = false;
   app.add_option("--shape", shape)
       ->check(CLI::IsMember(
           {"smollm2-135m", "llama2-7b", "llama2-13b", "llama2-70b", "llama3-8b", "llama3-70b"}));
@@ -34,6 +34,7 @@ int main(int argc, char** argv) {
   app.add_option("--repetitions", repetitions);
   app.add_flag("--dense", dense_weights, "F16 instead of packed weights");
   app.add_flag("--head-q8", byte_head, "The head in Q8_0 instead of F16");
+  app.add_flag("--cache-q8", byte_cache, "Keys and values in Q8_0 instead of F16");
   app.add_flag("--parts", parts, "Where the time goes");
   CLI11_PARSE(app, argc, argv);
 
@@ -93,8 +94,11 @@ int main(int argc, char** argv) {
         memory.put(std::vector<float>(static_cast<size_t>((context + 1) * config.head_dim), 0.7F));
     args.capacity = context + 1;
     args.sequence_stride = config.layers * config.d_kv() * args.capacity;
-    args.keys = memory.halves(args.sequence_stride * count, 0.1F);
-    args.values = memory.halves(args.sequence_stride * count, 0.1F);
+    const int64_t elements = args.sequence_stride * count;
+    for (gpu::CacheRows* cache : {&args.keys, &args.values}) {
+      cache->rows = byte_cache ? memory.room(elements) : memory.halves(elements, 0.1F);
+      cache->scales = byte_cache ? memory.halves(elements / 32, 0.01F) : nullptr;
+    }
     args.tokens = memory.put(std::vector<int32_t>(static_cast<size_t>(count), 1));
     args.positions = memory.put(std::vector<int32_t>(static_cast<size_t>(count), context));
     args.logits = static_cast<float*>(memory.room(config.vocab_size * count * 4));
@@ -113,7 +117,7 @@ int main(int argc, char** argv) {
                  (dense_weights ? 2.0 : static_cast<double>(paths) / 8);
       }
     }
-    const double cache = 4.0 * static_cast<double>(args.sequence_stride * count);
+    const double cache = (byte_cache ? 2.125 : 4.0) * static_cast<double>(elements);
     const double time = median(times);
     std::printf(
         "tokens %d: %.4f ms (%.4f to %.4f), %.0f tokens/s; weights %.3f GB, cache %.3f GB: "

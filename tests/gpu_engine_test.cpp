@@ -152,6 +152,60 @@ TEST_F(GpuEngine, OddSizes) {
   }
 }
 
+// Keys and values in bytes: a prompt, tokens by themselves, a token of each of several sequences.
+TEST_F(GpuEngine, CachesOfBytes) {
+  ModelConfig config;
+  config.architecture = "llama";
+  config.layers = 2;
+  config.heads = 8;
+  config.kv_heads = 2;
+  config.head_dim = 32;
+  config.d_model = 256;
+  config.d_ff = 288;
+  config.vocab_size = 203;
+  config.context_length = 128;
+  const auto written = write_random_model(path("model.gguf"), config, 2);
+  ASSERT_TRUE(written) << (written ? "" : written.error().message);
+  const std::vector<int32_t> tokens = random_tokens(44, 3, config.vocab_size);
+  EngineOptions on_cpu = {.threads = 2, .cache_q8_0 = true}, bytes = on_gpu();
+  bytes.cache_q8_0 = true;
+  const std::vector<Floats> want =
+      all_logits(*session(path("model.gguf"), 64, on_cpu), tokens, config.vocab_size);
+  const auto model = Model::load(path("model.gguf"), bytes);
+  ASSERT_TRUE(model) << (model ? "" : model.error().message);
+  std::vector<std::unique_ptr<Session>> all;
+  std::vector<Session*> each;
+  for (int i = 0; i < 3; ++i) {
+    auto own = Session::create(*model, 64);
+    ASSERT_TRUE(own);
+    each.push_back(own->get());
+    all.push_back(std::move(*own));
+    expect_near(all_logits(*each.back(), tokens, config.vocab_size), want);
+  }
+  // Fewer digits than halves have: the option does something.
+  const std::vector<Floats> halves =
+      all_logits(*session(path("model.gguf"), 64), tokens, config.vocab_size);
+  EXPECT_GT(relative_error(halves.back(), want.back()), 1e-3);
+  for (Session* own : each) {
+    own->truncate(40);
+  }
+  for (size_t i = 40; i < 44; ++i) {
+    const auto logits = Session::forward_each(each, std::vector<int32_t>(3, tokens[i]));
+    ASSERT_TRUE(logits) << (logits ? "" : logits.error().message);
+    for (size_t j = 0; j < 3; ++j) {
+      const auto own = logits->subspan(j * config.vocab_size, config.vocab_size);
+      EXPECT_LE(relative_error(Floats(own.begin(), own.end()), want[i]), kBound) << i << " " << j;
+    }
+  }
+  each[0]->truncate(40);
+  for (size_t i = 40; i < 44; ++i) {
+    const auto logits = each[0]->forward(std::span(&tokens[i], 1));
+    ASSERT_TRUE(logits) << (logits ? "" : logits.error().message);
+    EXPECT_LE(relative_error(Floats(logits->begin(), logits->end()), want[i]), kBound) << i;
+  }
+  EXPECT_EQ(whole_tokens(*each[0]), 4);
+}
+
 TEST_F(GpuEngine, SplittingTheInputChangesLittle) {
   const SmallModel small(7, true, 2);
   small.write(path("model.gguf"));
@@ -472,7 +526,7 @@ TEST_F(GpuEngine, Refusals) {
   EXPECT_NE(refused(options).find("on the CPU alone, not on cuda"), std::string::npos);
   options = on_gpu();
   options.cache_q8_0 = true;
-  EXPECT_NE(refused(options).find("on the CPU alone"), std::string::npos);
+  EXPECT_NE(refused(options).find("heads of a multiple of 32"), std::string::npos);
   options = on_gpu();
   options.kernels = "reference";
   EXPECT_NE(refused(options).find("on the CPU alone"), std::string::npos);

@@ -133,7 +133,6 @@ gpu::Linear& linear_of(gpu::Block& block, Role role) {
 
 Status check_options(const EngineOptions& options) {
   const char* of_cpu = options.dense_as_f32       ? "weights and sums in F32"
-                       : options.cache_q8_0       ? "a KV cache of Q8_0"
                        : !options.kernels.empty() ? "a choice of kernels"
                                                   : nullptr;
   if (of_cpu != nullptr) {
@@ -174,6 +173,7 @@ Result<std::shared_ptr<Model>> load_on_gpu(const std::filesystem::path& path,
                                            const EngineOptions& options, int32_t device) {
   RABIT_CHECK(check_options(options));
   auto model = std::make_shared<GpuModel>();
+  model->byte_cache = options.cache_q8_0;
   RABIT_ASSIGN(model->info, gpu::use_device(device));
   // The reference takes all weights in the file's order: nothing is rearranged on the host.
   RABIT_ASSIGN(const std::shared_ptr<LoadedModel> host,

@@ -62,6 +62,7 @@ class GpuModel : public Model {
   const uint16_t* embedding = nullptr;  // F16 (vocab, d_model); the head's weights where tied
   const float* output_norm = nullptr;   // (d_model)
   gpu::Linear head;                     // (vocab, d_model)
+  bool byte_cache = false;              // keys and values in bytes with scales
   std::unique_ptr<ThreadPool> pool;     // for what the host does beside
   uint64_t bytes_per_token = 0;
   std::shared_ptr<GpuRunner> runner;  // last; from the first session on

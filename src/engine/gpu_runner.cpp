@@ -1,8 +1,9 @@
 // The forward pass on a GPU. A chunk of tokens goes through all blocks and leaves its keys and
-// values in the cache. The residual stream is F32, products read F16. Packed weights are read as they
-// lie, or, where the GPU has no kernel for so many tokens, become an F16 matrix for the time of a
-// product. A call of one token, as when text is generated, is one kernel (kernels/api/gpu_decode.h), where the sizes and
-// the GPU allow it; tokens of several sequences go together. All device memory is taken beforehand.
+// values in the cache. The residual stream is F32, products read F16. Packed weights are read as
+// they lie, or, where the GPU has no kernel for so many tokens, become an F16 matrix for the time
+// of a product. A call of one token, as when text is generated, is one kernel
+// (kernels/api/gpu_decode.h), where the sizes and the GPU allow it; tokens of several sequences go
+// together. All device memory is taken beforehand.
 #include "engine/gpu_runner.h"
 
 #include <algorithm>
@@ -165,8 +166,13 @@ Result<GpuCache> GpuRunner::make_cache(int64_t capacity) {
   GpuCache cache;
   cache.capacity = capacity;
   DeviceParts parts;
-  parts.add(cache.keys, sizes_.layers * d_kv() * capacity);
-  parts.add(cache.values, sizes_.layers * d_kv() * capacity);
+  for (gpu::CacheRows* cached : {&cache.keys, &cache.values}) {
+    const int64_t elements = sizes_.layers * d_kv() * capacity;
+    parts.add_bytes(cached->rows, static_cast<uint64_t>(elements) * (model_.byte_cache ? 1 : 2));
+    if (model_.byte_cache) {
+      parts.add(cached->scales, elements / 32);
+    }
+  }
   parts.add(cache.turns, capacity * sizes_.head_dim);
   RABIT_ASSIGN(const gpu::DeviceInfo now, gpu::use_device(model_.info.index));
   if (parts.bytes() > now.free_bytes) {
@@ -296,8 +302,8 @@ Status GpuRunner::run_chunk(const GpuCache& cache, std::span<const int32_t> toke
     RABIT_CHECK(check_interrupt());
     RABIT_CHECK(run_block(layer, count, [&]() -> Status {
       const int64_t plane = layer * d_kv() * cache.capacity;
-      const gpu::CacheView view = {.k = cache.keys + plane,
-                                   .v = cache.values + plane,
+      const gpu::CacheView view = {.k = cache.keys.from(plane),
+                                   .v = cache.values.from(plane),
                                    .capacity = cache.capacity,
                                    .first_position = cache.position};
       RABIT_CHECK(gpu::rope(sizes_, qkv_, count, cache.turns, view, q_, stream));
@@ -370,8 +376,9 @@ Status GpuRunner::queue_each(int64_t tokens) {
   for (int64_t layer = 0; layer < sizes_.layers; ++layer) {
     RABIT_CHECK(run_block(layer, tokens, [&]() -> Status {
       RABIT_CHECK(gpu::rope_each(sizes_, layer, qkv_, tokens, places_, q_, stream));
-      return gpu::attention_each(sizes_, layer, q_, tokens, places_, model_.info.multiprocessors,
-                                 partial_, counters_, attended_, stream);
+      return gpu::attention_each(sizes_, layer, q_, tokens, places_, model_.byte_cache,
+                                 model_.info.multiprocessors, partial_, counters_, attended_,
+                                 stream);
     }));
   }
   return queue_logits(0, tokens);

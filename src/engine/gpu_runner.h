@@ -16,10 +16,10 @@ namespace rabit {
 /// A sequence's keys and values.
 struct GpuCache {
   int64_t capacity = 0, position = 0;
-  uint16_t* keys = nullptr;    // F16 (layers, kv_heads, capacity, head_dim)
-  uint16_t* values = nullptr;  // as keys
-  float* turns = nullptr;      // (capacity, head_dim / 2): cos and sin
-  gpu::Memory memory;          // of all three
+  gpu::CacheRows keys;     // (layers, kv_heads, capacity, head_dim)
+  gpu::CacheRows values;   // as keys
+  float* turns = nullptr;  // (capacity, head_dim / 2): cos and sin
+  gpu::Memory memory;      // of all three
 };
 
 class GpuRunner {

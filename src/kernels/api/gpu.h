@@ -207,8 +207,8 @@ Status rms_norm(const float* x, const float* weight, int64_t tokens, int64_t d, 
 
 /// A KV cache's part of one layer, and where new positions go.
 struct CacheView {
-  uint16_t* k = nullptr;  // F16 (kv_heads, capacity, head_dim)
-  uint16_t* v = nullptr;  // as k
+  CacheRows k;  // (kv_heads, capacity, head_dim)
+  CacheRows v;  // as k
   int64_t capacity = 0;
   int64_t first_position = 0;
 };
@@ -221,8 +221,8 @@ Status rope(const Sizes& sizes, const float* qkv, int64_t tokens, const float* t
 
 /// Where a token's key and value go, and what turns it.
 struct Place {
-  uint16_t* k = nullptr;  // F16 (layers, kv_heads, capacity, head_dim); of one layer in kernels
-  uint16_t* v = nullptr;  // as k
+  CacheRows k;                  // (layers, kv_heads, capacity, head_dim); of one layer in kernels
+  CacheRows v;                  // as k
   const float* turn = nullptr;  // (head_dim/2) pairs (cos, sin) of the position
   int64_t capacity = 0;
   int64_t position = 0;
@@ -232,11 +232,11 @@ struct Place {
 Status rope_each(const Sizes& sizes, int64_t layer, const float* qkv, int64_t tokens,
                  const Place* places, uint16_t* q, Stream stream);
 
-/// As attention(), each token of another sequence, over all positions up to its own. head_dim: a
-/// multiple of 8. partial: each_work() floats; counters: (tokens, kv_heads) zeros, which they are
-/// again after it.
+/// As attention(), each token of another sequence, over all positions up to its own, all caches of
+/// one type (`bytes`: with scales). head_dim: a multiple of 8. partial: each_work() floats;
+/// counters: (tokens, kv_heads) zeros, which they are again after it.
 Status attention_each(const Sizes& sizes, int64_t layer, const uint16_t* q, int64_t tokens,
-                      const Place* places, int32_t multiprocessors, float* partial,
+                      const Place* places, bool bytes, int32_t multiprocessors, float* partial,
                       uint32_t* counters, uint16_t* out, Stream stream);
 int64_t each_work(const Sizes& sizes, int64_t most_tokens, int32_t multiprocessors);
 

@@ -93,9 +93,9 @@ struct DecodeArgs {
   const float* output_norm = nullptr;   // (d_model)
   const uint16_t* embedding = nullptr;  // F16 (vocab, d_model)
   const float* cos_sin = nullptr;       // (capacity, head_dim / 2, 2)
-  uint16_t* keys = nullptr;             // F16 (sequences, layers, kv_heads, capacity, head_dim)
-  uint16_t* values = nullptr;           // as keys
-  int64_t sequence_stride = 0;          // halves from one sequence's cache to the next
+  CacheRows keys;                       // (sequences, layers, kv_heads, capacity, head_dim)
+  CacheRows values;                     // as keys
+  int64_t sequence_stride = 0;          // elements from one sequence's cache to the next
   int32_t capacity = 0;
   const int32_t* tokens = nullptr;     // (tokens) ids
   const int32_t* positions = nullptr;  // (tokens)

@@ -53,6 +53,19 @@ struct Block {
   Linear q, k, v, output, gate, up, down;
 };
 
+/// Keys or values of a KV cache: F16 (..., head_dim); or, where there are scales, bytes, each times
+/// the scale in F16 of 32 neighbours, (..., head_dim / 32), head_dim a multiple of 32.
+struct CacheRows {
+  void* rows = nullptr;
+  uint16_t* scales = nullptr;
+
+  RABIT_HOST_DEVICE CacheRows from(int64_t element) const {
+    return scales == nullptr
+               ? CacheRows{static_cast<uint16_t*>(rows) + element, nullptr}
+               : CacheRows{static_cast<int8_t*>(rows) + element, scales + element / 32};
+  }
+};
+
 /// Sizes as in ModelConfig. The head dimension is even and at most 256.
 struct Sizes {
   int32_t layers = 0, d_model = 0, d_ff = 0, heads = 0, kv_heads = 0, head_dim = 0, vocab = 0;

@@ -6,7 +6,7 @@
 // next without leaving them.
 
 #include "kernels/api/gpu.h"
-#include "kernels/cuda/device_code.h"
+#include "kernels/cuda/cache.h"
 
 namespace rabit::gpu {
 namespace {
@@ -15,7 +15,6 @@ constexpr int kWarps = 4;
 constexpr int kWarpRows = 16;
 constexpr int kBlockRows = kWarps * kWarpRows;
 constexpr int kThreads = kWarps * 32;
-constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 
 struct Shape {
   int32_t heads, kv_heads, head_dim;
@@ -39,27 +38,36 @@ __device__ __forceinline__ float row_sum(float value) {
 
 /// Rows [first, first + kRows) of (end, d) into shared rows of kStride halves; zeros beyond the end
 /// and beyond d, up to kWidth.
-template <int kRows, int kWidth, int kStride>
-__device__ __forceinline__ void load_rows(const uint16_t* __restrict__ from, int64_t first,
-                                          int64_t end, int d, uint16_t* shared) {
-  const int thread = static_cast<int>(threadIdx.x);
-  if (d % 8 == 0) {
-    for (int item = thread; item < kRows * (kWidth / 8); item += kThreads) {
-      const int row = item / (kWidth / 8), column = item % (kWidth / 8) * 8;
-      uint4 words;
-      words.x = words.y = words.z = words.w = 0;
-      if (first + row < end && column < d) {
-        words = *reinterpret_cast<const uint4*>(from + (first + row) * d + column);
-      }
-      *reinterpret_cast<uint4*>(shared + row * kStride + column) = words;
+template <int kRows, int kWidth, int kStride, bool kBytes>
+__device__ __forceinline__ void load_eights(const CacheRows& from, int64_t first, int64_t end,
+                                            int d, uint16_t* shared) {
+  for (int item = static_cast<int>(threadIdx.x); item < kRows * (kWidth / 8); item += kThreads) {
+    const int row = item / (kWidth / 8), column = item % (kWidth / 8) * 8;
+    CachedEight<kBytes> eight;
+    if (first + row < end && column < d) {
+      eight.read(from, (first + row) * d + column);
     }
+    *reinterpret_cast<uint4*>(shared + row * kStride + column) = eight.halves();
+  }
+}
+template <int kRows, int kWidth, int kStride>
+__device__ __forceinline__ void load_rows(const CacheRows& from, int64_t first, int64_t end, int d,
+                                          uint16_t* shared) {
+  if (from.scales != nullptr) {
+    load_eights<kRows, kWidth, kStride, true>(from, first, end, d, shared);
     return;
   }
+  if (d % 8 == 0) {
+    load_eights<kRows, kWidth, kStride, false>(from, first, end, d, shared);
+    return;
+  }
+  const int thread = static_cast<int>(threadIdx.x);
   for (int item = thread; item < kRows * (kWidth / 2); item += kThreads) {
     const int row = item / (kWidth / 2), column = item % (kWidth / 2) * 2;
     const bool inside = first + row < end && column < d;
     *reinterpret_cast<uint32_t*>(shared + row * kStride + column) =
-        inside ? load_pair(from + (first + row) * d + column) : 0U;
+        inside ? load_pair(static_cast<const uint16_t*>(from.rows) + (first + row) * d + column)
+               : 0U;
   }
 }
 
@@ -114,8 +122,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t plane = static_cast<int64_t>(kv) * cache.capacity * d;
   for (int64_t first = 0; first < positions; first += kPositions) {
     __syncthreads();  // nobody reads the last tile any more
-    load_rows<kPositions, kWidth, kStride>(cache.k + plane, first, positions, d, keys);
-    load_rows<kPositions, kWidth, kStride>(cache.v + plane, first, positions, d, values);
+    load_rows<kPositions, kWidth, kStride>(cache.k.from(plane), first, positions, d, keys);
+    load_rows<kPositions, kWidth, kStride>(cache.v.from(plane), first, positions, d, values);
     __syncthreads();
 
     float scores[kPositions / 8][4];

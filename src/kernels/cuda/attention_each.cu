@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "kernels/api/gpu.h"
-#include "kernels/cuda/warp.h"
+#include "kernels/cuda/cache.h"
 
 namespace rabit::gpu {
 namespace {
@@ -45,8 +45,8 @@ struct Part {
   }
 };
 
-/// kHeads: query heads at once.
-template <int kHeads>
+/// kHeads: query heads at once. kBytes: what caches hold.
+template <int kHeads, bool kBytes>
 __global__ void __launch_bounds__(kThreads) attention_each_kernel(EachArgs args) {
   __shared__ float sums[kWarps * kHeads * kMostWidth];
   __shared__ float states[kWarps * kHeads * 2];
@@ -83,14 +83,14 @@ __global__ void __launch_bounds__(kThreads) attention_each_kernel(EachArgs args)
     }
     for (int64_t base = begin + warp * each; base < end; base += kWarps * each) {
       const int64_t p = base + lane / width;
-      uint4 keys = make_uint4(0, 0, 0, 0), values = keys;
+      CachedEight<kBytes> keys, values;
       if (p < end && at < d) {
-        keys = *reinterpret_cast<const uint4*>(place.k + plane + p * d);
-        values = *reinterpret_cast<const uint4*>(place.v + plane + p * d);
+        keys.read(place.k, plane + p * d);
+        values.read(place.v, plane + p * d);
       }
       float key[8], value[8];
-      eight_halves(keys, key);
-      eight_halves(values, value);
+      eight_halves(keys.halves(), key);
+      eight_halves(values.halves(), value);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
         float score = 0;
@@ -186,7 +186,7 @@ int64_t each_work(const Sizes& sizes, int64_t most_tokens, int32_t multiprocesso
 }
 
 Status attention_each(const Sizes& sizes, int64_t layer, const uint16_t* q, int64_t tokens,
-                      const Place* places, int32_t multiprocessors, float* partial,
+                      const Place* places, bool bytes, int32_t multiprocessors, float* partial,
                       uint32_t* counters, uint16_t* out, Stream stream) {
   const EachArgs args = {
       sizes,   layer,    q,  places, 1.44269504F / std::sqrt(static_cast<float>(sizes.head_dim)),
@@ -194,7 +194,9 @@ Status attention_each(const Sizes& sizes, int64_t layer, const uint16_t* q, int6
   const dim3 grid(static_cast<unsigned>(sizes.kv_heads), static_cast<unsigned>(tokens),
                   static_cast<unsigned>(parts_of(sizes, tokens, multiprocessors)));
   const auto kernel =
-      sizes.heads == sizes.kv_heads ? &attention_each_kernel<1> : &attention_each_kernel<4>;
+      sizes.heads == sizes.kv_heads
+          ? (bytes ? &attention_each_kernel<1, true> : &attention_each_kernel<1, false>)
+          : (bytes ? &attention_each_kernel<4, true> : &attention_each_kernel<4, false>);
   RABIT_LAUNCH(kernel, grid, dim3(kThreads), stream, args);
   return launched("attention");
 }

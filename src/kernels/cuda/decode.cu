@@ -530,7 +530,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int from = shared.first()[product_of(phase)], to = shared.first()[product_of(phase) + 1];
     const bool head = layer == sizes.layers;
     if (part == 1 && !head) {
-      attend<kTokens>(args, layer, shared, most);
+      if (args.keys.scales == nullptr) {
+        attend<kTokens, false>(args, layer, shared, most);
+      } else {
+        attend<kTokens, true>(args, layer, shared, most);
+      }
     } else {
       const Product product = head ? kHead : part == 0 ? kQkv : static_cast<Product>(part - 1);
 #pragma unroll 1

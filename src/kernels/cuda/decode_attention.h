@@ -3,6 +3,7 @@
 // the cache.
 #pragma once
 
+#include "kernels/cuda/cache.h"
 #include "kernels/cuda/decode.h"
 
 namespace rabit::gpu {
@@ -51,10 +52,10 @@ __device__ __forceinline__ void fetch_cache(const DecodeArgs& args, int layer, c
 #pragma unroll 1
   for (int index = blockIdx.x; index < Unit::count<kTokens>(args.sizes, most); index += gridDim.x) {
     const Unit unit = Unit::at<kTokens>(args, layer, shared, most, index);
-    const int bytes = (unit.end - unit.begin) * d * 2;
+    const int bytes = (unit.end - unit.begin) * d * (args.keys.scales == nullptr ? 2 : 1);
     const int64_t first = unit.cache + int64_t{unit.begin} * d;
-    fetch_ahead((lane() < 16 ? args.keys : args.values) + first, bytes < kMost ? bytes : kMost,
-                lane() % 16, 16);
+    fetch_ahead((lane() < 16 ? args.keys : args.values).from(first).rows,
+                bytes < kMost ? bytes : kMost, lane() % 16, 16);
   }
 }
 
@@ -113,15 +114,16 @@ __device__ __forceinline__ void turn(const DecodeArgs& args, int layer, const Un
       b = a * sine + b * cosine;
       a = turned;
     }
-    if (head < group && active) {
+    const bool query = head < group;
+    if (query && active) {
       const float scale = args.query_factor;
       queries[head * d + at] = a * scale, queries[head * d + at + 1] = b * scale;
-    } else if (active) {
-      uint16_t* const own = head == group ? key : value;
-      uint16_t* const cache =
-          (head == group ? args.keys : args.values) + unit.cache + int64_t{unit.position} * d + at;
-      own[at] = cache[0] = saturated_half(a);
-      own[at + 1] = cache[1] = saturated_half(b);
+    }
+    const uint32_t pair =
+        put_pair(head <= group ? args.keys : args.values,
+                 unit.cache + int64_t{unit.position} * d + at, a, b, active && !query);
+    if (active && !query) {
+      *reinterpret_cast<uint32_t*>((head == group ? key : value) + at) = pair;
     }
   }
   if (!alone) {
@@ -130,20 +132,21 @@ __device__ __forceinline__ void turn(const DecodeArgs& args, int layer, const Un
 }
 
 /// Keys and values of some positions: lanes that share a position have eight neighbours each.
+template <bool kBytes>
 struct Batch {
   static constexpr int kMost = 4;
-  uint4 keys[kMost], values[kMost];
+  CachedEight<kBytes> keys[kMost], values[kMost];
 
   /// Positions first, first + step, ..., `ahead` of them, but for those at or after `end`.
-  __device__ __forceinline__ void read(const uint16_t* k, const uint16_t* v, int head_dim,
+  __device__ __forceinline__ void read(const CacheRows& k, const CacheRows& v, int head_dim,
                                        int first, int step, int end, int ahead) {
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
       const int p = first + i * step;
-      keys[i] = values[i] = make_uint4(0, 0, 0, 0);
+      keys[i] = values[i] = {};
       if (i < ahead && p < end) {
-        keys[i] = *reinterpret_cast<const uint4*>(k + int64_t{p} * head_dim);
-        values[i] = *reinterpret_cast<const uint4*>(v + int64_t{p} * head_dim);
+        keys[i].read(k, int64_t{p} * head_dim);
+        values[i].read(v, int64_t{p} * head_dim);
       }
     }
   }
@@ -151,11 +154,11 @@ struct Batch {
 
 /// How the lanes of a block share out the positions of a unit.
 struct Sharing {
-  int width, each;                // lanes of a position; positions of a warp at once
-  int first, step;                // a lane's first position, and how far it is to the next
-  int at;                         // the lane's first element
-  bool active;                    // it has elements
-  const uint16_t *keys, *values;  // position 0, at `at`
+  int width, each;         // lanes of a position; positions of a warp at once
+  int first, step;         // a lane's first position, and how far it is to the next
+  int at;                  // the lane's first element
+  bool active;             // it has elements
+  CacheRows keys, values;  // position 0, at `at`
 
   __device__ __forceinline__ Sharing(const DecodeArgs& args, const Unit& unit) {
     const int d = args.sizes.head_dim;
@@ -168,7 +171,7 @@ struct Sharing {
     active = at < d;
     first = unit.begin + warp() * each + (lane() >> shift);
     step = kWarps * each;
-    keys = args.keys + unit.cache + at, values = args.values + unit.cache + at;
+    keys = args.keys.from(unit.cache + at), values = args.values.from(unit.cache + at);
   }
   /// Before which of the unit's positions a lane reads the cache: the last one is not yet there.
   __device__ __forceinline__ int cached(const Unit& unit) const {
@@ -185,13 +188,13 @@ struct Softmax {
 };
 
 /// `batch`: the first positions, already read.
-template <int kHeads, int kAhead>
+template <int kHeads, int kAhead, bool kBytes>
 __device__ __forceinline__ void attend_positions(const DecodeArgs& args, const Unit& unit,
                                                  const Sharing& sharing, const float* queries,
                                                  int heads, const uint16_t* key,
-                                                 const uint16_t* value, Batch& batch,
+                                                 const uint16_t* value, Batch<kBytes>& batch,
                                                  Softmax<kHeads>& softmax) {
-  static_assert(kAhead <= Batch::kMost);
+  static_assert(kAhead <= Batch<kBytes>::kMost);
   const int d = args.sizes.head_dim, width = sharing.width, at = sharing.at;
   const bool active = sharing.active;
   float query[kHeads][8];
@@ -212,10 +215,10 @@ __device__ __forceinline__ void attend_positions(const DecodeArgs& args, const U
       batch.read(sharing.keys, sharing.values, d, first, sharing.step, sharing.cached(unit),
                  kAhead);
     }
-    uint4(&keys)[Batch::kMost] = batch.keys;
-    uint4(&values)[Batch::kMost] = batch.values;
+    uint4 keys[kAhead], values[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
+      keys[i] = batch.keys[i].halves(), values[i] = batch.values[i].halves();
       if (first + i * sharing.step == unit.position && unit.position < unit.end && active) {
         keys[i] = *reinterpret_cast<const uint4*>(key + at);
         values[i] = *reinterpret_cast<const uint4*>(value + at);
@@ -306,12 +309,12 @@ __device__ __forceinline__ void attend_positions(const DecodeArgs& args, const U
 
 /// What a warp makes of its positions for query heads [first, first + heads) of the unit's group:
 /// sums (group, warps, d) and states (group, warps, 2).
-template <int kHeads, int kAhead>
+template <int kHeads, int kAhead, bool kBytes>
 __device__ __forceinline__ void attend_heads(const DecodeArgs& args, const Unit& unit,
                                              const Sharing& sharing, int first, int heads,
                                              const float* queries, const uint16_t* key,
-                                             const uint16_t* value, Batch& batch, float* sums,
-                                             float* states) {
+                                             const uint16_t* value, Batch<kBytes>& batch,
+                                             float* sums, float* states) {
   const int d = args.sizes.head_dim, at = lane() * 8;  // of the first group of lanes
   Softmax<kHeads> softmax;
   attend_positions<kHeads, kAhead>(args, unit, sharing, queries + first * d, heads, key, value,
@@ -346,7 +349,7 @@ __device__ __forceinline__ void pass_by(const DecodeArgs& args, const Exchange& 
   }
 }
 
-template <int kTokens>
+template <int kTokens, bool kBytes>
 __device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const Shared& shared,
                                        MostParts most) {
   const Sizes& sizes = args.sizes;
@@ -368,7 +371,7 @@ __device__ __forceinline__ void attend(const DecodeArgs& args, int layer, const 
       continue;
     }
     const Sharing sharing(args, unit);
-    Batch batch;
+    Batch<kBytes> batch;
     const int ahead = group == 1 ? 4 : 2;
     const auto read_first = [&] {
       batch.read(sharing.keys, sharing.values, d, sharing.first, sharing.step, sharing.cached(unit),

@@ -2,8 +2,8 @@
 // token in blocks along x.
 
 #include "kernels/api/gpu.h"
+#include "kernels/cuda/cache.h"
 #include "kernels/cuda/device.h"
-#include "kernels/cuda/device_code.h"
 
 namespace rabit::gpu {
 namespace {
@@ -91,7 +91,7 @@ struct OwnPlaces {
   __device__ __forceinline__ Place at(int64_t token, int64_t head_dim) const {
     Place place = places[token];
     const int64_t before = layer * kv_heads * place.capacity * head_dim;
-    place.k += before, place.v += before;
+    place.k = place.k.from(before), place.v = place.v.from(before);
     return place;
   }
 };
@@ -103,13 +103,11 @@ __global__ void __launch_bounds__(kThreads)
                 uint16_t* __restrict__ q) {
   const int64_t d = sizes.head_dim, d_q = sizes.heads * d, d_kv = sizes.kv_heads * d;
   const int64_t feature = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 2;
-  if (feature >= d_q + 2 * d_kv) {
-    return;
-  }
+  const bool active = feature < d_q + 2 * d_kv;  // the others are with those whose warp they share
   for (int64_t t = blockIdx.y; t < tokens; t += gridDim.y) {
     const Place place = places.at(t, d);
     const float* const from = qkv + t * (d_q + 2 * d_kv) + feature;
-    float a = from[0], b = from[1];
+    float a = active ? from[0] : 0.0F, b = active ? from[1] : 0.0F;
     if (feature < d_q + d_kv) {
       const float* const turn = place.turn + feature % d;
       const float cosine = turn[0], sine = turn[1], first = a;
@@ -118,13 +116,11 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (feature < d_q) {
       *reinterpret_cast<uint32_t*>(q + t * d_q + feature) = pack_saturated(a, b);
-      continue;
     }
     const bool key = feature < d_q + d_kv;
     const int64_t at = feature - d_q - (key ? 0 : d_kv);
-    uint16_t* const to =
-        (key ? place.k : place.v) + (at / d * place.capacity + place.position) * d + at % d;
-    *reinterpret_cast<uint32_t*>(to) = pack_saturated(a, b);
+    put_pair(key ? place.k : place.v, (at / d * place.capacity + place.position) * d + at % d, a, b,
+             active && feature >= d_q);
   }
 }
 
