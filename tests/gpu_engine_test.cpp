@@ -503,6 +503,44 @@ TEST_F(GpuEngine, GreedyTextOfSmallModels) {
   }
 }
 
+// What the device chooses from its logits is what the host chooses from them.
+TEST_F(GpuEngine, DrawsWhatTheHostDraws) {
+  ModelConfig config;
+  config.architecture = "llama";
+  config.layers = 1;
+  config.heads = config.kv_heads = 1;
+  config.head_dim = config.d_model = config.d_ff = 32;
+  config.vocab_size = 4500;  // several slices, the last not full
+  config.context_length = 64;
+  const auto written = write_random_model(path("model.gguf"), config, 1);
+  ASSERT_TRUE(written) << (written ? "" : written.error().message);
+  const auto whole = session(path("model.gguf"), 32), chosen = session(path("model.gguf"), 32);
+  const std::vector<SamplingOptions> all = {
+      {.temperature = 0},
+      {.seed = 3},
+      {.temperature = 2, .top_k = 7, .top_p = 1, .min_p = 0, .seed = 4},
+      {.temperature = 1, .top_k = 256, .top_p = 0.9F, .seed = 5},
+      {.temperature = 1, .top_k = 0, .seed = 6},
+      {.temperature = 1, .top_k = 4000, .min_p = 0, .seed = 7}};
+  for (const SamplingOptions& options : all) {
+    Sampler of_host(options), of_device(options);
+    whole->truncate(0), chosen->truncate(0);
+    std::vector<int32_t> tokens = {1, 2, 3};
+    for (int i = 0; i < 3; ++i) {
+      const auto logits = whole->forward(tokens);
+      ASSERT_TRUE(logits) << (logits ? "" : logits.error().message);
+      const auto token = chosen->next(tokens, of_device);
+      ASSERT_TRUE(token) << (token ? "" : token.error().message);
+      ASSERT_EQ(*token, of_host.sample(*logits)) << "top-k " << options.top_k << ", " << i;
+      tokens = {*token};
+    }
+    EXPECT_EQ(chosen->position(), 5);
+  }
+  Sampler greedy({.temperature = 0});
+  EXPECT_FALSE(chosen->next(std::vector<int32_t>{4500}, greedy));
+  EXPECT_EQ(chosen->position(), 5);
+}
+
 TEST_F(GpuEngine, Refusals) {
   const SmallModel small(12, true, 2);
   small.write(path("model.gguf"));

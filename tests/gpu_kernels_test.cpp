@@ -950,6 +950,55 @@ TEST_F(GpuKernels, Products) {
   }
 }
 
+TEST_F(GpuKernels, LikeliestTokens) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  for (const int64_t vocab : {1, 57, 4095, 4096, 4097, 10000}) {
+    for (const int32_t count : {1, 3, 40, 256}) {
+      for (const int kind :
+           {0, 1, 2}) {  // all different; many equal, and zeros of both signs; few finite
+        SCOPED_TRACE(std::to_string(count) + " of " + std::to_string(vocab) + ", kind " +
+                     std::to_string(kind));
+        Floats logits = normals(vocab, 3.0F);
+        for (int64_t i = 0; i < vocab; ++i) {
+          float& logit = logits[i];
+          logit = kind == 1 ? std::trunc(logit / 4) : logit;
+          logit = kind == 2 && i % 50 != 3 ? (i % 2 == 0 ? NAN : -kInf) : logit;
+        }
+        if (vocab > 50) {
+          logits[50] = kind == 2 ? kInf : logits[50];
+        }
+        const int64_t slices = (vocab + gpu::kSlice - 1) / gpu::kSlice;
+        const auto from = up(logits);
+        const auto out = room<float>(slices * count);
+        const auto tokens = room<int32_t>(slices * count);
+        expect_ok(gpu::likeliest(from.data(), vocab, count, out.data(), tokens.data(), stream()));
+        const Floats got = out.read();
+        const std::vector<int32_t> ids = tokens.read();
+        for (int64_t slice = 0; slice < slices; ++slice) {
+          std::vector<int32_t> want;
+          for (int64_t i = slice * gpu::kSlice; i < std::min(vocab, (slice + 1) * gpu::kSlice);
+               ++i) {
+            if (logits[i] > -kInf) {
+              want.push_back(static_cast<int32_t>(i));
+            }
+          }
+          std::stable_sort(want.begin(), want.end(),
+                           [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+          want.resize(std::min<size_t>(want.size(), count));
+          std::vector<int32_t> all(ids.begin() + slice * count, ids.begin() + (slice + 1) * count);
+          for (int64_t i = 0; i < count; ++i) {
+            ASSERT_EQ(got[slice * count + i], all[i] < 0 ? -kInf : logits[all[i]]);
+          }
+          all.erase(std::remove(all.begin(), all.end(), -1), all.end());
+          std::sort(all.begin(), all.end());
+          std::sort(want.begin(), want.end());
+          ASSERT_EQ(all, want);
+        }
+      }
+    }
+  }
+}
+
 TEST_F(GpuKernels, ReadsMemory) {
   const auto memory = gpu::Memory::make(1 << 20, "a test");
   ASSERT_TRUE(memory);

@@ -117,6 +117,40 @@ int32_t drawn(const SamplingOptions& options, const Floats& logits, double unifo
   return order[0];
 }
 
+TEST(SamplerTest, TheLikeliestDecide) {
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  for (const SamplingOptions& options :
+       {SamplingOptions{.temperature = 0},
+        {.seed = 1},
+        {.temperature = 1.5F, .top_k = 3, .top_p = 0.8F, .min_p = 0, .seed = 2}}) {
+    Sampler all(options), few(options);
+    const int64_t deciding = few.deciding();
+    EXPECT_EQ(deciding, options.temperature == 0 ? 1 : options.top_k);
+    for (int i = 0; i < 50; ++i) {
+      Floats logits(200), likely;
+      for (float& logit : logits) {
+        logit = std::round(4 * normal(random)) / 4;  // some are equal
+      }
+      std::vector<int32_t> tokens(logits.size());
+      std::iota(tokens.begin(), tokens.end(), 0);
+      std::stable_sort(tokens.begin(), tokens.end(),
+                       [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+      tokens.resize(static_cast<size_t>(deciding) + 5);
+      std::shuffle(tokens.begin(), tokens.end(), random);
+      for (const int32_t token : tokens) {
+        likely.push_back(logits[token]);
+      }
+      likely.push_back(-std::numeric_limits<float>::infinity());
+      tokens.push_back(-1);
+      EXPECT_EQ(few.sample(likely, tokens), all.sample(logits));
+    }
+  }
+  EXPECT_EQ(Sampler({.top_k = 0}).deciding(), 0);
+  EXPECT_EQ(Sampler({.top_k = -1}).deciding(), 0);
+  EXPECT_EQ(Sampler({.temperature = 0}).sample({}, {}), 0);
+}
+
 TEST(SamplerTest, DrawsWhatAFullSortDraws) {
   std::mt19937_64 random(5);
   for (const float spread : {0.0F, 0.1F, 1.0F, 4.0F}) {

@@ -36,6 +36,8 @@ struct EngineOptions {
 /// GPU takes more.
 inline constexpr int64_t kMostTogether = 512;
 
+class Sampler;
+
 /// A model in memory with its thread pool. Sessions on one model must not run at the same time.
 class Model {
  public:
@@ -81,6 +83,10 @@ class Session {
   /// session of the model. Errors as forward_all.
   virtual Result<std::span<const float>> forward(std::span<const int32_t> tokens) = 0;
 
+  /// Appends the tokens and draws the one that follows: what sampler.sample() of forward() gives. A
+  /// GPU finds the likeliest itself, so that no row of logits needs to leave it.
+  virtual Result<int32_t> next(std::span<const int32_t> tokens, Sampler& sampler);
+
   /// Appends a token to each of several sessions of one model, all of them different, and returns
   /// their logits, (sessions, vocab), valid until the next call of any session of the model.
   /// Weights are read once for many sessions. Errors: as forward_all; sessions of several models,
@@ -120,6 +126,11 @@ class Sampler {
   /// The next token. logits: (vocab), one or more. NaN and -infinity are never drawn, unless there
   /// is nothing else: then token 0. The first +infinity always is.
   int32_t sample(std::span<const float> logits);
+  /// How many of the likeliest tokens decide; 0: all.
+  int64_t deciding() const;
+  /// The same from the logits of these tokens alone, in any order, which include the deciding()
+  /// likeliest; -infinity stands for none.
+  int32_t sample(std::span<const float> logits, std::span<const int32_t> tokens);
 
  private:
   struct State;

@@ -124,7 +124,7 @@ Result<Outcome> generate(Session& session, const Tokenizer& tokenizer, Sampler& 
                          std::span<const int32_t> prompt, int64_t ctx, const RunOptions& options) {
   Outcome outcome;
   double started = now_seconds();
-  RABIT_ASSIGN(std::span<const float> logits, session.forward(prompt));
+  RABIT_ASSIGN(int32_t token, session.next(prompt, sampler));
   outcome.prompt_seconds = now_seconds() - started;
 
   Utf8Stream stream;
@@ -135,7 +135,6 @@ Result<Outcome> generate(Session& session, const Tokenizer& tokenizer, Sampler& 
   started = now_seconds();
   outcome.stop_reason = "length";
   while (options.predict < 0 || outcome.generated < options.predict) {
-    const int32_t token = sampler.sample(logits);
     if (token == tokenizer.spec().eos_id && !options.ignore_eos) {
       outcome.stop_reason = "eos";
       break;
@@ -149,13 +148,13 @@ Result<Outcome> generate(Session& session, const Tokenizer& tokenizer, Sampler& 
       outcome.stop_reason = "context";
       break;
     }
-    const auto next = session.forward(std::span(&token, 1));
+    const auto next = session.next(std::span(&token, 1), sampler);
     if (!next && next.error().interrupted) {  // what there is of the text is still reported
       outcome.interrupted = true;
       outcome.stop_reason = "interrupted";
       break;
     }
-    RABIT_ASSIGN(logits, next);
+    RABIT_ASSIGN(token, next);
     ++outcome.steps;
   }
   RABIT_CHECK(show(stream.finish()));

@@ -24,17 +24,13 @@ Result<std::vector<std::string>> write_samples(const std::string& model,
       RABIT_ASSIGN(const auto session,
                    Session::create(loaded, static_cast<int64_t>(tokens.size()) + room));
       Sampler sampler({.temperature = static_cast<float>(kSampleTemperature), .seed = kSampleSeed});
-      RABIT_ASSIGN(auto logits, session->forward(tokens));
-      while (true) {
-        const int32_t token = sampler.sample(logits);
-        if (token == tokenizer->spec().eos_id) {
-          break;
-        }
+      RABIT_ASSIGN(int32_t token, session->next(tokens, sampler));
+      while (token != tokenizer->spec().eos_id) {
         written.push_back(token);
         if (static_cast<int64_t>(written.size()) == room) {
           break;
         }
-        RABIT_ASSIGN(logits, session->forward(std::span(&token, 1)));
+        RABIT_ASSIGN(token, session->next(std::span(&token, 1), sampler));
       }
     }
     texts.push_back(tokenizer->decode(written, false));

@@ -113,6 +113,7 @@ Status GpuRunner::allocate() {
   parts.add(hidden_, rows_ * sizes_.d_ff);
   parts.add(unpacked_, unpacked);
   parts.add(logits_, kLogitsTogether * sizes_.vocab);
+  parts.add(likely_, 2 * slices() * gpu::kMostLikeliest);
   parts.add(packed_.partial, needs.floats);
   parts.add(packed_.counters, needs.counters);
   parts.add(places_, kEach);
@@ -136,6 +137,10 @@ Status GpuRunner::allocate() {
       queue_->clear(packed_.counters, static_cast<uint64_t>(needs.counters) * sizeof(uint32_t)));
   RABIT_CHECK(
       queue_->clear(counters_, static_cast<uint64_t>(kEach * sizes_.kv_heads) * sizeof(uint32_t)));
+  RABIT_ASSIGN(host_likely_,
+               gpu::HostMemory::make(
+                   static_cast<uint64_t>(2 * slices() * gpu::kMostLikeliest) * sizeof(float),
+                   "the likeliest tokens"));
   RABIT_ASSIGN(host_places_,
                gpu::HostMemory::make(kEach * sizeof(gpu::Place), "several sequences"));
   if (plan_) {
@@ -313,9 +318,9 @@ Status GpuRunner::run_chunk(const GpuCache& cache, std::span<const int32_t> toke
   return {};
 }
 
-Result<const float*> GpuRunner::run_whole(const GpuCache& cache, int32_t token) {
+Result<bool> GpuRunner::run_whole(const GpuCache& cache, int32_t token) {
   if (!plan_) {
-    return nullptr;
+    return false;
   }
   RABIT_CHECK(begin());
   auto* const next = host_next_.as<int32_t>();
@@ -329,21 +334,20 @@ Result<const float*> GpuRunner::run_whole(const GpuCache& cache, int32_t token) 
   args_.capacity = static_cast<int32_t>(cache.capacity);
   if (!gpu::start_decode(args_, *plan_, *queue_)) {
     plan_.reset();  // from now on without
-    return nullptr;
+    return false;
   }
   ++args_.pass;
-  return download_logits(1);
+  return true;
 }
 
-/// Queues the logits of tokens [first, first + tokens) of x_.
-Status GpuRunner::queue_logits(int64_t first, int64_t tokens) {
+Status GpuRunner::run_head(int64_t first, int64_t tokens) {
   const int64_t d = sizes_.d_model;
   RABIT_CHECK(gpu::rms_norm(x_ + first * d, model_.output_norm, tokens, d, sizes_.norm_epsilon, h_,
                             queue_->stream()));
   return multiply({&model_.head}, h_, tokens, logits_);
 }
 
-Result<const float*> GpuRunner::download_logits(int64_t tokens) {
+Result<const float*> GpuRunner::logits(int64_t tokens) {
   if (tokens > host_rows_) {
     RABIT_ASSIGN(host_logits_,
                  gpu::HostMemory::make(static_cast<uint64_t>(tokens * sizes_.vocab) * sizeof(float),
@@ -356,9 +360,21 @@ Result<const float*> GpuRunner::download_logits(int64_t tokens) {
   return host_logits_.as<const float>();
 }
 
-Result<const float*> GpuRunner::logits(int64_t first, int64_t tokens) {
-  RABIT_CHECK(queue_logits(first, tokens));
-  return download_logits(tokens);
+Result<int32_t> GpuRunner::draw(Sampler& sampler) {
+  const int64_t count = sampler.deciding(), likely = slices() * count;
+  if (count == 0 || count > gpu::kMostLikeliest || likely >= sizes_.vocab) {
+    RABIT_ASSIGN(const float* const all, logits(1));
+    return sampler.sample(std::span(all, static_cast<size_t>(sizes_.vocab)));
+  }
+  auto* const tokens = reinterpret_cast<int32_t*>(likely_ + likely);
+  RABIT_CHECK(gpu::likeliest(logits_, sizes_.vocab, static_cast<int32_t>(count), likely_, tokens,
+                             queue_->stream()));
+  constexpr uint64_t kBytes = sizeof(float) + sizeof(int32_t);
+  RABIT_CHECK(queue_->download(host_likely_, likely_, static_cast<uint64_t>(likely) * kBytes));
+  RABIT_CHECK(queue_->wait());
+  const auto* const host = host_likely_.as<const float>();
+  const auto each = static_cast<size_t>(likely);
+  return sampler.sample({host, each}, {reinterpret_cast<const int32_t*>(host + each), each});
 }
 
 size_t GpuRunner::alone() const {
@@ -381,11 +397,11 @@ Status GpuRunner::queue_each(int64_t tokens) {
                                  stream);
     }));
   }
-  return queue_logits(0, tokens);
+  return run_head(0, tokens);
 }
 
-Result<const float*> GpuRunner::run_each(std::span<const GpuCache* const> caches,
-                                         std::span<const int32_t> tokens) {
+Status GpuRunner::run_each(std::span<const GpuCache* const> caches,
+                           std::span<const int32_t> tokens) {
   RABIT_CHECK(begin());
   const auto count = static_cast<int64_t>(caches.size());
   auto* const places = host_places_.as<gpu::Place>();
@@ -402,12 +418,11 @@ Result<const float*> GpuRunner::run_each(std::span<const GpuCache* const> caches
   RABIT_CHECK(queue_->upload(tokens_, tokens.data(), tokens.size_bytes()));
   // The first time with so many, the work is recorded for the next.
   if (const auto found = recordings_.find(count); found != recordings_.end()) {
-    RABIT_CHECK(queue_->replay(found->second));
-  } else {
-    RABIT_CHECK(queue_each(count));
-    RABIT_ASSIGN(recordings_[count], queue_->record([this, count] { return queue_each(count); }));
+    return queue_->replay(found->second);
   }
-  return download_logits(count);
+  RABIT_CHECK(queue_each(count));
+  RABIT_ASSIGN(recordings_[count], queue_->record([this, count] { return queue_each(count); }));
+  return {};
 }
 
 }  // namespace rabit

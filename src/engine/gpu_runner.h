@@ -39,17 +39,19 @@ class GpuRunner {
   /// Queues tokens through all blocks; their streams are then there for logits(). The position is
   /// not moved.
   Status run_chunk(const GpuCache& cache, std::span<const int32_t> tokens);
-  /// Logits, (tokens, vocab), of tokens [first, first + tokens) of the chunk, at most
-  /// kLogitsTogether, on the host when this returns, until the next call of the runner.
-  Result<const float*> logits(int64_t first, int64_t tokens);
-  /// A token through all blocks and the head as one kernel, its logits on the host when this
-  /// returns: one copy there, one back, one wait. The position is not moved. nullptr: nothing was
-  /// done.
-  Result<const float*> run_whole(const GpuCache& cache, int32_t token);
-  /// A token of each of up to kEach sequences, their logits, (sequences, vocab), on the
-  /// host when this returns. No position is moved.
-  Result<const float*> run_each(std::span<const GpuCache* const> caches,
-                                std::span<const int32_t> tokens);
+  /// Queues the logits of tokens [first, first + tokens) of the chunk, at most kLogitsTogether.
+  Status run_head(int64_t first, int64_t tokens);
+  /// Queues a token through all blocks and the head as one kernel. The position is not moved.
+  /// false: nothing was done.
+  Result<bool> run_whole(const GpuCache& cache, int32_t token);
+  /// Queues a token of each of up to kEach sequences through all blocks and the head. No position
+  /// is moved.
+  Status run_each(std::span<const GpuCache* const> caches, std::span<const int32_t> tokens);
+  /// What was queued last of logits, (tokens, vocab), on the host, until the next call of the
+  /// runner.
+  Result<const float*> logits(int64_t tokens);
+  /// A token by the logits that were queued last, of one token.
+  Result<int32_t> draw(Sampler& sampler);
   /// Sequences that one pass each serves sooner than run_each() all of them.
   size_t alone() const;
 
@@ -64,12 +66,11 @@ class GpuRunner {
   template <typename Attend>
   Status run_block(int64_t layer, int64_t tokens, const Attend& attend);
   Status queue_each(int64_t tokens);
-  Status queue_logits(int64_t first, int64_t tokens);
   Status multiply(std::initializer_list<const gpu::Linear*> linears, const uint16_t* x,
                   int64_t tokens, float* y, bool add = false);
-  Result<const float*> download_logits(int64_t tokens);
 
   int64_t d_q() const { return int64_t{sizes_.heads} * sizes_.head_dim; }
+  int64_t slices() const { return (int64_t{sizes_.vocab} + gpu::kSlice - 1) / gpu::kSlice; }
   int64_t d_kv() const { return int64_t{sizes_.kv_heads} * sizes_.head_dim; }
 
   const GpuModel& model_;
@@ -91,6 +92,8 @@ class GpuRunner {
   gpu::PackedWork packed_;        // of products with packed weights
   gpu::HostMemory host_logits_;   // (host_rows_, vocab)
   int64_t host_rows_ = 0;
+  float* likely_ = nullptr;      // of slices the likeliest tokens: logits, then ids
+  gpu::HostMemory host_likely_;  // as likely_
 
   // Of several sequences.
   gpu::Place* places_ = nullptr;                  // (kEach)

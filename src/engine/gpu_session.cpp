@@ -32,6 +32,7 @@ class GpuSession : public Session {
 
   Status forward_all(std::span<const int32_t> tokens, const LogitSink& sink) override;
   Result<std::span<const float>> forward(std::span<const int32_t> tokens) override;
+  Result<int32_t> next(std::span<const int32_t> tokens, Sampler& sampler) override;
   int64_t position() const override { return cache_.position; }
   void truncate(int64_t position) override {
     cache_.position = std::clamp<int64_t>(position, 0, cache_.position);
@@ -47,7 +48,9 @@ class GpuSession : public Session {
                                       std::span<const int32_t> tokens) override;
 
  private:
-  Result<const float*> run_alone(std::span<const int32_t> tokens);
+  Result<bool> run_alone(std::span<const int32_t> tokens);
+  template <typename Take>
+  auto append(std::span<const int32_t> tokens, const Take& take) -> decltype(take());
   int64_t vocab() const { return model_->sizes.vocab; }
 
   std::shared_ptr<GpuModel> model_;
@@ -57,15 +60,14 @@ class GpuSession : public Session {
   std::vector<float> each_;  // logits of forward_each()
 };
 
-/// The logits of a token by itself, if it can be one kernel; else nullptr. The position is not
-/// moved.
-Result<const float*> GpuSession::run_alone(std::span<const int32_t> tokens) {
+/// Queues a token by itself, if it can be one kernel; else false. The position is not moved.
+Result<bool> GpuSession::run_alone(std::span<const int32_t> tokens) {
   if (tokens.size() != 1) {
-    return nullptr;
+    return false;
   }
-  RABIT_ASSIGN(const float* const logits, runner_.run_whole(cache_, tokens[0]));
-  whole_tokens_ += logits != nullptr ? 1 : 0;
-  return logits;
+  RABIT_ASSIGN(const bool whole, runner_.run_whole(cache_, tokens[0]));
+  whole_tokens_ += whole ? 1 : 0;
+  return whole;
 }
 
 Status GpuSession::forward_all(std::span<const int32_t> tokens, const LogitSink& sink) {
@@ -73,9 +75,10 @@ Status GpuSession::forward_all(std::span<const int32_t> tokens, const LogitSink&
   const auto total = static_cast<int64_t>(tokens.size());
   const int64_t start = cache_.position;
   const auto run = [&]() -> Status {
-    RABIT_ASSIGN(const float* const alone, run_alone(tokens));
-    if (alone != nullptr) {
-      sink(0, 1, alone);
+    RABIT_ASSIGN(const bool whole, run_alone(tokens));
+    if (whole) {
+      RABIT_ASSIGN(const float* const logits, runner_.logits(1));
+      sink(0, 1, logits);
       ++cache_.position;
       return {};
     }
@@ -84,7 +87,8 @@ Status GpuSession::forward_all(std::span<const int32_t> tokens, const LogitSink&
       RABIT_CHECK(runner_.run_chunk(cache_, tokens.subspan(first, count)));
       for (int64_t t = 0; t < count; t += GpuRunner::kLogitsTogether) {
         const int64_t rows = std::min(GpuRunner::kLogitsTogether, count - t);
-        RABIT_ASSIGN(const float* const logits, runner_.logits(t, rows));
+        RABIT_CHECK(runner_.run_head(t, rows));
+        RABIT_ASSIGN(const float* const logits, runner_.logits(rows));
         sink(first + t, rows, logits);
       }
       cache_.position += count;
@@ -96,15 +100,18 @@ Status GpuSession::forward_all(std::span<const int32_t> tokens, const LogitSink&
   return status;
 }
 
-Result<std::span<const float>> GpuSession::forward(std::span<const int32_t> tokens) {
+/// Appends the tokens; take() gets what it returns from the logits after the last, which are
+/// queued.
+template <typename Take>
+auto GpuSession::append(std::span<const int32_t> tokens, const Take& take) -> decltype(take()) {
   RABIT_CHECK(check(tokens));
   const auto total = static_cast<int64_t>(tokens.size());
   const int64_t start = cache_.position;
-  const auto run = [&]() -> Result<const float*> {
-    RABIT_ASSIGN(const float* const alone, run_alone(tokens));
-    if (alone != nullptr) {
+  const auto run = [&]() -> decltype(take()) {
+    RABIT_ASSIGN(const bool whole, run_alone(tokens));
+    if (whole) {
       ++cache_.position;
-      return alone;
+      return take();
     }
     int64_t count = 0;
     for (int64_t first = 0; first < total; first += count) {
@@ -112,14 +119,23 @@ Result<std::span<const float>> GpuSession::forward(std::span<const int32_t> toke
       RABIT_CHECK(runner_.run_chunk(cache_, tokens.subspan(first, count)));
       cache_.position += count;
     }
-    return runner_.logits(count - 1, 1);
+    RABIT_CHECK(runner_.run_head(count - 1, 1));
+    return take();
   };
-  const Result<const float*> logits = run();
-  if (!logits) {
-    cache_.position = start;
-    return logits.error();
-  }
-  return std::span<const float>(*logits, static_cast<size_t>(vocab()));
+  auto taken = run();
+  cache_.position = taken ? cache_.position : start;
+  return taken;
+}
+
+Result<std::span<const float>> GpuSession::forward(std::span<const int32_t> tokens) {
+  return append(tokens, [this]() -> Result<std::span<const float>> {
+    RABIT_ASSIGN(const float* const logits, runner_.logits(1));
+    return std::span<const float>(logits, static_cast<size_t>(vocab()));
+  });
+}
+
+Result<int32_t> GpuSession::next(std::span<const int32_t> tokens, Sampler& sampler) {
+  return append(tokens, [&] { return runner_.draw(sampler); });
 }
 
 Result<std::span<const float>> GpuSession::lead(std::span<Session* const> sessions,
@@ -140,8 +156,9 @@ Result<std::span<const float>> GpuSession::lead(std::span<Session* const> sessio
   each_.clear();
   for (size_t first = 0; first < all.size(); first += GpuRunner::kEach) {
     const size_t count = std::min<size_t>(GpuRunner::kEach, all.size() - first);
-    RABIT_ASSIGN(const float* const some, runner_.run_each(std::span(caches).subspan(first, count),
-                                                           tokens.subspan(first, count)));
+    RABIT_CHECK(
+        runner_.run_each(std::span(caches).subspan(first, count), tokens.subspan(first, count)));
+    RABIT_ASSIGN(const float* const some, runner_.logits(static_cast<int64_t>(count)));
     logits = {some, count * static_cast<size_t>(vocab())};
     if (!together) {
       each_.insert(each_.end(), logits.begin(), logits.end());

@@ -30,6 +30,15 @@ struct Sampler::State {
   std::vector<Candidate> candidates;  // kept between calls for its memory
   size_t sorted = 0;                  // of them: the likeliest, in order
 
+  /// Takes what can be drawn; NaN and -infinity never are.
+  void add(float logit, int32_t token) {
+    if (logit > -std::numeric_limits<float>::infinity()) {
+      candidates.push_back({logit, token});
+    }
+  }
+
+  int32_t draw();
+
   /// The candidate at this place of the order.
   const Candidate& at(size_t place) {
     constexpr size_t kFirst = 64, kGrowth = 4;
@@ -53,31 +62,50 @@ Sampler::Sampler(const SamplingOptions& options)
     : state_(new State{options, std::mt19937_64(options.seed), {}, {}}) {}
 Sampler::~Sampler() = default;
 
-int32_t Sampler::sample(std::span<const float> logits) {
+int64_t Sampler::deciding() const {
   const SamplingOptions& options = state_->options;
+  return options.temperature > 0 ? std::max<int64_t>(options.top_k, 0) : 1;
+}
+
+int32_t Sampler::sample(std::span<const float> logits) {
+  state_->candidates.clear();
+  for (size_t i = 0; i < logits.size(); ++i) {
+    state_->add(logits[i], static_cast<int32_t>(i));
+  }
+  return state_->draw();
+}
+
+int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> tokens) {
   std::vector<Candidate>& candidates = state_->candidates;
   candidates.clear();
-  // NaN and -infinity are never drawn, +infinity always.
-  Candidate best = {-std::numeric_limits<float>::infinity(), 0};
   for (size_t i = 0; i < logits.size(); ++i) {
-    if (logits[i] > -std::numeric_limits<float>::infinity()) {
-      candidates.push_back({logits[i], static_cast<int32_t>(i)});
-      if (logits[i] > best.logit) {
-        best = candidates.back();
-      }
+    state_->add(logits[i], tokens[i]);
+  }
+  // As they come from a whole vocabulary.
+  std::sort(candidates.begin(), candidates.end(),
+            [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+  return state_->draw();
+}
+
+/// From candidates in the order of their tokens.
+int32_t Sampler::State::draw() {
+  Candidate best = {-std::numeric_limits<float>::infinity(), 0};
+  for (const Candidate& candidate : candidates) {
+    if (candidate.logit > best.logit) {
+      best = candidate;
     }
   }
   const bool greedy = !(options.temperature > 0);
-  if (greedy || candidates.empty() || std::isinf(best.logit)) {
+  if (greedy || candidates.empty() || std::isinf(best.logit)) {  // +infinity is always drawn
     return best.token;
   }
 
   size_t count = candidates.size();
-  state_->sorted = 0;
+  sorted = 0;
   if (options.top_k > 0 && options.top_k < static_cast<int64_t>(count)) {
     std::partial_sort(candidates.begin(), candidates.begin() + options.top_k, candidates.end(),
                       likelier);
-    count = state_->sorted = static_cast<size_t>(options.top_k);
+    count = sorted = static_cast<size_t>(options.top_k);
     candidates.resize(count);
   }
 
@@ -95,7 +123,7 @@ int32_t Sampler::sample(std::span<const float> logits) {
       }
     }
     for (kept = 0; kept < count;) {
-      const double next = weight(state_->at(kept), 1);
+      const double next = weight(at(kept), 1);
       if (kept > 0 && next < options.min_p) {
         break;
       }
@@ -111,14 +139,14 @@ int32_t Sampler::sample(std::span<const float> logits) {
   for (size_t i = 0; i < kept; ++i) {
     total += weight(candidates[i], options.temperature);
   }
-  double left = state_->uniform() * total;
+  double left = uniform() * total;
   for (size_t i = 0; i < kept; ++i) {
-    left -= weight(state_->at(i), options.temperature);
+    left -= weight(at(i), options.temperature);
     if (left < 0) {
       return candidates[i].token;
     }
   }
-  return state_->at(0).token;
+  return at(0).token;
 }
 
 }  // namespace rabit

@@ -580,6 +580,11 @@ Result<std::span<const float>> LoadedSession::forward(std::span<const int32_t> t
 
 }  // namespace
 
+Result<int32_t> Session::next(std::span<const int32_t> tokens, Sampler& sampler) {
+  RABIT_ASSIGN(const auto logits, forward(tokens));
+  return sampler.sample(logits);
+}
+
 Result<std::span<const float>> Session::forward_each(std::span<Session* const> sessions,
                                                      std::span<const int32_t> tokens) {
   if (sessions.empty() || sessions.size() != tokens.size()) {

@@ -249,6 +249,15 @@ Status attention(const Sizes& sizes, const uint16_t* q, int64_t tokens, const Ca
 /// (tokens, d).
 Status swiglu(const float* gate_up, int64_t tokens, int64_t d, uint16_t* out, Stream stream);
 
+/// Tokens of which likeliest() finds some, and how many it finds at most.
+inline constexpr int32_t kSlice = 4096, kMostLikeliest = 256;
+
+/// Of each slice of kSlice tokens the `count` likeliest, in no order: their logits and ids,
+/// (slices, count); of equals the first. NaN and -infinity are not among them: where there are too
+/// few, the rest is -infinity, of token -1. logits: (vocab).
+Status likeliest(const float* logits, int64_t vocab, int32_t count, float* out, int32_t* tokens,
+                 Stream stream);
+
 /// Bytes a second at which `memory` of some size is read once.
 Result<double> read_speed(const Queue& queue, const Memory& memory);
 
